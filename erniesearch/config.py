@@ -1,0 +1,411 @@
+"""One YAML file describes a whole run; every field below is a key of it.
+
+The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``--help`` and the
+``--a.b value`` overrides from the attribute docstrings; ``validate`` holds what types cannot say.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from erniesearch.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set and how its text becomes tokens."""
+
+    path: str
+    """Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/{train,dev,test}.tsv."""
+    train_split: str = "train"
+    """Name of the qrels file (without .tsv) to train on."""
+    max_query_length: int = 32
+    """Longest query in tokens, [CLS] and [SEP] included; longer ones are truncated."""
+    max_passage_length: int = 128
+    """Longest passage in tokens, [CLS] and [SEP] included; longer ones are truncated."""
+    use_titles: bool = True
+    """Put a passage's title before its text, separated by a space."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student: one encoder with a dual-encoder and a late-interaction head."""
+
+    path: str
+    """Pretrained encoder: a folder, 'package:NAME' for weights shipped in the Python package
+    NAME, or a hub name."""
+    revision: str | None = None
+    """Commit of the hub repository; ignored for folders and packages."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """The passage and query vector: the first token's state, or the mean over real tokens."""
+    normalize: bool = False
+    """Scale the dual-encoder's vectors to length 1, so that scores are cosines."""
+    tied: bool = True
+    """One tower for queries and passages; false trains one each, both from the same weights."""
+    late_interaction_dim: int = 128
+    """Dimensions of a late-interaction token vector."""
+    dropout: float | None = None
+    """Overrides the checkpoint's hidden and attention dropout; null keeps them."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Only for checkpoints you trust."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The teacher: a cross-encoder of any size over the same vocabulary."""
+
+    path: str = ""
+    """Pretrained encoder as in student.path; empty means the student's."""
+    revision: str | None = None
+    """Commit of the hub repository; ignored for folders and packages."""
+    dropout: float | None = None
+    """Overrides the checkpoint's hidden and attention dropout; null keeps them."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Only for checkpoints you trust."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Temperatures and switches shared by all stages (weights are per stage)."""
+
+    tau_de: float = 1.0
+    """Temperature of the dual-encoder's scores."""
+    tau_li: float = 1.0
+    """Temperature of the late-interaction scores."""
+    tau_att: float = 1.0
+    """Temperature of the student's token similarities in the attention-map KL."""
+    detach_targets: bool = True
+    """Stop the gradient at the first argument of every KL. False lets the KL train the target
+    too; attention maps are always detached."""
+    competence_gate: bool = False
+    """Count the teacher's KL terms only while its running accuracy on the group exceeds the
+    student's (not in the paper)."""
+    kernels: Literal["auto", "triton", "torch", "eager"] = "auto"
+    """Backend of MaxSim and the attention KL: auto takes Triton on a GPU and the chunked PyTorch
+    path on a CPU; eager materialises every similarity."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss terms; a term of weight 0 is not computed."""
+
+    ce: float = 0.0
+    """Cross-encoder's cross-entropy over the query's own group."""
+    li: float = 0.0
+    """Late interaction's cross-entropy over all cross-batch passages."""
+    de: float = 0.0
+    """Dual-encoder's cross-entropy over all cross-batch passages."""
+    ce_to_li: float = 0.0
+    """KL(cross-encoder || late interaction) over the group."""
+    ce_to_de: float = 0.0
+    """KL(cross-encoder || dual-encoder) over the group."""
+    li_to_de: float = 0.0
+    """KL(late interaction || dual-encoder) over all cross-batch passages."""
+    attention: float = 0.0
+    """KL(cross-encoder's attention || late interaction's token softmax) over the group."""
+    dual_reg: float = 0.0
+    """Symmetric KL between two dropout passes, on the query and on the passage side."""
+    mlm: float = 0.0
+    """Masked language modelling (post_train only)."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage; steps: 0 leaves it out."""
+
+    steps: int = 0
+    """Optimizer updates; 0 skips the stage."""
+    queries_per_rank: int = 8
+    """Queries per rank and micro-step (B)."""
+    accumulation_steps: int = 1
+    """Micro-steps per update; cross-batch negatives come from one micro-step."""
+    num_negatives: int = 3
+    """Hard negatives per query (n); the group has 1 + n passages."""
+    negatives: Literal["random", "bm25", "mined"] = "bm25"
+    """Where hard negatives come from. A query with too few is filled up with random passages."""
+    easy_steps: int = 0
+    """For this many first updates draw random negatives instead (curriculum)."""
+    student_lr: float = 2e-5
+    """Peak learning rate of the student's encoder."""
+    head_lr: float = 1e-4
+    """Peak learning rate of the late-interaction projection and the language-model head."""
+    teacher_lr: float = 1e-5
+    """Peak learning rate of the cross-encoder."""
+    warmup_ratio: float = 0.1
+    """Share of the updates in which the learning rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    weights: LossWeights = LossWeights()
+    """The stage's objective."""
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """Hard negatives by the current dual-encoder, denoised by the teacher."""
+
+    enabled: bool = True
+    """False leaves mining out; the cascade then needs negatives: bm25 or random."""
+    depth: int = 50
+    """Candidates retrieved per query."""
+    skip_top: int = 0
+    """Ranks at the top that are never used as negatives."""
+    num_negatives: int = 16
+    """Negatives kept per query, best first."""
+    denoise_margin: float | None = 0.0
+    """Drop a candidate whose teacher score exceeds the positive's score minus this margin; null
+    does not ask the teacher. Negative margins keep more."""
+    max_queries: int | None = None
+    """Mine only for the queries the cascade will draw first, at most this many; null takes all
+    training queries."""
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """The stages, in the order in which they run."""
+
+    post_train: StageConfig = StageConfig(
+        weights=LossWeights(mlm=1.0, de=1.0), negatives="random", num_negatives=0
+    )
+    """Continued pretraining on the corpus: masked words, and two spans of one passage as a pair."""
+    contrastive: StageConfig = StageConfig(weights=LossWeights(de=1.0))
+    """Baseline: the dual-encoder alone. Nothing else starts from it."""
+    interaction: StageConfig = StageConfig(
+        weights=LossWeights(li=1.0, de=1.0, li_to_de=1.0, dual_reg=1.0)
+    )
+    """Late interaction and dual-encoder with self on-the-fly distillation."""
+    teacher: StageConfig = StageConfig(weights=LossWeights(ce=1.0), easy_steps=100)
+    """The cross-encoder alone, random negatives before hard ones."""
+    mine: MineConfig = MineConfig()
+    """Hard-negative mining."""
+    cascade: StageConfig = StageConfig(
+        negatives="mined",
+        weights=LossWeights(
+            ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0,
+            attention=1.0, dual_reg=1.0,
+        ),
+    )  # fmt: skip
+    """All terms, teacher and students together."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of the engine, the same for every stage."""
+
+    num_processes: int = 0
+    """Processes per node started by `erniesearch run`; 0 means one per GPU, or 2 on a CPU."""
+    threads_per_process: int = 1
+    """CPU threads per process; more than the cores allow makes everything slower."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage; null means 1, or the stage in zero_json."""
+    zero_json: str | None = None
+    """JSON file with a `zero_optimization` section only, see configs/deepspeed/."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay; biases and LayerNorm have none."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's global norm; 0 switches clipping off."""
+    log_every: int = 1
+    """Updates between two lines in metrics.jsonl and TensorBoard."""
+    save_every: int = 50
+    """Updates between two checkpoints; 0 saves none before the end of the stage."""
+    num_workers: int = 0
+    """Data-loading processes per rank; 0 tokenises in the training process."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant) to save memory."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the run is measured on."""
+
+    split: str = "test"
+    """Name of the qrels file (without .tsv) to evaluate on."""
+    max_queries: int | None = None
+    """Evaluate on this many queries, drawn with the run's seed; null takes all."""
+    num_distractors: int | None = None
+    """Passages searched besides those relevant to the evaluated queries; null takes the whole
+    corpus. Figures for different numbers do not compare."""
+    rerank_depth: int = 100
+    """Candidates of the dual-encoder that late interaction and cross-encoder rerank."""
+    batch_size: int = 32
+    """Texts per forward pass."""
+    bm25_stemmer: str | None = "english"
+    """Snowball stemmer of the BM25 row, or null for none."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str
+    """Folder that receives checkpoints, metrics, runs, exports and the summary."""
+    data: DataConfig
+    """The data set."""
+    student: StudentConfig
+    """The student model."""
+    seed: int = 42
+    """Fixes data order, dropout and the initialisation of new heads."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The teacher model."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Temperatures and switches."""
+    training: TrainingConfig = TrainingConfig()
+    """Engine settings."""
+    stages: StagesConfig = StagesConfig()
+    """The stages."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+
+
+TRAINING_STAGES = ("post_train", "contrastive", "interaction", "teacher", "cascade")
+
+
+def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
+    """Reject unreadable YAML and unknown keys before any parser sees the file.
+
+    Raises:
+        UserError: naming file and line (syntax), or the key and the nearest known one.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values at the top level")
+    _check_keys(content, cls, "", path)
+
+
+def _check_keys(content: dict[Any, Any], cls: type, prefix: str, path: Path) -> None:
+    hints = get_type_hints(cls)
+    for key, value in content.items():
+        if key not in hints:
+            raise UserError(f"{path}: unknown key '{prefix}{key}'{nearest(str(key), hints)}")
+        if is_dataclass(hints[key]):
+            if value is None:
+                value = {}
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: '{prefix}{key}' must be a mapping, found {value!r}")
+            _check_keys(value, hints[key], f"{prefix}{key}.", path)  # type: ignore[arg-type]
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Check what the types leave open; returns the config unchanged.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+
+    def require(condition: bool, key: str, value: object, what: str) -> None:
+        if not condition:
+            raise UserError(f"config key '{key}' is {value!r}: must be {what}")
+
+    for name, stage in training_stages(config).items():
+        prefix = f"stages.{name}"
+        for key in ("steps", "num_negatives", "easy_steps"):
+            require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
+        for key in ("queries_per_rank", "accumulation_steps"):
+            require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
+        for key in ("student_lr", "head_lr", "teacher_lr"):
+            require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
+        require(
+            0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1"
+        )
+        weights = asdict(stage.weights)
+        for key, value in weights.items():
+            require(value >= 0, f"{prefix}.weights.{key}", value, "0 or more")
+        if stage.steps:
+            require(
+                any(weights.values()), f"{prefix}.weights", weights, "above 0 for one term at least"
+            )
+            over_group = [k for k in ("ce", "ce_to_li", "ce_to_de", "attention") if weights[k]]
+            require(
+                stage.num_negatives > 0 or not [k for k in over_group if k != "attention"],
+                f"{prefix}.num_negatives", 0,
+                f"1 or more: the terms {over_group} compare the passages of a group",
+            )  # fmt: skip
+        if name == "post_train":
+            for key in ("ce", "ce_to_li", "ce_to_de", "attention"):
+                require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
+                        "0: post-training has no relevance labels for a teacher")  # fmt: skip
+            require(stage.num_negatives == 0, f"{prefix}.num_negatives", stage.num_negatives,
+                    "0: spans have no hard negatives")  # fmt: skip
+        else:
+            require(weights["mlm"] == 0, f"{prefix}.weights.mlm", weights["mlm"],
+                    "0: only post_train masks words")  # fmt: skip
+        require(
+            not (stage.steps and stage.negatives == "mined" and not config.stages.mine.enabled),
+            f"{prefix}.negatives", "mined", "bm25 or random while stages.mine.enabled is false",
+        )  # fmt: skip
+        require(
+            stage.negatives != "mined" or name == "cascade",
+            f"{prefix}.negatives", "mined", "bm25 or random: only the cascade follows mining",
+        )  # fmt: skip
+    for key in ("tau_de", "tau_li", "tau_att"):
+        require(getattr(config.objective, key) > 0, f"objective.{key}",
+                getattr(config.objective, key), "above 0")  # fmt: skip
+    for key in ("max_query_length", "max_passage_length"):
+        require(getattr(config.data, key) >= 3, f"data.{key}", getattr(config.data, key),
+                "3 or more: [CLS], one word, [SEP]")  # fmt: skip
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
+            config.student.late_interaction_dim, "1 or more")  # fmt: skip
+    for key in ("log_every", "threads_per_process"):
+        require(getattr(config.training, key) >= 1, f"training.{key}",
+                getattr(config.training, key), "1 or more")  # fmt: skip
+    for key in ("num_processes", "save_every", "num_workers", "max_grad_norm", "weight_decay"):
+        require(getattr(config.training, key) >= 0, f"training.{key}",
+                getattr(config.training, key), "0 or more")  # fmt: skip
+    mine, evaluation = config.stages.mine, config.evaluation
+    require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
+            f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
+    require(mine.num_negatives >= 1, "stages.mine.num_negatives", mine.num_negatives, "1 or more")
+    for key in ("rerank_depth", "batch_size"):
+        require(getattr(evaluation, key) >= 1, f"evaluation.{key}", getattr(evaluation, key),
+                "1 or more")  # fmt: skip
+    for key, number in (("evaluation.max_queries", evaluation.max_queries),
+                        ("stages.mine.max_queries", mine.max_queries)):  # fmt: skip
+        require(number is None or number >= 1, key, number, "1 or more, or null")
+    require(config.training.zero_stage is None or config.training.zero_json is None,
+            "training.zero_stage", config.training.zero_stage,
+            "null while training.zero_json names a file: one place for one value")  # fmt: skip
+    return config
+
+
+def training_stages(config: RunConfig) -> dict[str, StageConfig]:
+    """The training stages by name, those with ``steps: 0`` included."""
+    return {name: getattr(config.stages, name) for name in TRAINING_STAGES}
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, keys in the order of the dataclasses."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(cls: type, content: dict[str, Any]) -> Any:
+    """Rebuild a (nested) config dataclass from ``asdict`` output, as read back from a run folder."""
+    hints = get_type_hints(cls)
+    values = {
+        f.name: from_dict(hints[f.name], content[f.name])  # type: ignore[arg-type]
+        if is_dataclass(hints[f.name])
+        else content[f.name]
+        for f in fields(cls)
+        if f.name in content
+    }
+    return cls(**values)
+
+
+__all__ = [name for name in dir() if name.endswith("Config")] + [
+    "TRAINING_STAGES", "LossWeights", "check_yaml", "field", "from_dict", "to_yaml",
+    "training_stages", "validate",
+]  # fmt: skip

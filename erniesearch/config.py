@@ -4,7 +4,7 @@ The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``
 ``--a.b value`` overrides from the attribute docstrings; ``validate`` holds what types cannot say.
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -157,8 +157,8 @@ class MineConfig:
     """Drop a candidate whose teacher score exceeds the positive's score minus this margin; null
     does not ask the teacher. Negative margins keep more."""
     max_queries: int | None = None
-    """Mine only for the queries the cascade will draw first, at most this many; null takes all
-    training queries."""
+    """Mine for this many training queries, drawn with the run's seed; the cascade trains on those
+    alone. Null takes all."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_dict(cls: type, content: dict[str, Any]) -> Any:
-    """Rebuild a (nested) config dataclass from ``asdict`` output, as read back from a run folder."""
+    """Rebuild a (nested) config dataclass from plain dictionaries (the inverse of ``asdict``)."""
     hints = get_type_hints(cls)
     values = {
         f.name: from_dict(hints[f.name], content[f.name])  # type: ignore[arg-type]
@@ -403,9 +403,3 @@ def from_dict(cls: type, content: dict[str, Any]) -> Any:
         if f.name in content
     }
     return cls(**values)
-
-
-__all__ = [name for name in dir() if name.endswith("Config")] + [
-    "TRAINING_STAGES", "LossWeights", "check_yaml", "field", "from_dict", "to_yaml",
-    "training_stages", "validate",
-]  # fmt: skip

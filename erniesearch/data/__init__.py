@@ -1,0 +1,1 @@
+"""From files to batches: formats, corpora, BM25, sampler, collator."""

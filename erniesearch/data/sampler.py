@@ -1,0 +1,138 @@
+"""Which queries and passages make up a step, as a pure function of (seed, step).
+
+No state: resuming needs only the step number, and the order is the same for every number of
+ranks as long as the global batch is the same.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from erniesearch.data.formats import RetrievalData
+from erniesearch.errors import UserError
+
+
+@dataclass(frozen=True)
+class Group:
+    """A query with its passages: the positive first, then hard negatives.
+
+    ``query`` indexes the sampler's qids, ``passages`` the corpus, ``relevant`` lists every corpus
+    position the qrels call relevant for the query (the positive included).
+    """
+
+    query: int
+    passages: np.ndarray
+    relevant: np.ndarray
+
+
+class GroupSampler:
+    """Groups for every step of a stage.
+
+    A query's hard negatives are drawn without replacement from its list; a list that is too short
+    (or absent) is filled up with random passages that are not relevant to the query.
+
+    Args:
+        data: collection with the training split's qrels.
+        negatives: pids by query, or None for random negatives only. When given, queries without an
+            entry are left out of training.
+        num_negatives: n; a group has 1 + n passages.
+        global_batch: queries per update over all ranks and micro-steps.
+        seed: the run's seed.
+        easy_steps: first updates that use random negatives only.
+
+    Raises:
+        UserError: when the corpus is too small for a group.
+    """
+
+    def __init__(
+        self,
+        data: RetrievalData,
+        negatives: dict[str, list[str]] | None,
+        num_negatives: int,
+        global_batch: int,
+        seed: int,
+        easy_steps: int = 0,
+    ) -> None:
+        relevant = data.relevant()
+        if negatives is not None:
+            relevant = {q: pids for q, pids in relevant.items() if q in negatives}
+            if not relevant:
+                raise UserError("the hard negatives name no query of the training split")
+        index_of = data.index_of
+        self.qids = list(relevant)
+        self.relevant = [np.array([index_of[p] for p in relevant[q]]) for q in self.qids]
+        self.negatives: list[np.ndarray] | None = None
+        if negatives is not None:
+            self.negatives = [
+                np.array([index_of[p] for p in _known(negatives[q], index_of) if p not in set(own)])
+                .astype(np.int64)
+                for q, own in relevant.items()
+            ]  # fmt: skip
+        self.num_passages = len(data.pids)
+        self.num_negatives = num_negatives
+        self.global_batch = global_batch
+        self.seed = seed
+        self.easy_steps = easy_steps
+        most_relevant = max(len(found) for found in self.relevant)
+        if self.num_passages - most_relevant < num_negatives:
+            raise UserError(
+                f"num_negatives is {num_negatives}, but the corpus of {self.num_passages} passages"
+                f" leaves {self.num_passages - most_relevant} that are not relevant: lower it"
+            )
+
+    @property
+    def num_short(self) -> int:
+        """Queries whose hard negatives do not fill a group (random passages do)."""
+        if self.negatives is None:
+            return len(self.qids)
+        return sum(len(found) < self.num_negatives for found in self.negatives)
+
+    def queries(self, step: int) -> np.ndarray:
+        """Indices of the queries of an update, ``[global_batch]``: a shuffled pass over all
+        queries, then another, never the same twice within a pass."""
+        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        epochs, offsets = np.divmod(positions, len(self.qids))
+        return np.array(
+            [
+                _permutation(self.seed, int(e), len(self.qids))[o]
+                for e, o in zip(epochs, offsets, strict=True)
+            ]
+        )
+
+    def group(self, step: int, position: int, query: int) -> Group:
+        """The group of ``query`` at ``position`` of the global batch of ``step``."""
+        rng = np.random.default_rng([self.seed, 1, step, position])
+        relevant = self.relevant[query]
+        positive = relevant[rng.integers(len(relevant))]
+        chosen = np.empty(0, dtype=np.int64)
+        if self.negatives is not None and step >= self.easy_steps:
+            hard = self.negatives[query]
+            chosen = rng.permutation(hard)[: self.num_negatives]
+        while len(chosen) < self.num_negatives:
+            missing = self.num_negatives - len(chosen)
+            drawn = rng.integers(self.num_passages, size=missing + 4)
+            drawn = drawn[~np.isin(drawn, relevant) & ~np.isin(drawn, chosen)]
+            _, first = np.unique(drawn, return_index=True)
+            chosen = np.concatenate([chosen, drawn[np.sort(first)][:missing]])
+        return Group(query, np.concatenate([[positive], chosen]).astype(np.int64), relevant)
+
+    def micro_batch(
+        self, step: int, micro_step: int, rank: int, queries_per_rank: int, world_size: int
+    ) -> list[Group]:
+        """This rank's groups of a micro-step; the ranks' slices lie side by side in the step."""
+        start = (micro_step * world_size + rank) * queries_per_rank
+        queries = self.queries(step)[start : start + queries_per_rank]
+        return [self.group(step, start + i, int(query)) for i, query in enumerate(queries)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(size)
+
+
+def _known(pids: list[str], index_of: dict[str, int]) -> list[str]:
+    for pid in pids:
+        if pid not in index_of:
+            raise UserError(f"hard negatives name passage '{pid}', which the corpus does not have")
+    return pids

@@ -1,0 +1,200 @@
+"""Ranks, seeds and the gather with gradient.
+
+Launchers differ in the variables they set; ``initialize`` reads torchrun's and DeepSpeed's
+(RANK, LOCAL_RANK, WORLD_SIZE), Slurm's (one task per GPU: SLURM_PROCID, SLURM_LOCALID,
+SLURM_NTASKS) and, with none of them, runs one process.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from erniesearch.errors import UserError
+
+
+def rank() -> int:
+    """Global rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _read_slurm() -> None:
+    """Fill in torch's variables from Slurm's when each task is one rank."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) < 2:
+        return
+    env["RANK"] = env["SLURM_PROCID"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+    if "MASTER_ADDR" not in env:
+        raise UserError(
+            "MASTER_ADDR is not set: in the batch script, export "
+            "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) before srun"
+        )
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    The group is made here, before DeepSpeed looks, so that one time-out and one backend hold.
+
+    Raises:
+        UserError: for more local ranks than GPUs, or a Slurm job without MASTER_ADDR.
+    """
+    _read_slurm()
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if torch.cuda.is_available():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} on this machine;"
+                " start at most that many processes"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return device
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed as a pure function of non-negative integers."""
+    state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch's generators (CPU and GPU) from ``parts``."""
+    torch.manual_seed(derive_seed(*parts))
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather of equally many rows; the backward is a reduce-scatter (sum).
+
+    Every rank's loss depends on the gathered rows, so the gradient of the summed loss with respect
+    to this rank's rows is the sum over ranks of their gradients. DeepSpeed then averages
+    parameter gradients over ranks: together exactly the gradient of the mean loss.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        if dist.get_backend() == "nccl":
+            own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+            dist.reduce_scatter_tensor(own, grad.contiguous())
+            return own
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)  # gloo has no dependable reduce-scatter
+        return total.chunk(world_size())[rank()]
+
+
+def gather_lengths(*lengths: int, device: torch.device) -> torch.Tensor:
+    """Each rank's integers, ``[world_size, len(lengths)]`` on the CPU."""
+    own = torch.tensor([lengths], dtype=torch.long, device=device)
+    if world_size() == 1:
+        return own.cpu()
+    out = own.new_empty((world_size(), len(lengths)))
+    dist.all_gather_into_tensor(out, own)
+    return out.cpu()
+
+
+def gather_rows(rows: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """Concatenate every rank's rows in rank order, with gradient.
+
+    Args:
+        rows: ``[num_rows, ...]``, floating point or integer.
+        counts: ``[world_size]`` rows per rank when they differ between ranks.
+
+    Returns:
+        ``[sum of num_rows, ...]``, the same on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    if counts is None:
+        return _GatherRows.apply(rows)
+    most = int(counts.max())
+    if rows.shape[0] < most:
+        filler = rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))
+        rows = torch.cat([rows, filler])
+    gathered = _GatherRows.apply(rows)
+    return torch.cat(
+        [part[: int(n)] for part, n in zip(gathered.chunk(world_size()), counts, strict=True)]
+    )
+
+
+def gather_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather token vectors of sequences that each rank padded to a length of its own.
+
+    Only real tokens travel; the result is padded to the longest sequence of all ranks.
+
+    Args:
+        tokens: ``[num_sequences, num_tokens, dim]``.
+        mask: ``[num_sequences, num_tokens]``, True = real token.
+
+    Returns:
+        ``[sum of num_sequences, longest, dim]`` (zeros where masked) and its mask.
+    """
+    if world_size() == 1:
+        return tokens, mask
+    num_tokens = mask.sum(1)
+    # The second column is the highest real position + 1: a mask may have gaps.
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    longest = int((mask * positions).max())
+    sizes = gather_lengths(mask.shape[0], int(num_tokens.sum()), longest, device=tokens.device)
+    longest = max(int(sizes[:, 2].max()), 1)
+    own_mask = mask.new_zeros((mask.shape[0], longest))
+    width = min(longest, mask.shape[1])
+    own_mask[:, :width] = mask[:, :width]
+    all_mask = gather_rows(own_mask.to(torch.uint8), sizes[:, 0]).bool()
+    packed = gather_rows(tokens[mask], sizes[:, 1])
+    padded = packed.new_zeros((*all_mask.shape, tokens.shape[-1]))
+    return padded.index_put((all_mask,), packed), all_mask
+
+
+def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Average scalars over ranks in one collective; for logging only."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))

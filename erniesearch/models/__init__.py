@@ -1,0 +1,1 @@
+"""Student encoder, cross-encoder and the joint module."""

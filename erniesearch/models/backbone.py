@@ -1,0 +1,161 @@
+"""Pretrained weights: where they lie, how they load, what a model family needs to know.
+
+Only safetensors are read; nothing is unpickled, and code from a checkpoint runs only if the
+configuration trusts it.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.errors import UserError
+
+
+def resolve(path: str) -> str:
+    """A folder for ``package:NAME`` and for local paths; hub names pass through.
+
+    Raises:
+        UserError: for a package that is not installed or holds no weights, a missing folder, or
+            weights that are not safetensors.
+    """
+    if path.startswith("package:"):
+        name = path.removeprefix("package:")
+        try:
+            spec = importlib.util.find_spec(name)  # finds, does not import
+        except (ValueError, ModuleNotFoundError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"model '{path}': the Python package '{name}' is not installed")
+        for root in spec.submodule_search_locations:
+            for config in sorted(Path(root).rglob("config.json")):
+                if (config.parent / "model.safetensors").is_file():
+                    return str(config.parent)
+        raise UserError(f"model '{path}': the package holds no config.json with model.safetensors")
+    if os.path.isdir(path):
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {path}: no config.json")
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(f"model folder {path}: no model.safetensors (pickles are not read)")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model folder {path}: no such folder")
+    return path
+
+
+def _load(loader: Callable[..., Any], path: str, **options: Any) -> Any:
+    try:
+        return loader(resolve(path), **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        raise UserError(f"model '{path}' does not load: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(settings: StudentConfig | TeacherConfig) -> PreTrainedTokenizerBase:
+    """The checkpoint's fast tokenizer, padding on the right."""
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained, settings.path, revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+    for token in ("cls_token_id", "sep_token_id", "pad_token_id"):
+        if getattr(tokenizer, token, None) is None:
+            raise UserError(f"model '{settings.path}': its tokenizer has no {token[:-3]}")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_path: str,
+    teacher_path: str,
+) -> None:
+    """Teacher and student read the same token ids, so their vocabularies must be equal.
+
+    Raises:
+        UserError: naming both models and the first difference.
+    """
+    first, second = student.get_vocab(), teacher.get_vocab()
+    if first != second:
+        differing = sorted(t for t in first.keys() | second.keys() if first.get(t) != second.get(t))
+        word = differing[0]
+        raise UserError(
+            f"student '{student_path}' and teacher '{teacher_path}' have different vocabularies:"
+            f" {len(first)} and {len(second)} tokens, {len(differing)} differ, the first is"
+            f" {word!r} ({first.get(word)} and {second.get(word)}); take models with one vocabulary"
+        )
+    options = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    for option in options:
+        ours, theirs = (t.init_kwargs.get(option) for t in (student, teacher))
+        if ours is not None and theirs is not None and ours != theirs:
+            raise UserError(
+                f"student '{student_path}' and teacher '{teacher_path}' tokenise differently:"
+                f" {option} is {ours} and {theirs}"
+            )
+
+
+def load_config(settings: StudentConfig | TeacherConfig, **overrides: Any) -> PretrainedConfig:
+    """The checkpoint's configuration with the dropout override applied."""
+    config = _load(
+        AutoConfig.from_pretrained, settings.path, revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code, **overrides,
+    )  # fmt: skip
+    if settings.dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, settings.dropout)
+    return config
+
+
+def load_encoder(settings: StudentConfig, masked_lm: bool = False) -> PreTrainedModel:
+    """The encoder in fp32, without a pooling layer; with its masked-language-model head if asked
+    (then the encoder is ``.base_model``)."""
+    config = load_config(settings)
+    options: dict[str, Any] = {}
+    if masked_lm:
+        loader = AutoModelForMaskedLM.from_pretrained
+    else:
+        loader = AutoModel.from_pretrained
+        model_class = MODEL_MAPPING.get(type(config), None)
+        if model_class and "add_pooling_layer" in inspect.signature(model_class).parameters:
+            options["add_pooling_layer"] = False  # its parameters would never see a gradient
+    return _load(
+        loader, settings.path, config=config, revision=settings.revision, use_safetensors=True,
+        trust_remote_code=settings.trust_remote_code, dtype=torch.float32, **options,
+    )  # fmt: skip
+
+
+def load_classifier(settings: TeacherConfig) -> PreTrainedModel:
+    """The encoder with a one-score classification head in fp32."""
+    return _load(
+        AutoModelForSequenceClassification.from_pretrained, settings.path,
+        config=load_config(settings, num_labels=1), revision=settings.revision,
+        use_safetensors=True, trust_remote_code=settings.trust_remote_code, dtype=torch.float32,
+    )  # fmt: skip
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Longest input in tokens; RoBERTa's positions start after the padding id."""
+    positions = int(getattr(config, "max_position_embeddings", 1 << 30))
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= int(config.pad_token_id or 0) + 1
+    return positions

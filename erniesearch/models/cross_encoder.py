@@ -1,0 +1,185 @@
+"""The teacher: s_ce(q, p) = w · CLS(transformer([CLS] q [SEP] p [SEP])), and its attention.
+
+Pairs are assembled on the device from the token ids the student reads, so attention rows and
+columns are the late-interaction tokens by construction. The attention map itself is never asked
+for: with SDPA, ``output_attentions`` silently returns nothing. Forward hooks keep the last layer's
+query and key projections instead, from which the map follows exactly.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from erniesearch.config import TeacherConfig
+from erniesearch.errors import UserError
+from erniesearch.models.backbone import load_classifier
+
+
+class Pairs(NamedTuple):
+    """Cross-encoder input for N = B·G pairs of longest length L.
+
+    ``query_columns`` ``[N, Lq]`` and ``passage_columns`` ``[N, Lp]`` are where each token of the
+    student's query and passage stands in the pair (padding points anywhere inside).
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    token_type_ids: Tensor
+    query_columns: Tensor
+    passage_columns: Tensor
+
+
+class TeacherAttention(NamedTuple):
+    """Last-layer projections of query rows ``[N, heads, Lq, head_dim]``, of passage columns
+    ``[N, heads, Lp, head_dim]``, and the log-sum-exp of each whole row ``[N, heads, Lq]``."""
+
+    queries: Tensor
+    keys: Tensor
+    lse: Tensor
+
+
+class PairLayout(NamedTuple):
+    """How a model family joins two texts: BERT ``[CLS] q [SEP] p [SEP]``, RoBERTa
+    ``<s> q </s></s> p </s>`` (``double_separator``)."""
+
+    sep_id: int
+    double_separator: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "PairLayout":
+        """Read off the tokenizer's own pair template."""
+        extra = tokenizer.num_special_tokens_to_add(pair=True)
+        if extra not in (3, 4) or tokenizer.num_special_tokens_to_add(pair=False) != 2:
+            raise UserError(
+                f"the tokenizer adds {extra} special tokens to a pair; only BERT's and RoBERTa's"
+                " layouts (3 and 4) are known"
+            )
+        return cls(int(tokenizer.sep_token_id), extra == 4)
+
+
+def assemble_pairs(
+    query_ids: Tensor,
+    query_mask: Tensor,
+    passage_ids: Tensor,
+    passage_mask: Tensor,
+    layout: PairLayout,
+    pad_id: int,
+) -> Pairs:
+    """Join each query ``[B, Lq]`` with the passages of its group ``[B·G, Lp]``.
+
+    Both sides come as ``[CLS] … [SEP] [PAD]…``; the passage's [CLS] is dropped (BERT) or becomes
+    the second separator (RoBERTa).
+    """
+    group_size = passage_ids.shape[0] // query_ids.shape[0]
+    query_ids = query_ids.repeat_interleave(group_size, 0)
+    query_length = query_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)
+    passage_length = passage_mask.sum(1, keepdim=True)
+    # Column of passage token 0; with one separator token 0 ([CLS]) coincides with the query's last.
+    start = query_length - 1 + int(layout.double_separator)
+    length = start + passage_length
+    columns = torch.arange(int(length.max()), device=query_ids.device).expand(len(query_ids), -1)
+    from_query = columns < query_length
+    query_part = query_ids.gather(1, columns.clamp(max=query_ids.shape[1] - 1))
+    passage_part = passage_ids.gather(1, (columns - start).clamp(0, passage_ids.shape[1] - 1))
+    ids = torch.where(from_query, query_part, passage_part)
+    if layout.double_separator:
+        ids = ids.masked_fill(columns == query_length, layout.sep_id)
+    mask = columns < length
+    last = columns.shape[1] - 1
+    tokens_q = torch.arange(query_ids.shape[1], device=ids.device).expand(len(ids), -1)
+    tokens_p = torch.arange(passage_ids.shape[1], device=ids.device).expand(len(ids), -1)
+    return Pairs(
+        ids.masked_fill(~mask, pad_id),
+        mask,
+        (mask & ~from_query).long(),
+        tokens_q.clamp(max=last),
+        (tokens_p + start).clamp(max=last),
+    )
+
+
+class CrossEncoder(nn.Module):
+    """Scores pairs; optionally hands out its last layer's attention projections.
+
+    Args:
+        settings: ``settings.path`` is a pretrained encoder or a saved cross-encoder.
+        capture_attention: install the hooks.
+
+    Raises:
+        UserError: if attention is wanted from a model without query/key projections per layer.
+    """
+
+    def __init__(self, settings: TeacherConfig, capture_attention: bool = False) -> None:
+        super().__init__()
+        self.model = load_classifier(settings)
+        self.num_heads = int(getattr(self.model.config, "num_attention_heads", 0))
+        self.uses_token_types = int(getattr(self.model.config, "type_vocab_size", 0) or 0) >= 2
+        self._captured: dict[str, Tensor] = {}
+        if capture_attention:
+            self._install_hooks(settings.path)
+
+    def _install_hooks(self, path: str) -> None:
+        base = self.model.base_model
+        layers = getattr(getattr(base, "encoder", None), "layer", None)
+        attention = (
+            getattr(getattr(layers[-1], "attention", None), "self", None) if layers else None
+        )
+        for name in ("query", "key"):
+            projection = getattr(attention, name, None)
+            if not isinstance(projection, nn.Linear):
+                raise UserError(
+                    f"teacher '{path}' ({self.model.config.model_type}) cannot give attention: its"
+                    " last layer has no query and key projections (BERT, ERNIE, RoBERTa, ELECTRA"
+                    " and XLM-R have); set the stages' weights.attention to 0"
+                )
+            projection.register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._captured[name] = output.detach()
+
+        return hook
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        """Scores ``[N]`` in fp32."""
+        types = {"token_type_ids": pairs.token_type_ids} if self.uses_token_types else {}
+        output = self.model(input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), **types)
+        return output.logits.squeeze(-1).float()
+
+    @torch.no_grad()
+    def attention(self, pairs: Pairs, chunk: int = 64) -> TeacherAttention:
+        """The projections behind the last forward's attention, detached.
+
+        The row's log-sum-exp covers every real token of the pair, so that
+        ``exp(q·k/√d - lse)`` is the attention the model really paid; chunks of pairs bound the
+        memory.
+        """
+        queries, keys = (self._split_heads(self._captured.pop(n)) for n in ("query", "key"))
+        own_queries = _take(queries, pairs.query_columns)
+        lse = []
+        for begin in range(0, len(queries), chunk):
+            part = slice(begin, begin + chunk)
+            scores = own_queries[part].float() @ keys[part].float().transpose(-1, -2)
+            scores = scores / math.sqrt(queries.shape[-1])
+            scores.masked_fill_(~pairs.mask[part, None, None, :], float("-inf"))
+            lse.append(scores.logsumexp(-1))
+        return TeacherAttention(own_queries, _take(keys, pairs.passage_columns), torch.cat(lse))
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        """``[N, L, heads·d]`` to ``[N, heads, L, d]``."""
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write ``state`` (this module's, gathered) as a transformers folder."""
+        own = {k.removeprefix("model."): v.float().contiguous() for k, v in state.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, state_dict=own)
+
+
+def _take(states: Tensor, columns: Tensor) -> Tensor:
+    """Columns ``[N, M]`` of ``[N, heads, L, d]``."""
+    index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, index)

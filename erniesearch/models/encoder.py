@@ -1,0 +1,117 @@
+"""The student: one transformer, two heads.
+
+    dual-encoder      u = pool(H)                        pool: first token, or mean over tokens
+    late interaction  E = normalize(H · W_li)            W_li: [hidden, late_interaction_dim]
+
+H are the token states. Queries and passages share the transformer unless ``tied`` is false.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from erniesearch.config import StudentConfig
+from erniesearch.errors import UserError
+from erniesearch.models.backbone import load_encoder
+
+Side = Literal["query", "passage"]
+HEAD_FILE = "late_interaction.safetensors"
+
+
+class Encoded(NamedTuple):
+    """``vectors`` ``[N, hidden]`` and ``tokens`` ``[N, L, late_interaction_dim]`` (unit length);
+    what was not asked for is None."""
+
+    vectors: Tensor | None
+    tokens: Tensor | None
+
+
+class StudentEncoder(nn.Module):
+    """Dual-encoder and late interaction over one pretrained encoder.
+
+    Args:
+        settings: ``settings.path`` is a pretrained encoder, or a folder written by :meth:`save`.
+        masked_lm: also load the language-model head (post-training).
+    """
+
+    def __init__(self, settings: StudentConfig, masked_lm: bool = False) -> None:
+        super().__init__()
+        self.settings = settings
+        self.masked_lm: PreTrainedModel | None = None
+        if masked_lm:
+            self.masked_lm = load_encoder(settings, masked_lm=True)
+            self.query_tower = self.masked_lm.base_model
+        else:
+            self.query_tower = load_encoder(settings)
+        self.passage_tower = self.query_tower
+        folder = Path(settings.path)
+        if not settings.tied:
+            own = folder / "passage_tower"
+            path = str(own) if own.is_dir() else settings.path
+            self.passage_tower = load_encoder(replace(settings, path=path))
+        hidden = self.query_tower.config.hidden_size
+        self.projection = nn.Linear(hidden, settings.late_interaction_dim, bias=False)
+        if (folder / HEAD_FILE).is_file():
+            weight = load_file(folder / HEAD_FILE)["linear.weight"]
+            if weight.shape != self.projection.weight.shape:
+                raise UserError(
+                    f"{folder / HEAD_FILE}: shape {tuple(weight.shape)}, but"
+                    f" student.late_interaction_dim and hidden size make"
+                    f" {tuple(self.projection.weight.shape)}"
+                )
+            self.projection.weight.data.copy_(weight)
+
+    def forward(
+        self, input_ids: Tensor, mask: Tensor, side: Side, vectors: bool = True, tokens: bool = True
+    ) -> Encoded:
+        """Encode ``[N, L]`` token ids; ``mask`` is True on real tokens."""
+        tower = self.query_tower if side == "query" else self.passage_tower
+        states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        return Encoded(
+            self._pool(states, mask) if vectors else None,
+            F.normalize(self.projection(states).float(), dim=-1) if tokens else None,
+        )
+
+    def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        if self.settings.pooling == "cls":
+            pooled = states[:, 0].float()
+        else:
+            weights = mask.unsqueeze(-1).to(states.dtype)
+            pooled = (states * weights).float().sum(1) / weights.float().sum(1).clamp(min=1)
+        return F.normalize(pooled, dim=-1) if self.settings.normalize else pooled
+
+    def masked_lm_loss(self, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the masked words, ``labels`` -100 where nothing is predicted."""
+        assert self.masked_lm is not None
+        logits = self.masked_lm(input_ids=input_ids, attention_mask=mask.long()).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write ``state`` (this module's, gathered) as safetensors that :meth:`__init__` reads."""
+        _save_tower(self.query_tower, folder, state, "query_tower.")
+        if not self.settings.tied:
+            _save_tower(self.passage_tower, folder / "passage_tower", state, "passage_tower.")
+        weight = state["projection.weight"].float().contiguous()
+        save_file({"linear.weight": weight}, folder / HEAD_FILE)
+
+
+def _save_tower(tower: nn.Module, folder: Path, state: dict[str, Tensor], prefix: str) -> None:
+    own = {
+        name.removeprefix(prefix): value.float().contiguous()
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tower.save_pretrained(folder, state_dict=own)
+
+
+@torch.no_grad()
+def content_mask(input_ids: Tensor, mask: Tensor, special_ids: Tensor) -> Tensor:
+    """Real tokens that are neither [CLS] nor [SEP], ``[N, L]``."""
+    return mask & ~torch.isin(input_ids, special_ids)

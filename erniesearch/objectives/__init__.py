@@ -1,0 +1,1 @@
+"""Scores and losses: tensors in, tensors out."""

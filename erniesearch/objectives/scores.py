@@ -1,0 +1,85 @@
+"""Scores of the three models, and which of them count.
+
+s_de(q,p) = <u_q, u_p> / tau_de
+s_li(q,p) = sum over query tokens i of max over passage tokens j of <E_qi, E_pj> / tau_li
+"""
+
+from typing import Literal
+
+import torch
+from erniesearch_kernels import maxsim, maxsim_attention_kl
+from torch import Tensor
+
+Kernels = Literal["auto", "triton", "torch", "eager"]
+
+
+def dual_encoder_scores(query_vectors: Tensor, passage_vectors: Tensor, tau: float) -> Tensor:
+    """``[B, hidden]`` against ``[P, hidden]`` to ``[B, P]``."""
+    return query_vectors @ passage_vectors.T / tau
+
+
+def late_interaction_scores(
+    query_tokens: Tensor,
+    query_mask: Tensor,
+    passage_tokens: Tensor,
+    passage_mask: Tensor,
+    tau: float,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """``[B, Lq, dim]`` against ``[P, Lp, dim]`` to ``[B, P]``; masks are True on real tokens."""
+    scores = maxsim(query_tokens, passage_tokens, query_mask, passage_mask, backend=kernels)
+    return scores / tau
+
+
+def attention_kl(
+    query_tokens: Tensor,
+    query_mask: Tensor,
+    passage_tokens: Tensor,
+    passage_mask: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_lse: Tensor,
+    tau: float,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """Mean over the group's pairs and query tokens i of
+
+        KL(A_i ‖ softmax over j of <E_qi, E_pj>/tau)
+
+    where A_i is the head mean of the teacher's last-layer attention from query token i, cut to the
+    passage's tokens and renormalised. ``passage_tokens`` ``[B·G, Lp, dim]`` and the teacher's
+    tensors ``[B·G, heads, …]`` hold each query's own group; masks exclude [CLS] and [SEP]. Pairs
+    without a query or passage token left count as 0.
+    """
+    num_queries = query_tokens.shape[0]
+
+    def grouped(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (num_queries, -1))
+
+    _, divergence = maxsim_attention_kl(
+        query_tokens, grouped(passage_tokens), grouped(teacher_queries), grouped(teacher_keys),
+        tau, query_mask, grouped(passage_mask), teacher_lse=grouped(teacher_lse), backend=kernels,
+    )  # fmt: skip
+    return divergence.mean()
+
+
+@torch.no_grad()
+def candidate_mask(relevant_index: Tensor, passage_index: Tensor, labels: Tensor) -> Tensor:
+    """Which passages count as candidates of each query: ``[B, P]``, False for false negatives.
+
+    A passage that the qrels call relevant to the query is no negative of it, whichever query's
+    group it came with; nor is another copy of its positive. The positive itself stays.
+
+    Args:
+        relevant_index: ``[B, R]`` corpus positions relevant to each query, -1 filled up.
+        passage_index: ``[P]`` corpus position of each gathered passage.
+        labels: ``[B]`` column of each query's positive.
+    """
+    relevant = (relevant_index[:, :, None] == passage_index).any(1)
+    return (~relevant).scatter(1, labels[:, None], True)
+
+
+def own_group(scores: Tensor, labels: Tensor, group_size: int) -> Tensor:
+    """Columns of each query's own group, ``[B, P]`` to ``[B, G]``; the positive stands first."""
+    columns = labels[:, None] + torch.arange(group_size, device=scores.device)
+    return scores.gather(1, columns)

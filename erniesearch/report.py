@@ -1,0 +1,113 @@
+"""The table at the end of a run, for the terminal and for ``summary.md``."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from erniesearch.errors import UserError
+from erniesearch.retrieval.evaluate import METRICS, Estimate
+from erniesearch.stages import write_atomically
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system: what it is, its run file, its metrics."""
+
+    name: str
+    run_file: str
+    metrics: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``evaluation.json`` holds."""
+
+    dataset: str
+    split: str
+    num_queries: int
+    num_passages: int
+    rerank_depth: int
+    stages: dict[str, dict[str, float]]
+    rows: list[Row]
+
+    def save(self, root: Path) -> None:
+        """Write ``evaluation.json`` and ``summary.md``."""
+        write_atomically(root / "evaluation.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(root / "summary.md", self.markdown())
+
+    @classmethod
+    def load(cls, root: Path) -> "Report":
+        """Read ``evaluation.json``.
+
+        Raises:
+            UserError: if the run has not been evaluated.
+        """
+        path = root / "evaluation.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; `erniesearch run` writes it at its end")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            Row(row["name"], row["run_file"],
+                {name: Estimate(**value) for name, value in row["metrics"].items()})
+            for row in content.pop("rows")
+        ]  # fmt: skip
+        return cls(rows=rows, **content)
+
+    def _cells(self, row: Row) -> list[str]:
+        return [f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in
+                (row.metrics[name] for name in METRICS)]  # fmt: skip
+
+    @property
+    def caption(self) -> str:
+        """What was measured on what."""
+        return (
+            f"{self.dataset}, {self.split}: {self.num_queries} queries, {self.num_passages}"
+            f" passages; late interaction and cross-encoder rerank the dual-encoder's top"
+            f" {self.rerank_depth}; 95 % bootstrap intervals over queries"
+        )
+
+    def markdown(self) -> str:
+        """The summary: table, stages, where the files are."""
+        lines = ["# Summary", "", self.caption, ""]
+        lines.append("| | " + " | ".join(METRICS) + " |")
+        lines.append("|---" * (len(METRICS) + 1) + "|")
+        lines += [f"| {row.name} | " + " | ".join(self._cells(row)) + " |" for row in self.rows]
+        lines += ["", "## Stages", "", "| stage | updates | seconds training | last loss |",
+                  "|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"| {name} | {facts['steps']:.0f} | {facts['seconds']:.0f} | {facts['loss']:.3f} |"
+            for name, facts in self.stages.items()
+        ]
+        lines += ["", "## Files", ""]
+        lines += [f"- `{row.run_file}`: TREC run of *{row.name}*" for row in self.rows]
+        lines += [
+            "- `exports/`: folders for sentence-transformers, PyLate and transformers",
+            "- `index/`: FAISS index of the whole corpus by the last dual-encoder",
+            "- `stages/NAME/metrics.jsonl`, `stages/NAME/tensorboard`: every loss term",
+            "- `config.yaml`: the resolved configuration",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def show(self, console: Console) -> None:
+        """Print the table."""
+        table = Table(title=self.caption, title_style="", title_justify="left")
+        table.add_column("")
+        for name in METRICS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(row.name, *self._cells(row))
+        console.print(table)
+
+
+def stage_facts(folder: Path) -> dict[str, float]:
+    """Updates, seconds and last loss from a stage's ``metrics.jsonl``."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return {
+        "steps": records[-1]["step"],
+        "seconds": sum(record["speed"]["seconds"] for record in records),
+        "loss": records[-1]["loss"],
+    }

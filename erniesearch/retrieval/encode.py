@@ -1,0 +1,115 @@
+"""Encode texts with a trained student; score pairs with a cross-encoder."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.data.collate import encode_texts
+from erniesearch.models.backbone import load_tokenizer
+from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
+from erniesearch.models.encoder import Side, StudentEncoder
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def length_sorted_batches(
+    texts: list[str], batch_size: int
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Positions and texts, longest first, so that a batch pads little."""
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    for start in range(0, len(order), batch_size):
+        positions = order[start : start + batch_size]
+        yield positions, [texts[i] for i in positions]
+
+
+class Retriever:
+    """A student ready to encode.
+
+    Args:
+        settings: ``settings.path`` is a pretrained encoder or a stage's student.
+    """
+
+    def __init__(
+        self,
+        settings: StudentConfig,
+        max_query_length: int,
+        max_passage_length: int,
+        batch_size: int = 32,
+        device: torch.device | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.device = device or default_device()
+        self.tokenizer = load_tokenizer(settings)
+        torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
+        self.student = StudentEncoder(settings).to(self.device).eval()
+        self.lengths = {"query": max_query_length, "passage": max_passage_length}
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def vectors(self, texts: list[str], side: Side) -> np.ndarray:
+        """Dual-encoder vectors ``[len(texts), hidden]``, fp32."""
+        hidden = self.student.query_tower.config.hidden_size
+        out = np.empty((len(texts), hidden), dtype=np.float32)
+        for positions, part in length_sorted_batches(texts, self.batch_size):
+            ids, mask = self._tensors(part, side)
+            out[positions] = self.student(ids, mask, side, tokens=False).vectors.cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def tokens(self, texts: list[str], side: Side) -> list[Tensor]:
+        """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
+        out: list[Tensor] = [torch.empty(0)] * len(texts)
+        for positions, part in length_sorted_batches(texts, self.batch_size):
+            ids, mask = self._tensors(part, side)
+            encoded = self.student(ids, mask, side, vectors=False).tokens
+            for position, row, row_mask in zip(positions, encoded, mask, strict=True):
+                out[position] = row[row_mask].half().cpu()
+        return out
+
+    def _tensors(self, texts: list[str], side: Side) -> tuple[Tensor, Tensor]:
+        ids, mask = encode_texts(self.tokenizer, texts, self.lengths[side])
+        return ids.to(self.device), mask.to(self.device)
+
+
+class PairScorer:
+    """A cross-encoder ready to score (query, passage) pairs."""
+
+    def __init__(
+        self,
+        settings: TeacherConfig,
+        max_query_length: int,
+        max_passage_length: int,
+        batch_size: int = 32,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or default_device()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings)
+        self.layout = PairLayout.of(self.tokenizer)
+        self.model = CrossEncoder(settings).to(self.device).eval()
+        self.lengths = (max_query_length, max_passage_length)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
+        """Scores ``[len(queries)]`` of the pairs (queries[i], passages[i])."""
+        assert len(queries) == len(passages)
+        out = np.empty(len(queries), dtype=np.float32)
+        joined = [
+            f"{q} {p}" for q, p in zip(queries, passages, strict=True)
+        ]  # only its length is used
+        for positions, _ in length_sorted_batches(joined, self.batch_size):
+            query = encode_texts(self.tokenizer, [queries[i] for i in positions], self.lengths[0])
+            passage = encode_texts(
+                self.tokenizer, [passages[i] for i in positions], self.lengths[1]
+            )
+            inputs = [tensor.to(self.device) for tensor in (*query, *passage)]
+            pairs = assemble_pairs(*inputs, self.layout, int(self.tokenizer.pad_token_id))
+            out[positions] = self.model(pairs).cpu().numpy()
+        return out

@@ -1,0 +1,88 @@
+"""Metrics by ir-measures, with bootstrap intervals over queries."""
+
+from dataclasses import dataclass
+
+import ir_measures
+import numpy as np
+from ir_measures import RR, R, nDCG
+
+from erniesearch.config import EvaluationConfig
+from erniesearch.data.bm25 import BM25
+from erniesearch.data.formats import RetrievalData, Run
+from erniesearch.errors import UserError
+
+METRICS = {"MRR@10": RR @ 10, "nDCG@10": nDCG @ 10, "R@10": R @ 10, "R@100": R @ 100}
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over queries with a 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def per_query_metrics(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
+    """Each metric's value for every query of the qrels, ``[num_queries]`` in their order.
+
+    A query without results counts as 0 (as in MS MARCO's evaluation; trec_eval without ``-c``
+    leaves it out).
+    """
+    values = {name: dict.fromkeys(qrels, 0.0) for name in METRICS}
+    name_of = {measure: name for name, measure in METRICS.items()}
+    for result in ir_measures.iter_calc(list(METRICS.values()), qrels, run):
+        values[name_of[result.measure]][result.query_id] = result.value
+    return {name: np.array(list(by_query.values())) for name, by_query in values.items()}
+
+
+def estimate(values: np.ndarray, seed: int) -> Estimate:
+    """Mean and percentile bootstrap (1,000 resamples of the queries)."""
+    rng = np.random.default_rng([seed, 5])
+    picks = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def evaluation_subset(data: RetrievalData, settings: EvaluationConfig, seed: int) -> RetrievalData:
+    """The collection to search: the drawn queries, their relevant passages and the distractors.
+
+    Raises:
+        UserError: if there are fewer queries or distractors than asked for.
+    """
+    rng = np.random.default_rng([seed, 6])
+    relevant = data.relevant()
+    qids = list(relevant)
+    if settings.max_queries is not None and settings.max_queries < len(qids):
+        qids = [qids[i] for i in sorted(rng.permutation(len(qids))[: settings.max_queries])]
+    qrels = {qid: data.qrels[qid] for qid in qids}
+    queries = {qid: data.queries[qid] for qid in qids}
+    keep = np.ones(len(data.pids), dtype=bool)
+    if settings.num_distractors is not None:
+        judged = {pid for grades in qrels.values() for pid in grades}
+        keep = np.array([pid in judged for pid in data.pids])
+        others = np.flatnonzero(~keep)
+        if settings.num_distractors > len(others):
+            raise UserError(
+                f"evaluation.num_distractors is {settings.num_distractors}, the corpus has"
+                f" {len(others)} passages besides the judged ones: lower it, or null for all"
+            )
+        keep[rng.permutation(others)[: settings.num_distractors]] = True
+    rows = np.flatnonzero(keep)
+    return RetrievalData(
+        [data.pids[i] for i in rows], [data.passages[i] for i in rows], queries, qrels
+    )
+
+
+def bm25_run(data: RetrievalData, depth: int, stemmer: str | None) -> Run:
+    """BM25 over the same passages; passages that share no word with the query are left out."""
+    rows, scores = BM25(data.passages, stemmer).search(list(data.queries.values()), depth)
+    return {
+        qid: {
+            data.pids[row]: float(s)
+            for row, s in zip(query_rows, query_scores, strict=True)
+            if s > 0
+        }
+        for qid, query_rows, query_scores in zip(data.queries, rows, scores, strict=True)
+    }

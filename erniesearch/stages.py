@@ -1,0 +1,217 @@
+"""How stages depend on one another, where a run keeps its files, and when a result is still good.
+
+    base ─ post_train ─┬─ contrastive (baseline)
+                       └─ interaction ─┬─ mine ─ cascade ─ export, evaluate
+    base ─ teacher ────────────────────┘
+
+A stage whose ``steps`` are 0 is left out and its successors start from its predecessor.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from erniesearch.config import LossWeights, RunConfig, StageConfig
+from erniesearch.errors import UserError
+
+STUDENT_CHAIN = {
+    "post_train": (),
+    "contrastive": ("post_train",),
+    "interaction": ("post_train",),
+    "teacher": (),
+    "mine": ("interaction", "post_train"),
+    "cascade": ("interaction", "post_train"),
+}
+
+
+def needs_student(weights: LossWeights) -> bool:
+    """Whether any term of the objective runs the student."""
+    return any(value for key, value in asdict(weights).items() if key != "ce")
+
+
+def needs_teacher(weights: LossWeights) -> bool:
+    """Whether any term of the objective runs the cross-encoder."""
+    return bool(weights.ce or weights.ce_to_li or weights.ce_to_de or weights.attention)
+
+
+def is_enabled(config: RunConfig, stage: str) -> bool:
+    """Whether the run contains this stage."""
+    settings = getattr(config.stages, stage)
+    return settings.enabled if stage == "mine" else settings.steps > 0
+
+
+def student_source(config: RunConfig, stage: str) -> str | None:
+    """The stage whose student this stage starts from; None for the pretrained weights."""
+    return next((name for name in STUDENT_CHAIN[stage] if is_enabled(config, name)), None)
+
+
+def teacher_source(config: RunConfig, stage: str) -> str | None:
+    """The stage whose cross-encoder this stage starts from; None for the pretrained weights."""
+    wanted = stage in ("mine", "cascade") and is_enabled(config, "teacher")
+    return "teacher" if wanted else None
+
+
+def final_student(config: RunConfig) -> str | None:
+    """The last stage that trains the students; None if there is none."""
+    order = ("cascade", "interaction", "post_train", "contrastive")
+    return next((name for name in order if is_enabled(config, name)), None)
+
+
+def final_teacher(config: RunConfig) -> str | None:
+    """The last stage that trains the cross-encoder; None if there is none."""
+    cascade = config.stages.cascade
+    if cascade.steps and needs_teacher(cascade.weights):
+        return "cascade"
+    return "teacher" if is_enabled(config, "teacher") else None
+
+
+class RunFolder:
+    """Paths inside ``run_dir``.
+
+    ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
+    ``exports/``, ``index/``, ``runs/*.trec`` and ``summary.md`` are for the user.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.root = Path(run_dir)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage (training stages, ``bm25``, ``mine``)."""
+        return self.root / "stages" / name
+
+    def model(self, stage: str, part: str) -> Path:
+        """Folder of ``part`` ('student' or 'teacher') as ``stage`` left it."""
+        return self.stage(stage) / "model" / part
+
+    def negatives(self, kind: str) -> Path:
+        """The hard negatives' file, kind 'bm25' or 'mined'."""
+        return self.stage("mine" if kind == "mined" else "bm25") / "negatives.jsonl"
+
+    def export(self, kind: str) -> Path:
+        """Export folder: 'dual_encoder', 'late_interaction' or 'cross_encoder'."""
+        return self.root / "exports" / kind
+
+    @property
+    def index(self) -> Path:
+        """The FAISS folder of the final dual-encoder."""
+        return self.root / "index"
+
+    @property
+    def runs(self) -> Path:
+        """TREC run files."""
+        return self.root / "runs"
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """One sha256 over names and contents of the files that exist."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            stat = path.stat()
+            line = f"{path.name}:{_file_hash(str(path), stat.st_size, stat.st_mtime_ns)}\n"
+            digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def data_hash(config: RunConfig) -> str:
+    """Hash of corpus, queries and qrels."""
+    root = Path(config.data.path)
+    return hash_files([root / "corpus.jsonl", root / "queries.jsonl", *root.glob("qrels/*.tsv")])
+
+
+def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
+    """Hash of everything that decides a stage's result: settings, data, and upstream stages.
+
+    ``world_size`` is the number of ranks of a training stage. Settings that change only speed or
+    logging are left out, so that changing them redoes nothing.
+    """
+    settings: dict[str, Any] = {"stage": stage, "seed": config.seed, "data": asdict(config.data)}
+    settings["files"] = data_hash(config)
+    upstream: list[str] = []
+    if stage == "bm25":
+        settings["stemmer"] = config.evaluation.bm25_stemmer
+    elif stage in ("evaluate", "export"):
+        settings["evaluation"] = asdict(config.evaluation) if stage == "evaluate" else {}
+        settings["models"] = [asdict(config.student), asdict(config.teacher)]
+        settings["objective"] = asdict(config.objective)
+        upstream = [name for name in STUDENT_CHAIN if name != "mine" and is_enabled(config, name)]
+    else:
+        settings["models"] = [asdict(config.student), asdict(config.teacher)]
+        stage_config = getattr(config.stages, stage)
+        settings["settings"] = asdict(stage_config)
+        sources = {student_source(config, stage), teacher_source(config, stage)}
+        upstream = sorted(name for name in sources if name)
+        if isinstance(stage_config, StageConfig):
+            settings["objective"] = asdict(config.objective)
+            training = asdict(config.training)
+            for key in ("log_every", "save_every", "num_workers", "threads_per_process",
+                        "num_processes", "activation_checkpointing"):  # fmt: skip
+                training.pop(key)
+            settings["training"] = training | {"world_size": world_size}
+            if stage_config.negatives != "random":
+                upstream.append("mine" if stage_config.negatives == "mined" else "bm25")
+        else:
+            settings["cascade"] = asdict(config.stages.cascade) | {"world_size": world_size}
+            upstream.append("bm25")
+    settings["upstream"] = [fingerprint(config, name, world_size) for name in upstream]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(folder: Path, expected: str) -> bool:
+    """Whether ``folder`` holds a finished result made from the same inputs."""
+    marker = folder / "done.json"
+    if not marker.is_file():
+        return False
+    try:
+        return bool(json.loads(marker.read_text())["fingerprint"] == expected)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{marker}: damaged; delete it to redo this stage") from None
+
+
+def mark_done(folder: Path, expected: str, **facts: object) -> None:
+    """Write ``done.json`` last and atomically: a folder without it is unfinished."""
+    write_atomically(
+        folder / "done.json", json.dumps({"fingerprint": expected, **facts}, indent=2) + "\n"
+    )
+
+
+def claim(folder: Path, expected: str) -> None:
+    """Prepare a stage's folder: keep unfinished work made from the same inputs, set other work
+    aside as ``NAME.stale-K`` (nothing is deleted)."""
+    started = folder / "started.json"
+    if folder.exists() and any(folder.iterdir()):
+        same = started.is_file() and json.loads(started.read_text())["fingerprint"] == expected
+        if not same:
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.stale-{number}")).exists():
+                number += 1
+            shutil.move(folder, aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not started.exists():
+        write_atomically(started, json.dumps({"fingerprint": expected}) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, sync, rename: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)

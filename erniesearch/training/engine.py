@@ -1,0 +1,90 @@
+"""One DeepSpeed engine around the joint module."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from erniesearch.config import StageConfig, TrainingConfig
+from erniesearch.errors import UserError
+from erniesearch.models.joint import JointModel
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """``auto`` is bf16 on a GPU that has it, fp32 elsewhere."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def zero_section(training: TrainingConfig) -> dict[str, Any]:
+    """The ``zero_optimization`` section of DeepSpeed's configuration.
+
+    Raises:
+        UserError: if zero_json is missing, broken, or holds more than that section.
+    """
+    if training.zero_json is None:
+        return {"stage": 1 if training.zero_stage is None else training.zero_stage}
+    path = Path(training.zero_json)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"training.zero_json: {path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(content, dict) or set(content) != {"zero_optimization"}:
+        extra = sorted(set(content) - {"zero_optimization"}) if isinstance(content, dict) else []
+        raise UserError(
+            f"{path}: holds {extra or 'no zero_optimization'}; it must hold the zero_optimization"
+            " section only: batch size, precision and clipping have one place, the run's config"
+        )
+    return dict(content["zero_optimization"])
+
+
+def build_engine(
+    model: JointModel, training: TrainingConfig, stage: StageConfig, device: torch.device
+) -> "deepspeed.DeepSpeedEngine":
+    """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``."""
+    # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a
+    # minute, and a compiler); gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups = list(
+        model.parameter_groups(
+            stage.student_lr, stage.head_lr, stage.teacher_lr, training.weight_decay
+        )
+    )
+    assert groups, "the stage trains nothing"
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    zero = zero_section(training)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": stage.queries_per_rank,
+            "gradient_accumulation_steps": stage.accumulation_steps,
+            "gradient_clipping": training.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": use_bf16(training.precision, device)},
+            "steps_per_print": 1 << 31,
+        },
+    )
+    return engine
+
+
+def gathered_state(engine: "deepspeed.DeepSpeedEngine") -> dict[str, torch.Tensor]:
+    """The module's parameters by name on the CPU; with ZeRO-3 the shards are gathered one
+    parameter at a time. Every rank must call it; ranks other than 0 get an empty dict."""
+    main = torch.distributed.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if main:
+                state[name] = parameter.detach().cpu().clone()
+    return state

@@ -1,0 +1,90 @@
+"""What a user sees of a training: progress, metrics.jsonl, TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Monitor:
+    """Rank 0's log of a stage; lines after ``start_step`` left by a killed run are dropped.
+
+    ``metrics.jsonl`` has one line per logged update: step, every term, learning rates, gradient
+    norm; and under ``speed`` what depends on the machine.
+    """
+
+    def __init__(self, folder: Path, name: str, start_step: int, steps: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._truncate(start_step)
+        self.handle = self.path.open("a", encoding="utf-8")
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.console = Console(stderr=True)
+        self.name, self.steps, self.start_step = name, steps, start_step
+        self.started = self.printed = time.monotonic()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task(name, total=steps, completed=start_step, note="")
+
+    def __enter__(self) -> "Monitor":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+        self.handle.close()
+        self.writer.close()
+
+    def _truncate(self, start_step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break  # the line a kill cut short; nothing follows it
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def log(
+        self, step: int, terms: dict[str, float], rates: dict[str, float], speed: dict[str, float]
+    ) -> None:
+        """Write one update's figures; ``step`` counts from 1."""
+        line = {"step": step, **terms, "learning_rate": rates, "speed": speed}
+        self.handle.write(json.dumps(line) + "\n")
+        self.handle.flush()
+        for prefix, values in (("loss", terms), ("learning_rate", rates), ("speed", speed)):
+            for key, value in values.items():
+                self.writer.add_scalar(f"{prefix}/{key}", value, step)
+        note = f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
+        self.progress.update(self.task, completed=step, note=note)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.printed > 20 or step == self.steps):
+            self.printed = now
+            left = (now - self.started) / (step - self.start_step) * (self.steps - step)
+            self.console.print(
+                f"{self.name} {step}/{self.steps}  {note}"
+                f"  {speed['tokens_per_second']:.0f} tokens/s  {left:.0f} s left",
+                highlight=False,
+            )

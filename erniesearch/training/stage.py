@@ -1,0 +1,181 @@
+"""What a stage is made of: its model, its batches, its learning rates."""
+
+import math
+from dataclasses import replace
+
+from rich.console import Console
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from erniesearch import distributed, stages
+from erniesearch.config import (
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+    training_stages,
+)
+from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
+from erniesearch.data.formats import RetrievalData, read_negatives
+from erniesearch.data.sampler import GroupSampler
+from erniesearch.errors import UserError
+from erniesearch.models.backbone import (
+    check_same_vocabulary,
+    load_config,
+    load_tokenizer,
+    max_positions,
+)
+from erniesearch.models.cross_encoder import CrossEncoder
+from erniesearch.models.encoder import StudentEncoder
+from erniesearch.models.joint import JointModel
+
+
+def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTokenizerBase]:
+    """The joint module of a stage with just the parts its terms need, and the tokenizer.
+
+    Raises:
+        UserError: if vocabularies differ, inputs are longer than the models' positions, or a
+            model the stage starts from has not been trained yet.
+    """
+    stage: StageConfig = getattr(config.stages, name)
+    student_settings, teacher_settings = part_settings(config, name)
+    tokenizer = load_tokenizer(student_settings)
+    # New heads are the same on every rank and for every number of ranks.
+    distributed.seed_everything(config.seed, 4)
+    student = teacher = None
+    query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
+    if stages.needs_student(stage.weights):
+        _check_length(load_config(student_settings), student_settings.path,
+                      max(query_length, passage_length))  # fmt: skip
+        student = StudentEncoder(student_settings, masked_lm=bool(stage.weights.mlm))
+    if stages.needs_teacher(stage.weights):
+        check_same_vocabulary(
+            tokenizer,
+            load_tokenizer(teacher_settings),
+            student_settings.path,
+            teacher_settings.path,
+        )
+        _check_length(load_config(teacher_settings), teacher_settings.path,
+                      query_length + passage_length)  # fmt: skip
+        teacher = CrossEncoder(teacher_settings, capture_attention=bool(stage.weights.attention))
+        if not stage.weights.ce and config.objective.detach_targets:
+            teacher.requires_grad_(False)
+    model = JointModel(student, teacher, stage.weights, config.objective, tokenizer, config.seed)
+    return model, tokenizer
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Everything about the pretrained models that can be wrong before a stage is trained.
+
+    Raises:
+        UserError: as :func:`build_model` would in the middle of a pipeline.
+    """
+    student = config.student
+    teacher = base_teacher(config)
+    tokenizer = load_tokenizer(student)
+    weights = [stage.weights for stage in training_stages(config).values() if stage.steps]
+    query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
+    _check_length(load_config(student), student.path, max(query_length, passage_length))
+    if any(map(stages.needs_teacher, weights)):
+        check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
+        _check_length(load_config(teacher), teacher.path, query_length + passage_length)
+        if any(w.attention for w in weights):
+            CrossEncoder(teacher, capture_attention=True)
+
+
+def base_teacher(config: RunConfig) -> TeacherConfig:
+    """The teacher's pretrained weights: its own, or the student's."""
+    if config.teacher.path:
+        return config.teacher
+    return replace(config.teacher, path=config.student.path, revision=config.student.revision)
+
+
+def part_settings(config: RunConfig, name: str) -> tuple[StudentConfig, TeacherConfig]:
+    """Student and teacher settings with ``path`` set to what the stage starts from."""
+    folder = stages.RunFolder(config.run_dir)
+    student, teacher = config.student, base_teacher(config)
+    if source := stages.student_source(config, name):
+        student = replace(student, path=_trained(folder, name, source, "student"), revision=None)
+    if source := stages.teacher_source(config, name):
+        teacher = replace(teacher, path=_trained(folder, name, source, "teacher"), revision=None)
+    return student, teacher
+
+
+def _trained(folder: stages.RunFolder, name: str, source: str, part: str) -> str:
+    path = folder.model(source, part)
+    if not path.is_dir():
+        raise UserError(
+            f"stage {name} starts from the {part} of stage {source}, which is not trained yet"
+            f" ({path} is missing): train {source} first, or start `erniesearch run`"
+        )
+    return str(path)
+
+
+def _check_length(config: PretrainedConfig, path: str, needed: int) -> None:
+    limit = max_positions(config)
+    if needed > limit:
+        raise UserError(
+            f"model '{path}' reads at most {limit} tokens, the data settings need {needed}: lower"
+            " data.max_query_length or data.max_passage_length"
+        )
+
+
+def build_batches(
+    config: RunConfig, name: str, data: RetrievalData, tokenizer: PreTrainedTokenizerBase
+) -> StepBatches:
+    """This rank's batches of the stage."""
+    stage: StageConfig = getattr(config.stages, name)
+    world_size = distributed.world_size()
+    collator: GroupCollator | SpanCollator
+    lengths = (config.data.max_query_length, config.data.max_passage_length)
+    sampler = build_sampler(config, name, data, world_size)
+    if name == "post_train":
+        collator = SpanCollator(data, tokenizer, *lengths, config.seed, stage.weights.mlm > 0)
+    else:
+        collator = GroupCollator(data, sampler.qids, tokenizer, *lengths)
+    if distributed.is_main() and stage.negatives != "random" and sampler.num_short:
+        Console(stderr=True).print(
+            f"{name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
+            f" {stage.num_negatives} hard negatives; random passages fill their groups",
+            highlight=False,
+        )
+    return StepBatches(
+        sampler, collator, stage.steps, stage.accumulation_steps, distributed.rank(),
+        stage.queries_per_rank, world_size,
+    )  # fmt: skip
+
+
+def build_sampler(
+    config: RunConfig, name: str, data: RetrievalData, world_size: int
+) -> GroupSampler:
+    """The stage's sampler over the whole global batch."""
+    stage: StageConfig = getattr(config.stages, name)
+    global_batch = stage.queries_per_rank * stage.accumulation_steps * world_size
+    if name == "post_train":
+        # Every passage is its own query; only its position in the corpus is used.
+        data = replace(data, qrels={pid: {pid: 1} for pid in data.pids})
+        return GroupSampler(data, None, 0, global_batch, config.seed)
+    negatives = None
+    if stage.negatives != "random" and stage.num_negatives:
+        path = stages.RunFolder(config.run_dir).negatives(stage.negatives)
+        if not path.is_file():
+            raise UserError(
+                f"stage {name} needs {stage.negatives} negatives, but {path} is missing: start"
+                " `erniesearch run`, which makes them"
+            )
+        negatives = read_negatives(path)
+    return GroupSampler(data, negatives, stage.num_negatives, global_batch, config.seed,
+                        stage.easy_steps)  # fmt: skip
+
+
+def learning_rate_factor(stage: StageConfig, step: int) -> float:
+    """Factor of the peak learning rate for the update after ``step`` updates.
+
+    Linear warm-up over ``warmup_ratio · steps`` updates, then linear or cosine decay to 0.
+    """
+    warmup = math.ceil(stage.warmup_ratio * stage.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if stage.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, stage.steps - warmup)
+    return 1 - progress if stage.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

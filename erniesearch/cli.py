@@ -37,9 +37,15 @@ commands:
 """
 
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Loading a checkpoint without its pooler or with a new head is what we want, not news."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if argv else 2
@@ -117,6 +123,7 @@ def run_command(argv: list[str]) -> int:
         help="Comma-separated steps to run, e.g. mine,cascade; all by default.",
     )  # fmt: skip
     config, settings = parse_config(parser, argv)
+    _name_accelerator()
     from erniesearch import pipeline
 
     try:
@@ -143,6 +150,7 @@ def train_command(argv: list[str]) -> int:
     if settings.stage not in TRAINING_STAGES:
         hint = nearest(settings.stage, TRAINING_STAGES)
         raise UserError(f"--stage {settings.stage}: one of {', '.join(TRAINING_STAGES)}{hint}")
+    _name_accelerator()
     import torch.distributed as dist
 
     from erniesearch.training.loop import train_stage
@@ -175,6 +183,7 @@ def search_command(argv: list[str]) -> int:
     for name in ("depth", "rerank_depth"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} {getattr(settings, name)}: must be 1 or more")
+    _name_accelerator()
     from erniesearch.pipeline import interactive_search
 
     interactive_search(
@@ -191,11 +200,9 @@ def report_command(argv: list[str]) -> int:
     )
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     settings = parser.parse_args(argv)
-    from rich.console import Console
+    from erniesearch.report import Report, table_console
 
-    from erniesearch.report import Report
-
-    Report.load(Path(settings.run)).show(Console())
+    Report.load(Path(settings.run)).show(table_console())
     return 0
 
 
@@ -219,6 +226,14 @@ def pydocs_command(argv: list[str]) -> int:
         f"{settings.out}: {facts['passages']} passages, {facts['queries']} queries ({splits})\n"
     )
     return 0
+
+
+def _name_accelerator() -> None:
+    """Tell DeepSpeed that a CPU is meant; it would warn in every process that it found no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_run_config(run_dir: str) -> RunConfig:

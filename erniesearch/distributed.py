@@ -112,18 +112,23 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
         out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        _all_gather(out, rows.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
         if dist.get_backend() == "nccl":
             own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad.contiguous())
+            _reduce_scatter(own, grad.contiguous())
             return own
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)  # gloo has no dependable reduce-scatter
         return total.chunk(world_size())[rank()]
+
+
+# torch 2.13 renamed both collectives; the old names warn there, the new ones are missing before.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def gather_lengths(*lengths: int, device: torch.device) -> torch.Tensor:
@@ -132,7 +137,7 @@ def gather_lengths(*lengths: int, device: torch.device) -> torch.Tensor:
     if world_size() == 1:
         return own.cpu()
     out = own.new_empty((world_size(), len(lengths)))
-    dist.all_gather_into_tensor(out, own)
+    _all_gather(out, own)
     return out.cpu()
 
 

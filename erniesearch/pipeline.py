@@ -27,7 +27,7 @@ from erniesearch.data.formats import RetrievalData, Run, load_beir, write_negati
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
-from erniesearch.report import Report, Row, stage_facts
+from erniesearch.report import Report, Row, stage_facts, table_console
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
@@ -94,7 +94,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
             facts = _evaluate(config, held_out)
         stages.mark_done(folder.stage(name), expected, **facts)
     if "evaluate" in names:
-        Report.load(folder.root).show(Console())
+        Report.load(folder.root).show(table_console())
         console.print(f"summary: {folder.root / 'summary.md'}", highlight=False)
 
 
@@ -148,7 +148,7 @@ def _launch(config: RunConfig, name: str, world_size: int) -> None:
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--num_gpus", str(world_size), "--master_port", str(free_port()),
-        "--no_local_rank", "--module", "erniesearch.cli",
+        "--quiet", "--no_local_rank", "--module", "erniesearch.cli",
         "train", "--config", str(Path(config.run_dir) / "config.yaml"), "--stage", name,
     ]  # fmt: skip
     status = subprocess.run(command, env=environment, check=False).returncode

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +67,7 @@ class Report:
         return (
             f"{self.dataset}, {self.split}: {self.num_queries} queries, {self.num_passages}"
             f" passages; late interaction and cross-encoder rerank the dual-encoder's top"
-            f" {self.rerank_depth}; 95 % bootstrap intervals over queries"
+            f" {self.rerank_depth}; bootstrap intervals of 95 % over queries"
         )
 
     def markdown(self) -> str:
@@ -93,13 +94,21 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        table = Table(title=self.caption, title_style="", title_justify="left")
-        table.add_column("")
+        table = Table(title=self.caption, title_style="", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("", no_wrap=True, min_width=max(len(row.name) for row in self.rows))
         for name in METRICS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(row.name, *self._cells(row))
+            estimates = [row.metrics[name] for name in METRICS]
+            cells = (f"{e.mean:.3f} ±{(e.high - e.low) / 2:.3f}" for e in estimates)
+            table.add_row(row.name, *cells)
         console.print(table)
+
+
+def table_console() -> Console:
+    """Standard output, wide enough for the table when it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
 
 
 def stage_facts(folder: Path) -> dict[str, float]:

@@ -184,7 +184,7 @@ def search_command(argv: list[str]) -> int:
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} {getattr(settings, name)}: must be 1 or more")
     _name_accelerator()
-    from erniesearch.pipeline import interactive_search
+    from erniesearch.steps import interactive_search
 
     interactive_search(
         load_run_config(settings.run), settings.query, settings.depth, settings.rerank,

@@ -1,9 +1,12 @@
 """The table at the end of a run, for the terminal and for ``summary.md``."""
 
 import json
+import os
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +34,7 @@ class Report:
     num_queries: int
     num_passages: int
     rerank_depth: int
+    machine: dict[str, object]
     stages: dict[str, dict[str, float]]
     rows: list[Row]
 
@@ -70,12 +74,16 @@ class Report:
             f" {self.rerank_depth}; bootstrap intervals of 95 % over queries"
         )
 
-    def markdown(self) -> str:
-        """The summary: table, stages, where the files are."""
-        lines = ["# Summary", "", self.caption, ""]
-        lines.append("| | " + " | ".join(METRICS) + " |")
-        lines.append("|---" * (len(METRICS) + 1) + "|")
+    def table(self) -> str:
+        """The rows as a Markdown table."""
+        lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
         lines += [f"| {row.name} | " + " | ".join(self._cells(row)) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def markdown(self) -> str:
+        """The summary: table, stages, machine, where the files are."""
+        lines = ["# Summary", "", self.caption + ".", "", self.table()]
+        lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in self.machine.items()) + "."]
         lines += ["", "## Stages", "", "| stage | updates | seconds training | last loss |",
                   "|---|---|---|---|"]  # fmt: skip
         lines += [
@@ -103,6 +111,19 @@ class Report:
             cells = (f"{e.mean:.3f} ±{(e.high - e.low) / 2:.3f}" for e in estimates)
             table.add_row(row.name, *cells)
         console.print(table)
+
+
+def describe_machine() -> dict[str, object]:
+    """Processor, GPUs and versions that a figure depends on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    facts: dict[str, object] = {"CPU": cpu, "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        facts["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return facts | {"Python": platform.python_version(), "torch": torch.__version__}
 
 
 def table_console() -> Console:

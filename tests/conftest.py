@@ -105,7 +105,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ConfigMaker = Callable[..., RunConfig]
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMaker:
     """A config of one stage on the tiny data: ``make_config(stage="cascade", steps=5, …)``; other
     keywords are fields of the stage, ``training``, ``objective``, ``student`` or ``data``."""

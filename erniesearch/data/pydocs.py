@@ -153,8 +153,8 @@ def build(out: Path, max_pairs: int | None = None) -> dict[str, object]:
             corpus.append({"_id": pair.name, "title": "", "text": pair.body})
             qrels[_split_of(group[0].module)].append(f"{qid}\t{pair.name}\t1\n")
     for name, records in (("corpus", corpus), ("queries", queries)):
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_atomically(out / f"{name}.jsonl", "".join(lines))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(out / f"{name}.jsonl", text)
     for split, lines in qrels.items():
         header = "query-id\tcorpus-id\tscore\n"
         write_atomically(out / "qrels" / f"{split}.tsv", header + "".join(lines))

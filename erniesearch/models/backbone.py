@@ -136,7 +136,10 @@ def load_encoder(settings: StudentConfig, masked_lm: bool = False) -> PreTrained
     else:
         loader = AutoModel.from_pretrained
         model_class = MODEL_MAPPING.get(type(config), None)
-        if model_class and "add_pooling_layer" in inspect.signature(model_class).parameters:
+        if (
+            isinstance(model_class, type)
+            and "add_pooling_layer" in inspect.signature(model_class).parameters
+        ):
             options["add_pooling_layer"] = False  # its parameters would never see a gradient
     return _load(
         loader, settings.path, config=config, revision=settings.revision, use_safetensors=True,

@@ -8,7 +8,7 @@ H are the token states. Queries and passages share the transformer unless ``tied
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,10 +26,10 @@ HEAD_FILE = "late_interaction.safetensors"
 
 class Encoded(NamedTuple):
     """``vectors`` ``[N, hidden]`` and ``tokens`` ``[N, L, late_interaction_dim]`` (unit length);
-    what was not asked for is None."""
+    what was not asked for is empty."""
 
-    vectors: Tensor | None
-    tokens: Tensor | None
+    vectors: Tensor
+    tokens: Tensor
 
 
 class StudentEncoder(nn.Module):
@@ -40,13 +40,16 @@ class StudentEncoder(nn.Module):
         masked_lm: also load the language-model head (post-training).
     """
 
+    query_tower: PreTrainedModel
+    passage_tower: PreTrainedModel
+
     def __init__(self, settings: StudentConfig, masked_lm: bool = False) -> None:
         super().__init__()
         self.settings = settings
         self.masked_lm: PreTrainedModel | None = None
         if masked_lm:
             self.masked_lm = load_encoder(settings, masked_lm=True)
-            self.query_tower = self.masked_lm.base_model
+            self.query_tower = cast(PreTrainedModel, self.masked_lm.base_model)
         else:
             self.query_tower = load_encoder(settings)
         self.passage_tower = self.query_tower
@@ -55,8 +58,8 @@ class StudentEncoder(nn.Module):
             own = folder / "passage_tower"
             path = str(own) if own.is_dir() else settings.path
             self.passage_tower = load_encoder(replace(settings, path=path))
-        hidden = self.query_tower.config.hidden_size
-        self.projection = nn.Linear(hidden, settings.late_interaction_dim, bias=False)
+        self.hidden_size = int(self.query_tower.config.hidden_size)
+        self.projection = nn.Linear(self.hidden_size, settings.late_interaction_dim, bias=False)
         if (folder / HEAD_FILE).is_file():
             weight = load_file(folder / HEAD_FILE)["linear.weight"]
             if weight.shape != self.projection.weight.shape:
@@ -74,8 +77,8 @@ class StudentEncoder(nn.Module):
         tower = self.query_tower if side == "query" else self.passage_tower
         states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
         return Encoded(
-            self._pool(states, mask) if vectors else None,
-            F.normalize(self.projection(states).float(), dim=-1) if tokens else None,
+            self._pool(states, mask) if vectors else states.new_empty(0),
+            F.normalize(self.projection(states).float(), dim=-1) if tokens else states.new_empty(0),
         )
 
     def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
@@ -101,7 +104,9 @@ class StudentEncoder(nn.Module):
         save_file({"linear.weight": weight}, folder / HEAD_FILE)
 
 
-def _save_tower(tower: nn.Module, folder: Path, state: dict[str, Tensor], prefix: str) -> None:
+def _save_tower(
+    tower: PreTrainedModel, folder: Path, state: dict[str, Tensor], prefix: str
+) -> None:
     own = {
         name.removeprefix(prefix): value.float().contiguous()
         for name, value in state.items()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
 from erniesearch.config import LossWeights, ObjectiveConfig
@@ -30,7 +30,7 @@ class StudentOutput(NamedTuple):
 
     queries: Encoded
     passages: Encoded
-    all_vectors: Tensor | None
+    all_vectors: Tensor
     dual_scores: Tensor | None
     late_scores: Tensor | None
     labels: Tensor
@@ -48,6 +48,8 @@ class JointModel(nn.Module):
         tokenizer: the one vocabulary of both.
         seed: the run's seed; dropout seeds derive from (seed, step, micro-step, rank, pass).
     """
+
+    special_ids: Tensor
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class JointModel(nn.Module):
         self.layout = PairLayout.of(tokenizer) if teacher else None
         special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
         self.register_buffer("special_ids", special, persistent=False)
-        # The competence gate's state, saved in checkpoints; a buffer would turn bf16 with the model.
+        # The competence gate's state, saved in checkpoints; a buffer would turn bf16 with the rest.
         self.running_accuracy: dict[str, float] = {}
         w = weights
         self.needs_vectors = any((w.de, w.ce_to_de, w.li_to_de, w.dual_reg))
@@ -110,7 +112,8 @@ class JointModel(nn.Module):
         all_index = distributed.gather_rows(batch.passage_index)
         mask = scores.candidate_mask(batch.relevant_index, all_index, labels)
         queries, passages = self._encode(batch, 1, self.needs_vectors, self.needs_tokens)
-        all_vectors = dual_scores = late_scores = None
+        all_vectors = passages.vectors
+        dual_scores = late_scores = None
         if self.needs_vectors:
             all_vectors = distributed.gather_rows(passages.vectors)
             dual_scores = scores.dual_encoder_scores(queries.vectors, all_vectors, objective.tau_de)
@@ -130,9 +133,11 @@ class JointModel(nn.Module):
         ):  # fmt: skip
             if logits is not None:
                 terms[f"accuracy_{name}"] = losses.accuracy(logits, labels, mask)
-            if weight:
+            if logits is not None and weight:
                 terms[name] = losses.contrastive_loss(logits, labels, mask)
         if w.li_to_de:
+            assert student.late_scores is not None
+            assert student.dual_scores is not None
             terms["li_to_de"] = losses.kl_divergence(
                 student.late_scores, student.dual_scores, mask, self.objective.detach_targets
             )
@@ -142,6 +147,7 @@ class JointModel(nn.Module):
 
     def _dual_reg_term(self, batch: Batch, student: StudentOutput) -> Tensor:
         """A second pass with other dropout: query side plus passage side."""
+        assert student.dual_scores is not None
         tau = self.objective.tau_de
         queries, passages = self._encode(batch, 2, vectors=True, tokens=False)
         by_query = scores.dual_encoder_scores(queries.vectors, student.all_vectors, tau)
@@ -239,7 +245,7 @@ class JointModel(nn.Module):
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass. Non-reentrant: the reentrant form fails
         under ZeRO when an encoder runs twice in a step."""
-        towers = []
+        towers: list[PreTrainedModel] = []
         if self.student is not None:
             towers += [self.student.query_tower, self.student.passage_tower]
         if self.teacher is not None:

@@ -55,8 +55,7 @@ class Retriever:
     @torch.inference_mode()
     def vectors(self, texts: list[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), hidden]``, fp32."""
-        hidden = self.student.query_tower.config.hidden_size
-        out = np.empty((len(texts), hidden), dtype=np.float32)
+        out = np.empty((len(texts), self.student.hidden_size), dtype=np.float32)
         for positions, part in length_sorted_batches(texts, self.batch_size):
             ids, mask = self._tensors(part, side)
             out[positions] = self.student(ids, mask, side, tokens=False).vectors.cpu().numpy()
@@ -109,7 +108,12 @@ class PairScorer:
             passage = encode_texts(
                 self.tokenizer, [passages[i] for i in positions], self.lengths[1]
             )
-            inputs = [tensor.to(self.device) for tensor in (*query, *passage)]
-            pairs = assemble_pairs(*inputs, self.layout, int(self.tokenizer.pad_token_id))
+            query_ids, query_mask, passage_ids, passage_mask = (
+                tensor.to(self.device) for tensor in (*query, *passage)
+            )
+            pairs = assemble_pairs(
+                query_ids, query_mask, passage_ids, passage_mask,
+                self.layout, int(self.tokenizer.pad_token_id),
+            )  # fmt: skip
             out[positions] = self.model(pairs).cpu().numpy()
         return out

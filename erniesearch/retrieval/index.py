@@ -12,7 +12,7 @@ from erniesearch.stages import write_atomically
 try:
     import faiss
 except ImportError:  # an extra: faiss-cpu and faiss-gpu provide the same module
-    faiss = None
+    faiss = None  # type: ignore[assignment]
 
 
 @dataclass

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Every check: style, types, layering, tests. Arguments go to pytest (e.g. -k resume).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/setup.sh
+. launch/setup.sh cpu,dev
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+python -m pytest "$@"

@@ -1,0 +1,92 @@
+"""W ranks x B queries train like one rank with W·B, for every ZeRO stage."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, ConfigMaker, losses_of, run_python
+from safetensors.torch import load_file
+
+from erniesearch.stages import RunFolder
+
+STEPS, GLOBAL_BATCH = 5, 8
+pytestmark = pytest.mark.distributed
+
+
+def train(
+    make_config: ConfigMaker, root: Path, world_size: int, zero_stages: tuple[int, ...], **changes
+) -> dict[int, RunFolder]:
+    """Train the cascade once per ZeRO stage, all in one start of ``world_size`` processes."""
+    jobs, folders = [], {}
+    for zero in zero_stages:
+        run_dir = root / f"world{world_size}-zero{zero}"
+        config = make_config(
+            run_dir=run_dir, steps=STEPS, queries_per_rank=GLOBAL_BATCH // world_size,
+            num_negatives=2, dropout=0.0, zero_stage=zero, **changes,
+        )  # fmt: skip
+        jobs.append(("cascade", asdict(config)))
+        folders[zero] = RunFolder(run_dir)
+    job_file = root / f"jobs-{world_size}.json"
+    job_file.write_text(json.dumps(jobs))
+    worker = str(ROOT / "tests" / "distributed_worker.py")
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--master_port=0"]
+    launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    status, output = run_python(*(launcher if world_size > 1 else []), worker, str(job_file))
+    assert status == 0, output[-4000:]
+    return folders
+
+
+def compare(ours: RunFolder, reference: RunFolder) -> None:
+    rows = list(zip(losses_of(ours.stage("cascade")), losses_of(reference.stage("cascade")),
+                    strict=True))  # fmt: skip
+    assert len(rows) == STEPS
+    for own, expected in rows:
+        expected.pop("learning_rate")
+        for name, value in expected.items():
+            # dual_reg is 0 up to rounding without dropout.
+            assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, own["step"])
+    for part in ("student", "teacher"):
+        weights, wanted = (load_file(f.model("cascade", part) / "model.safetensors")
+                           for f in (ours, reference))  # fmt: skip
+        assert weights.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            # A key bias shifts all logits of a row alike: its gradient is rounding noise, which
+            # Adam scales to a full step.
+            if not name.endswith("key.bias"):
+                torch.testing.assert_close(
+                    weights[name], tensor, rtol=1e-4, atol=2e-5,
+                    msg=lambda m, name=name: f"{name}: {m}",
+                )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture
+def reference(make_config: ConfigMaker, reference_root: Path) -> dict[int, RunFolder]:
+    """One rank, every ZeRO stage; trained by the first test that asks."""
+    done = reference_root / "world1-zero3" / "stages" / "cascade" / "done.json"
+    if not done.exists():
+        return train(make_config, reference_root, 1, (0, 1, 2, 3))
+    return {z: RunFolder(reference_root / f"world1-zero{z}") for z in range(4)}
+
+
+def test_zero_stages_agree_on_one_rank(reference: dict[int, RunFolder]) -> None:
+    first = losses_of(reference[0].stage("cascade"))
+    assert first[-1]["loss"] < first[0]["loss"]
+    for zero in (1, 2, 3):
+        compare(reference[zero], reference[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_train_like_one(
+    make_config: ConfigMaker, reference: dict[int, RunFolder], reference_root: Path,
+    world_size: int,
+) -> None:  # fmt: skip
+    folders = train(make_config, reference_root, world_size, (0, 1, 2, 3))
+    for folder in folders.values():
+        compare(folder, reference[0])

@@ -1,0 +1,43 @@
+"""A 20-step loss trace on a CPU guards the whole; a change to it is explained in its commit.
+
+Write a new one with ``ERNIESEARCH_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ConfigMaker, losses_of, run_python, write_beir, write_model
+
+from erniesearch.config import to_yaml
+from erniesearch.stages import RunFolder
+
+GOLDEN = Path(__file__).parent / "golden" / "cpu_loss_trace.json"
+
+
+def test_loss_trace_of_all_terms(make_config: ConfigMaker, tmp_path: Path) -> None:
+    config = make_config(
+        steps=20, schedule="linear",
+        warmup_ratio=0.1, accumulation_steps=2, log_every=1, dropout=0.0,
+    )  # fmt: skip
+    file = tmp_path / "golden.yaml"
+    file.write_text(to_yaml(config))
+    status, output = run_python(
+        "launch/train.py", "--config", str(file), "--stage", "cascade",
+        "--data.path", str(write_beir(tmp_path / "data", seed=5)),
+        "--student.path", str(write_model(tmp_path / "model", seed=11)),
+    )  # fmt: skip
+    assert status == 0, output[-3000:]
+    trace = losses_of(RunFolder(config.run_dir).stage("cascade"))
+    if os.environ.get("ERNIESEARCH_WRITE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text("".join(json.dumps(line) + "\n" for line in trace))
+    expected = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    assert len(trace) == len(expected) == 20
+    for own, wanted in zip(trace, expected, strict=True):
+        rates = wanted.pop("learning_rate")
+        assert own["learning_rate"] == pytest.approx(rates)
+        for name, value in wanted.items():
+            # Other processors round differently; twenty Adam steps widen that.
+            assert own[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (name, own["step"])

@@ -1,0 +1,156 @@
+"""Each loss term against a value computed by hand on a 2 x 3 example."""
+
+import math
+
+import pytest
+import torch
+
+from erniesearch.objectives.losses import (
+    accuracy,
+    contrastive_loss,
+    kl_divergence,
+    symmetric_kl,
+)
+from erniesearch.objectives.scores import (
+    attention_kl,
+    candidate_mask,
+    dual_encoder_scores,
+    late_interaction_scores,
+    own_group,
+)
+
+# Two queries, three passages, chosen so that softmaxes are rational: exp gives 1, 2, 4 and so on.
+LOGITS = torch.tensor([[1.0, 2.0, 1.0], [4.0, 2.0, 2.0]]).log()
+OTHER = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 2.0]]).log()
+KEEP = torch.tensor([[True, True, False], [True, False, True]])
+
+
+def test_contrastive_loss_by_hand() -> None:
+    # -log(2/4) and -log(2/8)
+    expected = (math.log(2) + math.log(4)) / 2
+    assert contrastive_loss(LOGITS, torch.tensor([1, 2])).item() == pytest.approx(expected)
+
+
+def test_contrastive_loss_leaves_masked_candidates_out() -> None:
+    # -log(2/3) and -log(2/6)
+    expected = (math.log(3 / 2) + math.log(3)) / 2
+    loss = contrastive_loss(LOGITS, torch.tensor([1, 2]), KEEP)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_kl_by_hand() -> None:
+    # P_t = (1,2,1)/4, (4,2,2)/8;  P_s = (2,1,1)/4, (1,1,2)/4
+    first = 0.25 * math.log(0.5) + 0.5 * math.log(2) + 0
+    second = 0.5 * math.log(2) + 0 + 0.25 * math.log(0.5)
+    assert kl_divergence(LOGITS, OTHER).item() == pytest.approx((first + second) / 2)
+
+
+def test_kl_with_mask_renormalises_both_sides() -> None:
+    # P_t = (1,2)/3, (4,2)/6;  P_s = (2,1)/3, (1,2)/3
+    row = 1 / 3 * math.log(0.5) + 2 / 3 * math.log(2)
+    assert kl_divergence(LOGITS, OTHER, KEEP).item() == pytest.approx(row)
+
+
+def test_symmetric_kl_is_half_the_sum_of_both_directions() -> None:
+    expected = 0.5 * (kl_divergence(LOGITS, OTHER) + kl_divergence(OTHER, LOGITS))
+    assert symmetric_kl(LOGITS, OTHER).item() == pytest.approx(expected.item())
+
+
+def test_kl_target_is_detached_unless_asked() -> None:
+    for detach in (True, False):
+        target = LOGITS.clone().requires_grad_()
+        student = OTHER.clone().requires_grad_()
+        kl_divergence(target, student, KEEP, detach).backward()
+        assert (target.grad is None) == detach
+        # d KL / d student logits = (P_s - P_t) / rows, 0 where masked
+        expected = torch.tensor([[1 / 6, -1 / 6, 0], [-1 / 6, 0, 1 / 6]])
+        torch.testing.assert_close(student.grad, expected)
+
+
+def test_gradients_are_finite_where_everything_but_the_positive_is_masked() -> None:
+    student = OTHER.clone().requires_grad_()
+    mask = torch.tensor([[True, False, False], [False, True, False]])
+    labels = torch.tensor([0, 1])
+    loss = contrastive_loss(student, labels, mask) + symmetric_kl(student, LOGITS, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.equal(student.grad, torch.zeros_like(student.grad))
+
+
+def test_accuracy_counts_the_positive_on_top() -> None:
+    assert accuracy(LOGITS, torch.tensor([1, 2])).item() == 0.5
+    assert accuracy(LOGITS, torch.tensor([1, 2]), KEEP[[0, 1]].roll(1, 0)).item() == 0.0
+
+
+def test_dual_encoder_scores_divide_by_the_temperature() -> None:
+    queries = torch.tensor([[1.0, 2.0]])
+    passages = torch.tensor([[3.0, 1.0], [0.0, -1.0]])
+    assert dual_encoder_scores(queries, passages, 0.5).tolist() == [[10.0, -4.0]]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "eager"])
+def test_late_interaction_scores_by_hand(kernels: str) -> None:
+    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    query_mask = torch.tensor([[True, True, False]])
+    passages = torch.tensor([[[0.5, -0.2], [0.1, 0.7]], [[-1.0, -1.0], [9.0, 9.0]]])
+    passage_mask = torch.tensor([[True, True], [True, False]])
+    scores = late_interaction_scores(queries, query_mask, passages, passage_mask, 2.0, kernels)
+    # (0.5 + 0.7) / 2;  a masked token wins nothing, even against negative similarities
+    torch.testing.assert_close(scores, torch.tensor([[0.6, -1.0]]))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "eager"])
+def test_attention_kl_by_hand(kernels: str) -> None:
+    """One head, one query token of content, two passage tokens, tau 1."""
+    # Student: similarities log 1 and log 3, so softmax (1, 3)/4.
+    query_tokens = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    query_mask = torch.tensor([[False, True]])
+    passage_tokens = torch.tensor([[[5.0, 0.0], [0.0, 0.0], [math.log(3), 0.0]]])
+    passage_mask = torch.tensor([[False, True, True]])
+    # Teacher: attention proportional to 2 and 1 on the passage's tokens; the log-sum-exp of the
+    # whole row covers more than these two, which must cancel in the renormalisation.
+    teacher_queries = torch.tensor([[[[0.0], [1.0]]]])
+    teacher_keys = torch.tensor([[[[7.0], [math.log(2)], [0.0]]]])
+    teacher_lse = torch.tensor([[[1.0, math.log(10)]]])
+    value = attention_kl(
+        query_tokens, query_mask, passage_tokens, passage_mask,
+        teacher_queries, teacher_keys, teacher_lse, 1.0, kernels,
+    )  # fmt: skip
+    expected = 2 / 3 * math.log((2 / 3) / (1 / 4)) + 1 / 3 * math.log((1 / 3) / (3 / 4))
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "eager"])
+def test_attention_kl_averages_heads_before_cutting(kernels: str) -> None:
+    """Two heads of which one hardly looks at the passage: it must weigh little."""
+    query_tokens = torch.tensor([[[1.0, 0.0]]])
+    passage_tokens = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # uniform student
+    masks = torch.tensor([[True]]), torch.tensor([[True, True]])
+    teacher_queries = torch.ones(1, 2, 1, 1)
+    teacher_keys = torch.tensor([[[[math.log(3)], [0.0]], [[0.0], [math.log(3)]]]])
+    # Head 0 pays the passage 4/8 = 3/8 + 1/8, head 1 pays it 4/80 = 1/80 + 3/80.
+    teacher_lse = torch.tensor([[[math.log(8)], [math.log(80)]]])
+    value = attention_kl(
+        query_tokens, masks[0], passage_tokens, masks[1],
+        teacher_queries, teacher_keys, teacher_lse, 1.0, kernels,
+    )  # fmt: skip
+    mass = torch.tensor([3 / 8 + 1 / 80, 1 / 8 + 3 / 80])
+    target = mass / mass.sum()
+    assert value.item() == pytest.approx((target * (target / 0.5).log()).sum().item(), rel=1e-5)
+
+
+def test_false_negatives_are_masked_and_the_positive_stays() -> None:
+    relevant = torch.tensor([[7, -1], [3, 5]])
+    passage_index = torch.tensor([7, 2, 3, 5, 7, 4])
+    labels = torch.tensor([0, 2])
+    mask = candidate_mask(relevant, passage_index, labels)
+    # Query 0: the second copy of passage 7 goes. Query 1: passage 5, relevant too, goes.
+    assert mask.tolist() == [
+        [True, True, True, True, False, True],
+        [True, True, True, False, True, True],
+    ]
+
+
+def test_own_group_starts_at_the_label() -> None:
+    scores = torch.arange(12.0).view(2, 6)
+    assert own_group(scores, torch.tensor([0, 3]), 3).tolist() == [[0, 1, 2], [9, 10, 11]]

@@ -1,0 +1,162 @@
+"""The whole pipeline on tiny models: one command, every stage, kill, continue, search; and every
+launcher starts the same training."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start
+
+from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.stages import RunFolder
+
+pytestmark = pytest.mark.distributed
+
+
+def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
+    """Every stage, few steps."""
+    config = make_config(run_dir=run_dir, save_every=2, num_processes=2)
+    small = StageConfig(steps=4, queries_per_rank=2, num_negatives=2)
+    stages = replace(
+        config.stages,
+        post_train=replace(small, num_negatives=0, weights=LossWeights(mlm=1.0, de=1.0, li=1.0)),
+        contrastive=replace(small, weights=LossWeights(de=1.0)),
+        interaction=replace(small, weights=LossWeights(de=1.0, li=1.0, li_to_de=1.0)),
+        teacher=replace(small, easy_steps=2, weights=LossWeights(ce=1.0)),
+        mine=replace(config.stages.mine, depth=8, num_negatives=4, max_queries=20),
+        cascade=replace(small, steps=12, negatives="mined", weights=ALL_TERMS),
+    )
+    return replace(config, stages=stages)
+
+
+def orphans(run_dir: Path) -> list[int]:
+    """Processes whose command line names the run folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"train" in command and str(run_dir).encode() in command:
+                found.append(int(entry.name))
+    return found
+
+
+def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(full_config(make_config, run_dir)))
+    folder = RunFolder(run_dir)
+    command = ("-m", "erniesearch.cli", "run", str(file))
+
+    process = start(*command)
+    metrics = folder.stage("cascade") / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while orphans(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert orphans(run_dir) == []  # no rank goes on writing without its pipeline
+    assert not (folder.stage("cascade") / "done.json").exists()
+
+    status, output = run_python(*command, timeout=400)
+    assert status == 0, output[-4000:]
+    assert "Traceback" not in output
+    for name in ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine"):
+        assert f"{name}: done before" in output
+    trace = losses_of(folder.stage("cascade"))
+    assert [line["step"] for line in trace] == list(range(1, 13))
+
+    rows = [row["name"] for row in json.loads((run_dir / "evaluation.json").read_text())["rows"]]
+    assert rows == [
+        "BM25", "dual-encoder, before training", "dual-encoder, contrastive alone",
+        "dual-encoder, after post-training", "dual-encoder, after interaction",
+        "dual-encoder, after cascade", "late interaction, reranking", "cross-encoder, reranking",
+    ]  # fmt: skip
+    summary = (run_dir / "summary.md").read_text()
+    assert all(row in summary and row in output for row in rows)
+    for path in ("exports/dual_encoder/modules.json", "exports/late_interaction/modules.json",
+                 "exports/cross_encoder/config.json", "index/index", "config.yaml",
+                 "environment.json", "runs/bm25.trec"):  # fmt: skip
+        assert (run_dir / path).is_file(), path
+
+    # A second run does nothing; the interrupted trace equals an uninterrupted run's.
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("stages/*/done.json")}
+    status, output = run_python(*command, timeout=200)
+    assert status == 0
+    assert len(re.findall("done before", output)) == len(before) == 9
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    whole = tmp_path / "whole"
+    status, output = run_python(*command, "--run_dir", str(whole), timeout=400)
+    assert status == 0, output[-3000:]
+    for name in ("post_train", "interaction", "cascade"):
+        assert losses_of(RunFolder(whole).stage(name)) == losses_of(folder.stage(name)), name
+
+    # Another setting of one stage redoes it and what follows, and keeps the old result aside.
+    status, output = run_python(*command, "--stages.cascade.steps", "3", timeout=300)
+    assert status == 0, output[-3000:]
+    assert "mine: done before" in output
+    assert "cascade: done before" not in output
+    assert (run_dir / "stages" / "cascade.stale-1" / "done.json").is_file()
+
+    for rerank in ("none", "late_interaction", "cross_encoder"):
+        status, output = run_python(
+            "-m", "erniesearch.cli", "search", "--run", str(run_dir), "baran desel",
+            "--depth", "3", "--rerank", rerank,
+        )  # fmt: skip
+        assert status == 0, output
+        assert re.findall(r"^ *(\d)\. p\d+", output, re.MULTILINE) == ["1", "2", "3"]
+
+
+def test_every_launcher_starts_the_same_training(make_config: ConfigMaker, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(make_config(steps=3, dropout=0.0)))
+    arguments = ("launch/train.py", "--config", str(file), "--stage", "cascade")
+    two = ("--stages.cascade.queries_per_rank", "2")
+    launchers = {
+        "deepspeed": ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port",
+                      "29731", *arguments, *two),
+        "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node=2",
+                     "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *arguments, *two),
+        "plain": arguments,
+    }  # fmt: skip
+    traces = {}
+    for name, command in launchers.items():
+        run_dir = tmp_path / name
+        status, output = run_python(*command, "--run_dir", str(run_dir), timeout=200)
+        assert status == 0, f"{name}: {output[-3000:]}"
+        traces[name] = losses_of(RunFolder(run_dir).stage("cascade"))
+    assert traces["deepspeed"] == traces["torchrun"]
+    for one, two_ranks in zip(traces["plain"], traces["deepspeed"], strict=True):
+        assert one["loss"] == pytest.approx(two_ranks["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two_ranks["grad_norm"], rel=1e-4)
+
+
+def test_slurm_tasks_are_ranks(make_config: ConfigMaker, tmp_path: Path) -> None:
+    """One task per rank, as srun starts them, with Slurm's variables only."""
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(make_config(steps=2, queries_per_rank=2)))
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29743"}  # fmt: skip
+    processes = [
+        start("launch/train.py", "--config", str(file), "--stage", "cascade",
+              SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm)
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output[-3000:]
+    marker = json.loads((RunFolder(tmp_path / "run").stage("cascade") / "done.json").read_text())
+    assert marker["world_size"] == 2

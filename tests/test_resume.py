@@ -1,0 +1,102 @@
+"""Killed and resumed equals never interrupted, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, ConfigMaker, losses_of, start
+from safetensors.torch import load_file
+
+from erniesearch.errors import UserError
+from erniesearch.stages import RunFolder
+from erniesearch.training.checkpoint import check_complete, find_checkpoints
+
+pytestmark = pytest.mark.distributed
+STEPS = 30
+
+
+def launch(config_file: Path) -> "subprocess.Popen[str]":
+    return start(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0", str(ROOT / "tests" / "distributed_worker.py"),
+        str(config_file),
+    )  # fmt: skip
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Pids of the training processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_sigkill_and_resume_is_bit_exact(make_config: ConfigMaker, tmp_path: Path) -> None:
+    folders = {}
+    for name in ("whole", "killed"):
+        # Dropout stays on: randomness is a function of the step, not of what ran before.
+        config = make_config(
+            run_dir=tmp_path / name, steps=STEPS, save_every=4, schedule="linear",
+            warmup_ratio=0.2, accumulation_steps=2, queries_per_rank=2, competence_gate=True,
+        )  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps([("cascade", asdict(config))]))
+        folders[name] = RunFolder(tmp_path / name)
+    whole = launch(tmp_path / "whole.json")
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output[-3000:]
+
+    stage = folders["killed"].stage("cascade")
+    for step in (6, 19):
+        process = launch(tmp_path / "killed.json")
+        wait_for_step(stage, step)
+        for pid in [*ranks_of(process), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert not (stage / "done.json").exists()
+    last = launch(tmp_path / "killed.json")
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output[-3000:]
+
+    trace, expected = losses_of(stage), losses_of(folders["whole"].stage("cascade"))
+    assert [line["step"] for line in trace] == list(range(1, STEPS + 1))
+    assert trace == expected
+    for part in ("student", "teacher"):
+        ours, theirs = (load_file(f.model("cascade", part) / "model.safetensors")
+                        for f in folders.values())  # fmt: skip
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_incomplete_checkpoint_is_refused_by_name(make_config: ConfigMaker, tmp_path: Path) -> None:
+    config = make_config(steps=2, save_every=1)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps([("cascade", asdict(config))]))
+    process = start(str(ROOT / "tests" / "distributed_worker.py"), str(job))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    checkpoints = find_checkpoints(RunFolder(config.run_dir).stage("cascade") / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-000001", "step-000002"]
+    check_complete(checkpoints[0])
+    victim = next(checkpoints[0].glob("*.pt"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"damaged: {victim.name} has .* bytes.*delete"):
+        check_complete(checkpoints[0])
+    victim.unlink()
+    with pytest.raises(UserError, match=f"incomplete: {victim.name} is missing"):
+        check_complete(checkpoints[0])
+    (checkpoints[0] / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no readable manifest"):
+        check_complete(checkpoints[0])

@@ -333,7 +333,7 @@ def attention_kl_op(
                 query_mask, passage_mask, tau, scale,
             )  # fmt: skip
         teacher = torch_token_kl.rebuilt_map(
-            teacher_queries, teacher_keys, teacher_lse, scale, query_mask, passage_mask
+            teacher_queries, teacher_keys, teacher_lse, scale, passage_mask
         )
         outputs = torch_token_kl.token_kl_forward(
             queries, passages, teacher, teacher_queries.shape[2], tau, query_mask, passage_mask
@@ -369,7 +369,7 @@ def attention_kl_backward_op(
             )  # fmt: skip
         else:
             teacher = torch_token_kl.rebuilt_map(
-                teacher_queries, teacher_keys, teacher_lse, scale, query_mask, passage_mask
+                teacher_queries, teacher_keys, teacher_lse, scale, passage_mask
             )
             grads = torch_token_kl.token_kl_backward(
                 grad_scores, grad_kl, queries, passages, teacher, teacher_queries.shape[2], tau,

@@ -23,6 +23,8 @@ from erniesearch_kernels.reference import NORM_EPS, compute_dtype, zero_masked
 
 # Similarities in flight, in elements. 2 MB of float32: about a core's share of the caches.
 BLOCK_ELEMENTS = 1 << 19
+# Winners handled at a time in the backward.
+BACKWARD_ELEMENTS = 1 << 16
 # Passage tokens whose maximum is taken together before the winner is looked for (see below).
 GROUP = 8
 
@@ -34,25 +36,34 @@ def winner_dtype(passage_length: int) -> torch.dtype:
     return torch.int16 if passage_length <= 1 << 15 else torch.int32
 
 
+def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x.max(dim=1, keepdim=True)`` in vectorised steps; the index as a float. Overwrites ``x``.
+
+    Where all are NaN the index is the last.
+    """
+    num = x.shape[1]
+    best = x.amax(1, keepdim=True)
+    countdown = torch.arange(num, 0, -1, dtype=x.dtype, device=x.device).view(1, num, 1)
+    index = x.eq_(best).mul_(countdown).amax(1, keepdim=True).neg_().add_(num)
+    return best, index.clamp_(max=num - 1)
+
+
 def max_with_index(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and first maximal index over dimension 1 of ``[blocks, length, columns]``.
 
-    The same result as ``x.max(dim=1)``, which is scalar code on a CPU. Here a vectorised ``amax``
-    over groups of ``GROUP`` leaves only ``length / GROUP + GROUP`` scalar steps per column.
+    ``length`` is a multiple of ``GROUP``. The same result as ``x.max(dim=1)``, which is scalar code
+    on a CPU: here one vectorised pass takes the maxima of groups of ``GROUP``, and only the winning
+    group is looked at again. The index is a float.
     """
-    length = x.shape[1]
-    if length <= 2 * GROUP:
-        return x.max(dim=1)
-    whole = length // GROUP * GROUP
-    maxima = x[:, :whole].unflatten(1, (-1, GROUP)).amax(2)
-    if whole < length:
-        maxima = torch.cat((maxima, x[:, whole:].amax(1, keepdim=True)), 1)
-    group = maxima.max(dim=1, keepdim=True).indices
-    # A short last group looks at its last element again; the first of equal elements wins.
-    candidates = group * GROUP + torch.arange(GROUP, device=x.device).view(1, -1, 1)
-    candidates.clamp_(max=length - 1)
-    values, offset = x.gather(1, candidates).max(dim=1, keepdim=True)
-    return values.squeeze(1), candidates.gather(1, offset).squeeze(1)
+    groups = x.unflatten(1, (-1, GROUP))
+    best, group = _first_maximum(groups.amax(2))
+    chosen = group.long().unsqueeze(2).expand(-1, -1, GROUP, -1)
+    _, offset = _first_maximum(groups.gather(1, chosen).squeeze(1))
+    return best.squeeze(1), group.mul_(GROUP).add_(offset).squeeze(1)
+
+
+def _whole_groups(length: int) -> int:
+    return -(-length // GROUP) * GROUP
 
 
 @dataclass(frozen=True)
@@ -90,26 +101,25 @@ class PackedTokens:
 
 
 def _passage_block(
-    passages: PackedTokens, first: int, last: int, length: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens of passages ``first..last``, ``[num, length, dim]``, and their rows ``[num, length]``.
+    passages: PackedTokens, first: int, last: int, length: int, dtype: torch.dtype,
+    consecutive: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Tokens of passages ``first..last``, ``[num * length, dim]``, and their rows ``[num, length]``.
 
     Shorter passages repeat their last real token, which changes no maximum and wins no tie. The
-    rows are None where they are simply consecutive.
+    rows are None where they are ``consecutive``.
     """
-    starts, lengths = passages.starts[first:last, None], passages.lengths[first:last, None]
-    num = last - first
-    if passages.token_rows is None and bool((lengths == length).all()):
+    starts, num = passages.starts[first:last, None], last - first
+    if consecutive:
         begin = int(starts[0])
-        rows = passages.rows[begin : begin + num * length]
-        return rows.to(dtype).view(num, length, -1), None
+        return passages.rows[begin : begin + num * length].to(dtype), None
     offsets = torch.arange(length, device=starts.device)[None]
-    index = starts + torch.minimum(offsets, lengths - 1)
+    index = starts + torch.minimum(offsets, passages.lengths[first:last, None] - 1)
     if passages.token_rows is not None:
         index = passages.token_rows[index.clamp_(0, len(passages.token_rows) - 1)]
     else:
         index.clamp_(0, len(passages.rows) - 1)
-    return passages.rows[index.flatten()].to(dtype).view(num, length, -1), index
+    return passages.rows[index.flatten()].to(dtype), index
 
 
 def packed_forward(
@@ -130,7 +140,7 @@ def packed_forward(
         dtype=winner_dtype(max_passage_length), device=device,
     )  # fmt: skip
     lengths = passages.lengths.tolist()
-    longest = max(lengths, default=0)
+    longest = _whole_groups(max(lengths, default=0))
     if num_rows == 0 or longest == 0:
         return scores.T.contiguous(), winners
     # Whole rows of queries if they fit; several passages at a time if there is room to spare.
@@ -138,16 +148,18 @@ def packed_forward(
     passage_step = max(1, min(num_passages, BLOCK_ELEMENTS // (longest * row_step)))
     buffer = torch.empty(passage_step * longest * row_step, dtype=dtype, device=device)
     best = torch.zeros(passage_step, num_queries * query_length, dtype=dtype, device=device)
+    queries = queries.T
     for first in range(0, num_passages, passage_step):
         last = min(first + passage_step, num_passages)
-        num, length = last - first, max(lengths[first:last])
+        num, length = last - first, _whole_groups(max(lengths[first:last]))
         if length == 0:
             continue
-        block, rows = _passage_block(passages, first, last, length, dtype)
+        consecutive = passages.token_rows is None and min(lengths[first:last]) == length
+        block, rows = _passage_block(passages, first, last, length, dtype, consecutive)
         for r0 in range(0, num_rows, row_step):
             r1 = min(r0 + row_step, num_rows)
             similarity = buffer[: num * length * (r1 - r0)].view(num * length, r1 - r0)
-            torch.mm(block.view(num * length, -1), queries[r0:r1].T, out=similarity)
+            torch.mm(block, queries[:, r0:r1], out=similarity)
             values, index = max_with_index(similarity.view(num, length, r1 - r0))
             if slots is None:
                 best[:num, r0:r1] = values
@@ -155,7 +167,7 @@ def packed_forward(
                 best[:num].index_copy_(1, slots[r0:r1], values)
             if save_winners:
                 if rows is not None:
-                    index = rows.gather(1, index) - passages.origins[first:last, None]
+                    index = rows.gather(1, index.long()) - passages.origins[first:last, None]
                     index[passages.lengths[first:last] == 0] = 0
                 winners[first:last, r0:r1] = index
         torch.sum(best[:num].view(num, num_queries, query_length), -1, out=scores[first:last])
@@ -177,7 +189,7 @@ def packed_backward(
     grad_queries = grad_passages = None
     if need_queries:
         grad_queries = torch.empty_like(queries)
-        step = max(1, BLOCK_ELEMENTS // num_passages)
+        step = max(1, BACKWARD_ELEMENTS // max(1, num_passages))
         for r0 in range(0, num_rows, step):
             r1 = min(r0 + step, num_rows)
             index = (winners[:, r0:r1].T + passages.origins[None, :]).contiguous()
@@ -189,7 +201,7 @@ def packed_backward(
     if need_passages:
         grad_passages = torch.zeros_like(passages.rows)
         grad_of_passage = grad.T.contiguous()
-        step = max(1, BLOCK_ELEMENTS // max(1, num_rows))
+        step = max(1, BACKWARD_ELEMENTS // max(1, num_rows))
         for first in range(0, num_passages if num_rows else 0, step):
             last = min(first + step, num_passages)
             begin = int(passages.origins[first])
@@ -198,25 +210,25 @@ def packed_backward(
                 continue
             keys = winners[first:last] + (passages.origins[first:last, None] - begin)
             weights = grad_of_passage[first:last].index_select(1, query_of_row)
-            rows = torch.arange(num_rows, device=keys.device).expand_as(keys)
-            grad_passages[begin:end] = weighted_sums(keys, rows, weights, queries, end - begin)
+            order, offsets = _by_key(keys, end - begin)
+            grad_passages[begin:end] = F.embedding_bag(
+                order % num_rows, queries, offsets, mode="sum",
+                per_sample_weights=weights.flatten()[order],
+            )  # fmt: skip
     return grad_queries, grad_passages
 
 
-def weighted_sums(keys: Tensor, rows: Tensor, weights: Tensor, x: Tensor, num: int) -> Tensor:
-    """``out[k] = sum over entries e with keys[e] = k of weights[e] * x[rows[e]]``, ``[num, dim]``.
+def _by_key(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Entries in order of their key (and within a key in their own), and where each key begins.
 
-    Entries of one key are added in their order, whatever the number of threads. Entries with a key
-    of ``num`` or more (an empty passage at the end) are dropped.
+    Entries with a key of ``num_keys`` or more (an empty passage at the end) are left out.
     """
-    keys = keys.flatten().to(torch.int32)
+    keys = keys.flatten().to(torch.int16 if num_keys < 1 << 15 else torch.int32)
     order = keys.sort(stable=True).indices
-    counts = torch.bincount(keys, minlength=num)[:num]
-    order = order[: int(counts.sum())]
-    return F.embedding_bag(
-        rows.flatten()[order], x, counts.cumsum(0) - counts, mode="sum",
-        per_sample_weights=weights.flatten()[order],
-    )  # fmt: skip
+    counts = torch.bincount(keys, minlength=num_keys)
+    order = order[: len(order) - int(counts[num_keys:].sum())]
+    counts = counts[:num_keys]
+    return order, counts.cumsum(0) - counts
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,10 +340,6 @@ def _pairs_backward(
     return grad_queries.view(queries.shape), grad_passages
 
 
-def _group_step(queries: Tensor, passages: Tensor) -> int:
-    return max(1, BLOCK_ELEMENTS // (passages.shape[1] * passages.shape[2] * queries.shape[1]))
-
-
 def _group_forward(
     queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
     normalize: bool, save_winners: bool,
@@ -344,17 +352,20 @@ def _group_forward(
         (num_queries, group, query_length) if save_winners else (0, 0, 0),
         dtype=winner_dtype(length), device=queries.device,
     )  # fmt: skip
-    step = _group_step(queries, passages)
+    tokens = torch.arange(_whole_groups(length), device=queries.device).clamp_(max=length - 1)
+    step = max(1, BLOCK_ELEMENTS // (group * len(tokens) * query_length))
     for i0 in range(0, num_queries, step):
         own = slice(i0, min(i0 + step, num_queries))
         query, passage = queries[own].to(dtype), passages[own].to(dtype)
         if normalize:
             query, passage = _unit(query)[0], _unit(passage)[0]
+        # Whole groups of passage tokens: the last token is repeated, which changes no winner.
+        passage = passage[:, :, tokens] if len(tokens) > length else passage
         # [queries, group * length, query_length]: the maximum runs over rows, column by column.
-        similarity = passage.reshape(len(query), group * length, dim) @ query.transpose(1, 2)
-        similarity = similarity.view(-1, length, query_length)
+        similarity = passage.reshape(len(query), -1, dim) @ query.transpose(1, 2)
+        similarity = similarity.view(-1, len(tokens), query_length)
         if passage_mask is not None:
-            similarity[~passage_mask[own].flatten(0, 1)] = float("-inf")
+            similarity[~passage_mask[own][:, :, tokens].flatten(0, 1)] = float("-inf")
         best, index = max_with_index(similarity)
         best = best.view(-1, group, query_length)
         if query_mask is not None:
@@ -381,20 +392,27 @@ def _group_backward(
     if query_mask is not None:
         queries = zero_masked(queries, query_mask)
         weights = torch.where(query_mask.unsqueeze(1), weights, 0.0)
-    origins = torch.arange(num_queries * group, device=grad.device).view(-1, group, 1) * length
-    index = winners + origins
-    grad_queries = grad_passages = None
-    if need_queries:
-        grad_queries = F.embedding_bag(
-            index.transpose(1, 2).reshape(-1, group), passages.reshape(-1, dim), mode="sum",
-            per_sample_weights=weights.transpose(1, 2).reshape(-1, group),
-        ).view(queries.shape)  # fmt: skip
-    if need_passages:
-        rows = torch.arange(num_queries * query_length, device=grad.device)
-        rows = rows.view(num_queries, 1, query_length).expand(winners.shape)
-        grad_passages = weighted_sums(
-            index, rows, weights, queries.reshape(-1, dim), num_queries * group * length
-        ).view(passages.shape)
+    grad_queries = torch.empty_like(queries) if need_queries else None
+    grad_passages = torch.empty_like(passages) if need_passages else None
+    step = max(1, BLOCK_ELEMENTS // (group * max(length, query_length) * dim))
+    for i0 in range(0, num_queries, step):
+        own = slice(i0, min(i0 + step, num_queries))
+        weight = weights[own]
+        num = len(weight)
+        origins = torch.arange(num * group, device=grad.device).view(num, group, 1) * length
+        keys = winners[own] + origins
+        if grad_queries is not None:
+            grad_queries[own] = F.embedding_bag(
+                keys.transpose(1, 2).reshape(-1, group), passages[own].reshape(-1, dim),
+                mode="sum", per_sample_weights=weight.transpose(1, 2).reshape(-1, group),
+            ).view(num, query_length, dim)  # fmt: skip
+        if grad_passages is not None:
+            order, offsets = _by_key(keys, num * group * length)
+            rows = order // (group * query_length) * query_length + order % query_length
+            grad_passages[own] = F.embedding_bag(
+                rows, queries[own].reshape(-1, dim), offsets, mode="sum",
+                per_sample_weights=weight.flatten()[order],
+            ).view(num, group, length, dim)  # fmt: skip
     return grad_queries, grad_passages
 
 

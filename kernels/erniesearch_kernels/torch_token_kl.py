@@ -16,8 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from erniesearch_kernels.reference import compute_dtype, teacher_attention_map, zero_masked
-from erniesearch_kernels.torch_backend import BLOCK_ELEMENTS, winner_dtype
+from erniesearch_kernels.reference import compute_dtype, zero_masked
+from erniesearch_kernels.torch_backend import winner_dtype
+
+# Similarities (times the teacher's heads) in flight, in elements: a fraction of a core's cache.
+BLOCK_ELEMENTS = 1 << 17
 
 TeacherMap = Callable[[slice], Tensor]  # some queries -> their maps [num, group, query, passage]
 
@@ -29,17 +32,25 @@ def given_map(teacher_map: Tensor, dtype: torch.dtype) -> TeacherMap:
 
 def rebuilt_map(
     teacher_queries: Tensor, teacher_keys: Tensor, teacher_lse: Tensor | None, scale: float,
-    query_mask: Tensor | None, passage_mask: Tensor | None,
+    passage_mask: Tensor | None,
 ) -> TeacherMap:  # fmt: skip
-    """The teacher's map is rebuilt from its last layer's projections."""
+    """The teacher's map is rebuilt from its last layer's projections.
+
+    Rows of masked query tokens, and of passages without real tokens, hold anything.
+    """
+    dtype = compute_dtype(teacher_queries.dtype)
 
     def build(own: slice) -> Tensor:
-        return teacher_attention_map(
-            teacher_queries[own], teacher_keys[own], scale,
-            None if query_mask is None else query_mask[own],
-            None if passage_mask is None else passage_mask[own],
-            None if teacher_lse is None else teacher_lse[own],
-        )  # fmt: skip
+        keys = teacher_keys[own].to(dtype)
+        logits = (teacher_queries[own].to(dtype) * scale) @ keys.transpose(-1, -2)
+        if passage_mask is not None:
+            logits.masked_fill_(~passage_mask[own, :, None, None, :], float("-inf"))
+        if teacher_lse is None:
+            return logits.softmax(-1).mean(2)
+        logits.sub_(teacher_lse[own].to(dtype).unsqueeze(-1))
+        # The shares of all heads may be tiny: scale by the row's largest before normalising.
+        weights = logits.sub_(logits.amax((2, -1), keepdim=True)).exp_().sum(2)
+        return weights.div_(weights.sum(-1, keepdim=True))
 
     return build
 
@@ -53,18 +64,24 @@ def _blocks(queries: Tensor, passages: Tensor, heads: int) -> list[slice]:
 def _tokens(
     queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
     own: slice,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Own queries and passages without what is masked, and the real pairs of tokens."""
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Own queries ``[num, 1, query, dim]`` and passages without what is masked, and which pairs of
+    tokens are real (None: all)."""
     dtype = compute_dtype(queries.dtype)
     query, passage = queries[own].to(dtype), passages[own].to(dtype)
-    pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    pairs = None
     if query_mask is not None:
         query = zero_masked(query, query_mask[own])
-        pairs = pairs & query_mask[own, None, :, None]
+        pairs = query_mask[own, None, :, None]
     if passage_mask is not None:
         passage = zero_masked(passage, passage_mask[own])
-        pairs = pairs & passage_mask[own, :, None, :]
-    return query, passage, pairs
+        real = passage_mask[own, :, None, :]
+        pairs = real if pairs is None else pairs & real
+    return query.unsqueeze(1), passage, pairs
+
+
+def _only(pairs: Tensor | None, x: Tensor, other: float) -> Tensor:
+    return x if pairs is None else torch.where(pairs, x, other)
 
 
 def _num_query_tokens(queries: Tensor, query_mask: Tensor | None) -> Tensor:
@@ -86,20 +103,27 @@ def token_kl_forward(
     kl = torch.zeros_like(scores)
     lse = torch.zeros(num_queries, group, query_length, dtype=dtype, device=device)
     winners = torch.zeros(lse.shape, dtype=winner_dtype(length), device=device)
+    countdown = torch.arange(length, 0, -1, dtype=dtype, device=device)
     for own in _blocks(queries, passages, heads):
         query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
-        similarity = (query.unsqueeze(1) @ passage.transpose(-1, -2)).masked_fill_(
-            ~pairs, float("-inf")
+        rows = None if pairs is None else pairs.any(-1)
+        similarity = _only(pairs, query @ passage.transpose(-1, -2), float("-inf"))
+        best = similarity.amax(-1, keepdim=True)
+        # The first maximum, as in torch_backend: vectorised, unlike max(dim=-1).
+        first = (length - (similarity == best).to(dtype).mul_(countdown).amax(-1)).clamp_(
+            max=length - 1
         )
-        rows = pairs.any(-1)
-        best, index = similarity.max(-1)
-        scores[own] = torch.where(rows, best, 0.0).sum(-1)
-        winners[own] = index
-        row_lse = torch.where(rows, (similarity / tau).logsumexp(-1), 0.0)
-        lse[own] = row_lse
-        p = torch.where(pairs, teacher(own), 0.0)
-        log_student = torch.where(pairs, similarity / tau - row_lse.unsqueeze(-1), 0.0)
-        kl[own] = (torch.xlogy(p, p) - p * log_student).sum((-1, -2))
+        winners[own] = first if rows is None else torch.where(rows, first, 0.0)
+        scores[own] = _only(rows, best.squeeze(-1), 0.0).sum(-1)
+        logits = similarity.mul_(1 / tau)
+        best = best.mul_(1 / tau)
+        row_lse = (logits - best).exp_().sum(-1).log_().add_(best.squeeze(-1))
+        row_lse = lse[own] = _only(rows, row_lse, 0.0)
+        p = _only(pairs, teacher(own), 0.0)
+        # x log x with 0 at 0; the smallest normal number stands in for 0 in the logarithm.
+        entropy = p.clamp_min(torch.finfo(dtype).tiny).log_().mul_(p).sum(-1)
+        cross = _only(pairs, logits, 0.0).mul_(p).sum(-1)
+        kl[own] = (entropy - cross + p.sum(-1) * row_lse).sum(-1)
     return scores, kl / _num_query_tokens(queries, query_mask), winners, lse
 
 
@@ -117,17 +141,17 @@ def token_kl_backward(
     grad_passages = torch.empty_like(passages, dtype=dtype) if need_passages else None
     for own in _blocks(queries, passages, heads):
         query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
-        similarity = query.unsqueeze(1) @ passage.transpose(-1, -2)
-        p = torch.where(pairs, teacher(own), 0.0)
-        student = torch.where(pairs, similarity / tau - lse[own].unsqueeze(-1), float("-inf")).exp()
-        grad = (p.sum(-1, keepdim=True) * student - p) * grad_kl[own, :, None, None]
+        student = query @ passage.transpose(-1, -2)
+        student.mul_(1 / tau).sub_(lse[own].unsqueeze(-1)).exp_()
+        p = _only(pairs, teacher(own), 0.0)
+        grad = student.mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(grad_kl[own, :, None, None])
         grad.scatter_add_(
             -1, winners[own].long().unsqueeze(-1),
             grad_scores[own, :, None, None].expand(*grad.shape[:-1], 1),
         )  # fmt: skip
-        grad = torch.where(pairs, grad, 0.0)
+        grad = _only(pairs, grad, 0.0)
         if grad_queries is not None:
             grad_queries[own] = (grad @ passage).sum(1)
         if grad_passages is not None:
-            grad_passages[own] = grad.transpose(-1, -2) @ query.unsqueeze(1)
+            grad_passages[own] = grad.transpose(-1, -2) @ query
     return grad_queries, grad_passages

@@ -80,8 +80,9 @@ class ObjectiveConfig:
     """Stop the gradient at the first argument of every KL. False lets the KL train the target
     too; attention maps are always detached."""
     competence_gate: bool = False
-    """Count the teacher's KL terms only while its running accuracy on the group exceeds the
-    student's (not in the paper)."""
+    """Count a KL term only while its teacher's running accuracy exceeds its student's: the
+    cross-encoder's terms by accuracy on the group, late interaction to dual-encoder by accuracy
+    over all candidates (not in the paper)."""
     kernels: Literal["auto", "triton", "torch", "eager"] = "auto"
     """Backend of MaxSim and the attention KL: auto takes Triton on a GPU and the chunked PyTorch
     path on a CPU; eager materialises every similarity."""

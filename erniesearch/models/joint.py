@@ -138,7 +138,8 @@ class JointModel(nn.Module):
         if w.li_to_de:
             assert student.late_scores is not None
             assert student.dual_scores is not None
-            terms["li_to_de"] = losses.kl_divergence(
+            self._track({name: terms[f"accuracy_{name}"] for name in ("li", "de")})
+            terms["li_to_de"] = self._gate("li", "de") * losses.kl_divergence(
                 student.late_scores, student.dual_scores, mask, self.objective.detach_targets
             )
         if w.dual_reg:
@@ -183,14 +184,15 @@ class JointModel(nn.Module):
             for name, logits in (("li", student.late_scores), ("de", student.dual_scores))
             if logits is not None
         }
-        accuracies = {name: losses.accuracy(logits, labels, mask) for name, logits in own.items()}
-        gates = self._gates(terms["accuracy_ce"], accuracies)
+        accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
+        self._track({"group_ce": terms["accuracy_ce"], **accuracies})
         for weight, name in ((w.ce_to_li, "li"), (w.ce_to_de, "de")):
             if weight:
                 kl = losses.kl_divergence(teacher_scores, own[name], mask, detach)
-                terms[f"ce_to_{name}"] = gates[name] * kl
+                terms[f"ce_to_{name}"] = self._gate("group_ce", f"group_{name}") * kl
         if w.attention:
-            terms["attention"] = gates["li"] * self._attention_term(batch, student, pairs)
+            attention = self._attention_term(batch, student, pairs)
+            terms["attention"] = self._gate("group_ce", "group_li") * attention
         return terms
 
     def _attention_term(self, batch: Batch, student: StudentOutput, pairs: Pairs) -> Tensor:
@@ -212,18 +214,19 @@ class JointModel(nn.Module):
         relevant[:, 0] = False
         return ~relevant
 
-    def _gates(self, teacher: Tensor, students: dict[str, Tensor]) -> dict[str, float]:
-        """1 per student while the teacher's running accuracy on the group exceeds the student's,
-        else 0; always 1 without the competence gate."""
+    def _track(self, accuracies: dict[str, Tensor]) -> None:
+        """Update the running accuracies, the same on every rank (competence gate only)."""
         if self.objective.competence_gate and self.training:
-            now = distributed.mean_over_ranks({"ce": teacher, **students})
-            for name, value in now.items():
+            for name, value in distributed.mean_over_ranks(accuracies).items():
                 before = self.running_accuracy.get(name, 0.0)
                 self.running_accuracy[name] = before + (1 - GATE_MOMENTUM) * (value - before)
-        if not self.objective.competence_gate:
-            return {"li": 1.0, "de": 1.0}
+
+    def _gate(self, teacher: str, student: str) -> float:
+        """1 while the teacher's running accuracy exceeds the student's, else 0; always 1 without
+        the competence gate."""
         running = self.running_accuracy
-        return {n: float(running.get("ce", 0.0) > running.get(n, 0.0)) for n in ("li", "de")}
+        open_ = running.get(teacher, 0.0) > running.get(student, 0.0)
+        return float(open_ or not self.objective.competence_gate)
 
     def _encode(
         self, batch: Batch, number: int, vectors: bool, tokens: bool

@@ -95,9 +95,9 @@ def parse_config(
         elif arg.startswith("--") and arg[2:].split("=")[0] not in known:
             key = arg[2:].split("=")[0]
             raise UserError(f"unknown option '--{key}'{nearest(key, known)}")
-    settings = parser.parse_args(argv)
-    if settings.config is None and not {"-h", "--help"} & set(argv) and "--run_dir" not in argv:
+    if not {"-h", "--help", "--config", "--run_dir"} & {arg.split("=")[0] for arg in argv}:
         raise UserError("no configuration: give --config FILE (see configs/)")
+    settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
 
 

@@ -1,0 +1,327 @@
+"""One YAML file describes a run: what is read, what is refused and in which words."""
+
+import ast
+import inspect
+import json
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+from conftest import ROOT
+from jsonargparse import ArgumentError
+
+from erniesearch import config as config_module
+from erniesearch.cli import config_parser, main, parse_config
+from erniesearch.config import (
+    DataConfig,
+    LossWeights,
+    RunConfig,
+    StudentConfig,
+    check_yaml,
+    from_dict,
+    to_yaml,
+    validate,
+)
+from erniesearch.errors import UserError
+
+DEFAULT = RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x"))
+MINIMAL = "run_dir: runs/x\ndata: {path: data/x}\nstudent: {path: models/x}\n"
+
+
+def parse(*argv: str) -> RunConfig:
+    return parse_config(config_parser("train", ""), list(argv))[0]
+
+
+def changed(config: Any, key: str, value: object) -> Any:
+    """The frozen config with one nested key set."""
+    name, _, rest = key.partition(".")
+    return replace(config, **{name: changed(getattr(config, name), rest, value) if rest else value})
+
+
+def leaves(cls: type, prefix: str = "") -> list[tuple[str, type, str]]:
+    """(dotted key, class, field) of every config key that is not itself a mapping."""
+    found = []
+    for name, kind in get_type_hints(cls).items():
+        if is_dataclass(kind):
+            found += leaves(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            found.append((prefix + name, cls, name))
+    return found
+
+
+def docstrings() -> dict[tuple[str, str], str]:
+    """The text below each field of each class of the config module."""
+    found = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[node.name, ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return found
+
+
+# --- what is read -------------------------------------------------------------------------------
+
+
+def test_minimal_file_gives_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    assert parse("--config", str(file)) == DEFAULT
+
+
+def test_yaml_of_a_config_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    config = changed(DEFAULT, "stages.cascade.weights.attention", 0.5)
+    config = changed(config, "student.dropout", 0.0)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    assert parse(f"--config={file}") == config
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + "seed: 7\nstages: {cascade: {steps: 5, weights: {ce: 0.5}}}\n")
+    overrides = (
+        "--seed", "8", "--stages.cascade.weights.li=0.25", "--student.tied", "false",
+        "--evaluation.bm25_stemmer", "null",
+    )  # fmt: skip
+    config = parse("--config", str(file), *overrides)
+    assert config.seed == 8
+    assert config.stages.cascade.steps == 5  # the file's
+    assert (config.stages.cascade.weights.ce, config.stages.cascade.weights.li) == (0.5, 0.25)
+    assert config.student.tied is False
+    assert config.evaluation.bm25_stemmer is None
+    assert config.stages.interaction == DEFAULT.stages.interaction
+
+
+def test_partial_weights_keep_the_stages_own_defaults(tmp_path: Path) -> None:
+    """A file that sets one weight leaves the stage's other terms as they are."""
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + "stages: {interaction: {weights: {dual_reg: 0.0}}}\n")
+    expected = replace(DEFAULT.stages.interaction.weights, dual_reg=0.0)
+    assert parse("--config", str(file)).stages.interaction.weights == expected
+
+
+def test_launchers_rank_argument_is_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    assert parse("--local_rank=1", "--local-rank=1", "--config", str(file)) == DEFAULT
+
+
+def test_from_dict_is_the_inverse_of_asdict() -> None:
+    assert from_dict(RunConfig, asdict(DEFAULT)) == DEFAULT
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
+def test_shipped_config_parses(file: Path) -> None:
+    config = parse("--config", str(file))
+    assert from_dict(RunConfig, asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("configs/deepspeed/*.json")), ids=lambda p: p.name
+)
+def test_shipped_zero_json_holds_only_the_zero_section(file: Path) -> None:
+    content = json.loads(file.read_text())
+    assert list(content) == ["zero_optimization"]
+    assert file.stem == f"zero{content['zero_optimization']['stage']}"
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (MINIMAL + "sed: 1\n", "unknown key 'sed' (did you mean 'seed'?)"),
+        (
+            MINIMAL + "stages: {cascade: {qeries_per_rank: 1}}\n",
+            "unknown key 'stages.cascade.qeries_per_rank' (did you mean 'queries_per_rank'?)",
+        ),
+        (
+            MINIMAL + "stages:\n  cascade:\n    weights: {ce_to_dee: 1}\n",
+            "unknown key 'stages.cascade.weights.ce_to_dee' (did you mean 'ce_to_de'?)",
+        ),
+        (MINIMAL + "zzzzzz: 1\n", "unknown key 'zzzzzz'"),
+        (MINIMAL + "1: 1\n", "unknown key '1'"),
+        (MINIMAL + "training: fast\n", "'training' must be a mapping, found 'fast'"),
+        (MINIMAL + "stages: {mine: [1]}\n", "'stages.mine' must be a mapping, found [1]"),
+        ("- a\n- b\n", "expected a mapping of keys to values at the top level"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_odd_key_is_named_with_the_nearest_right_one(
+    text: str, problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        check_yaml(file)
+    assert str(error.value).startswith(f"{file}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: 1\nb: [1, 2\nc: 3\n", 3), ("a: 1\n\tb: 2\n", 2), ("a: b: c\n", 1), ("? [a]\n: 1\n", 1)],
+)
+def test_broken_yaml_is_named_by_file_and_line(text: str, line: int, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{file}:{line}: not valid YAML")):
+        check_yaml(file)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    with pytest.raises(UserError, match=re.escape(f"{file}: no such config file")):
+        check_yaml(file)
+    file.write_bytes(b"run_dir: \xff\n")
+    with pytest.raises(UserError, match=re.escape(f"{file}: cannot be read as UTF-8")):
+        check_yaml(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        check_yaml(tmp_path)
+
+
+def test_no_config_is_refused() -> None:
+    with pytest.raises(UserError, match="no configuration: give --config"):
+        parse("--seed", "1")
+
+
+def test_unknown_option_is_named_with_the_nearest_right_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    for option in (["--stages.cascade.step", "3"], ["--stages.cascade.step=3"]):
+        with pytest.raises(UserError) as error:
+            parse("--config", str(file), *option)
+        assert "unknown option '--stages.cascade.step' (did you mean 'stages.cascade.steps'?)" in (
+            str(error.value)
+        )
+
+
+@pytest.mark.parametrize("place", ["file", "command line"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "1.5"),
+        ("stages.cascade.steps", "ten"),
+        ("stages.cascade.negatives", "hard"),
+        ("student.tied", "perhaps"),
+        ("training.zero_stage", "4"),
+    ],
+)
+def test_ill_typed_value_is_refused_naming_the_key(
+    key: str, value: str, place: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    odd = yaml.safe_load(value)
+    file.write_text(to_yaml(changed(DEFAULT, key, odd) if place == "file" else DEFAULT))
+    with pytest.raises(ArgumentError) as error:
+        parse("--config", str(file), *([f"--{key}", value] if place == "command line" else []))
+    assert key in str(error.value)
+    assert value in str(error.value)
+
+
+IMPOSSIBLE = {
+    "stages.cascade.steps": -1,
+    "stages.cascade.num_negatives": -1,
+    "stages.cascade.easy_steps": -1,
+    "stages.cascade.queries_per_rank": 0,
+    "stages.cascade.accumulation_steps": 0,
+    "stages.cascade.student_lr": -1e-5,
+    "stages.cascade.head_lr": -1e-5,
+    "stages.cascade.teacher_lr": float("nan"),
+    "stages.cascade.warmup_ratio": 1.5,
+    "stages.cascade.weights.ce": -1.0,
+    "stages.cascade.weights.mlm": 1.0,
+    "stages.interaction.negatives": "mined",
+    "stages.post_train.weights.attention": 1.0,
+    "stages.post_train.weights.ce_to_li": 1.0,
+    "stages.post_train.num_negatives": 2,
+    "stages.mine.skip_top": 50,
+    "stages.mine.num_negatives": 0,
+    "stages.mine.max_queries": 0,
+    "objective.tau_de": 0.0,
+    "objective.tau_li": -1.0,
+    "objective.tau_att": 0.0,
+    "data.max_query_length": 2,
+    "data.max_passage_length": 2,
+    "seed": -1,
+    "student.late_interaction_dim": 0,
+    "training.log_every": 0,
+    "training.threads_per_process": 0,
+    "training.num_processes": -1,
+    "training.save_every": -1,
+    "training.num_workers": -1,
+    "training.max_grad_norm": -1.0,
+    "training.weight_decay": -0.1,
+    "evaluation.rerank_depth": 0,
+    "evaluation.batch_size": 0,
+    "evaluation.max_queries": 0,
+}
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_impossible_value_is_refused_naming_key_and_value(key: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(changed(DEFAULT, key, IMPOSSIBLE[key]))
+    assert str(error.value).startswith(f"config key '{key}' is {IMPOSSIBLE[key]!r}: must be ")
+
+
+def test_default_config_is_possible() -> None:
+    assert validate(DEFAULT) is DEFAULT
+
+
+def test_stage_that_trains_needs_a_term() -> None:
+    config = changed(DEFAULT, "stages.cascade.weights", LossWeights())
+    validate(config)  # 0 steps: nothing to train
+    with pytest.raises(UserError, match=r"'stages\.cascade\.weights'.*one term at least"):
+        validate(changed(config, "stages.cascade.steps", 1))
+
+
+@pytest.mark.parametrize("term", ["ce", "ce_to_li", "ce_to_de"])
+def test_terms_over_the_group_need_negatives(term: str) -> None:
+    config = changed(DEFAULT, "stages.cascade.weights", LossWeights(**{term: 1.0}))
+    config = changed(changed(config, "stages.cascade.steps", 1), "stages.cascade.num_negatives", 0)
+    with pytest.raises(UserError, match=rf"'stages\.cascade\.num_negatives' is 0.*{term}"):
+        validate(config)
+
+
+def test_mined_negatives_need_mining() -> None:
+    config = changed(changed(DEFAULT, "stages.cascade.steps", 1), "stages.mine.enabled", False)
+    with pytest.raises(UserError, match=r"'stages\.cascade\.negatives' is 'mined'.*mine\.enabled"):
+        validate(config)
+    validate(changed(config, "stages.cascade.negatives", "bm25"))
+
+
+def test_zero_stage_is_set_in_one_place() -> None:
+    config = changed(DEFAULT, "training.zero_json", "configs/deepspeed/zero2.json")
+    validate(config)
+    with pytest.raises(UserError, match=r"'training\.zero_stage' is 2: must be null"):
+        validate(changed(config, "training.zero_stage", 2))
+
+
+# --- what is explained --------------------------------------------------------------------------
+
+
+def test_every_field_is_explained_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())  # lines are wrapped, at hyphens too
+    texts = docstrings()
+    for key, cls, name in leaves(RunConfig):
+        assert f"--{key}" in shown, key
+        text = texts.get((cls.__name__, name), "")
+        assert text, f"{cls.__name__}.{name} has no docstring"
+        assert "".join(text.split()) in shown, key
+
+
+def test_every_mapping_has_a_docstring() -> None:
+    texts = docstrings()
+    for name, cls in vars(config_module).items():
+        if inspect.isclass(cls) and is_dataclass(cls):
+            assert cls.__doc__, name
+            assert all((name, field.name) in texts for field in fields(cls)), name

@@ -194,9 +194,10 @@ def maxsim_token_kl(
         return reference.maxsim_token_kl_reference(
             queries, passages, teacher_map, tau, query_mask, passage_mask
         )
-    scores, kl, *_ = ops.token_kl_op(
-        queries, passages, teacher_map.detach(), query_mask, passage_mask, tau, backend
-    )
+    scores, kl, *_ = ops.maxsim_kl_op(
+        queries, passages, query_mask, passage_mask, teacher_map.detach(), None, None, None,
+        tau, 1.0, backend,
+    )  # fmt: skip
     return scores, kl
 
 
@@ -255,9 +256,9 @@ def maxsim_attention_kl(
             queries, passages, teacher_queries, teacher_keys, tau, query_mask, passage_mask,
             scale=scale, teacher_lse=teacher_lse,
         )  # fmt: skip
-    scores, kl, *_ = ops.attention_kl_op(
-        queries, passages, teacher_queries.detach(), teacher_keys.detach(),
-        None if teacher_lse is None else teacher_lse.detach(),
-        query_mask, passage_mask, tau, scale, backend,
+    scores, kl, *_ = ops.maxsim_kl_op(
+        queries, passages, query_mask, passage_mask,
+        None, teacher_queries.detach(), teacher_keys.detach(),
+        None if teacher_lse is None else teacher_lse.detach(), tau, scale, backend,
     )  # fmt: skip
     return scores, kl

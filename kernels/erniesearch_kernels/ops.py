@@ -17,20 +17,21 @@ from torch import Tensor
 from erniesearch_kernels import torch_backend, torch_token_kl
 from erniesearch_kernels.reference import compute_dtype
 from erniesearch_kernels.torch_backend import winner_dtype
+from erniesearch_kernels.validation import check_bounds
 
 NAMESPACE = "erniesearch_kernels"
 
 
 def _triton_maxsim() -> ModuleType:
-    from erniesearch_kernels import maxsim
+    from erniesearch_kernels import triton_maxsim
 
-    return maxsim
+    return triton_maxsim
 
 
 def _triton_token_kl() -> ModuleType:
-    from erniesearch_kernels import token_kl
+    from erniesearch_kernels import triton_token_kl
 
-    return token_kl
+    return triton_token_kl
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
@@ -158,6 +159,9 @@ def maxsim_varlen_op(
     max_query_length: int, max_passage_length: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores and winners ``[num_passages, total_query_tokens]``."""
+    if queries.device.type == "cpu":  # on a GPU, reading the bounds would wait for it
+        check_bounds("query_cu_seqlens", query_cu_seqlens, len(queries), max_query_length)
+        check_bounds("passage_cu_seqlens", passage_cu_seqlens, len(passages), max_passage_length)
     forward = (
         _triton_maxsim().varlen_forward if backend == "triton" else torch_backend.varlen_forward
     )
@@ -231,181 +235,121 @@ def _varlen_vjp(ctx: Any, grad: Tensor, _winners: None) -> tuple[Tensor | None, 
 
 
 # --------------------------------------------------------------------------- KL over the maps
+#
+# One operator serves both forms: either ``teacher_map`` or ``teacher_queries`` and
+# ``teacher_keys`` are given.
 
 
-def _fake_kl(queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _teacher(
+    queries: Tensor, passage_mask: Tensor | None, teacher_map: Tensor | None,
+    teacher_queries: Tensor | None, teacher_keys: Tensor | None, teacher_lse: Tensor | None,
+    scale: float,
+) -> tuple[torch_token_kl.TeacherMap, int]:  # fmt: skip
+    """How the torch backend gets the teacher's map, and how many heads that takes."""
+    if teacher_map is not None:
+        return torch_token_kl.given_map(teacher_map, compute_dtype(queries.dtype)), 1
+    if teacher_queries is None or teacher_keys is None:
+        raise ValueError("neither teacher_map nor teacher_queries and teacher_keys are given")
+    build = torch_token_kl.rebuilt_map(
+        teacher_queries, teacher_keys, teacher_lse, scale, passage_mask
+    )
+    return build, teacher_queries.shape[2]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::maxsim_kl", mutates_args=())
+def maxsim_kl_op(
+    queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
+    teacher_map: Tensor | None, teacher_queries: Tensor | None, teacher_keys: Tensor | None,
+    teacher_lse: Tensor | None, tau: float, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scores, KL, winners, log-sum-exp of student rows, norm of teacher rows (Triton only)."""
+    with _full_precision(queries):
+        if backend == "triton":
+            return _triton_token_kl().kl_forward(
+                queries, passages, query_mask, passage_mask,
+                teacher_map, teacher_queries, teacher_keys, teacher_lse, tau, scale,
+            )  # fmt: skip
+        teacher, heads = _teacher(
+            queries, passage_mask, teacher_map, teacher_queries, teacher_keys, teacher_lse, scale
+        )
+        outputs = torch_token_kl.token_kl_forward(
+            queries, passages, teacher, heads, tau, query_mask, passage_mask
+        )
+        return *outputs, outputs[3].new_empty(0)
+
+
+@maxsim_kl_op.register_fake
+def _(
+    queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
+    teacher_map: Tensor | None, teacher_queries: Tensor | None, teacher_keys: Tensor | None,
+    teacher_lse: Tensor | None, tau: float, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     num_queries, query_length = queries.shape[:2]
     group, length = passages.shape[1:3]
     dtype = compute_dtype(queries.dtype)
     scores = queries.new_empty(num_queries, group, dtype=dtype)
     lse = queries.new_empty(num_queries, group, query_length, dtype=dtype)
     winners = queries.new_empty(lse.shape, dtype=winner_dtype(length))
-    return scores, torch.empty_like(scores), winners, lse
+    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(0)
+    return scores, torch.empty_like(scores), winners, lse, norm
 
 
-@torch.library.custom_op(f"{NAMESPACE}::maxsim_token_kl", mutates_args=())
-def token_kl_op(
-    queries: Tensor, passages: Tensor, teacher_map: Tensor,
-    query_mask: Tensor | None, passage_mask: Tensor | None, tau: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores, KL, winners and the log-sum-exp of every student row."""
-    with _full_precision(queries):
-        if backend == "triton":
-            return _triton_token_kl().token_kl_forward(
-                queries, passages, teacher_map, query_mask, passage_mask, tau
-            )
-        teacher = torch_token_kl.given_map(teacher_map, compute_dtype(queries.dtype))
-        return torch_token_kl.token_kl_forward(
-            queries, passages, teacher, 1, tau, query_mask, passage_mask
-        )
-
-
-@token_kl_op.register_fake
-def _(
-    queries: Tensor, passages: Tensor, teacher_map: Tensor,
-    query_mask: Tensor | None, passage_mask: Tensor | None, tau: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _fake_kl(queries, passages)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::maxsim_token_kl_backward", mutates_args=())
-def token_kl_backward_op(
-    grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor, teacher_map: Tensor,
-    query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor, lse: Tensor,
-    tau: float, need_queries: bool, need_passages: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries and passages."""
-    with _full_precision(queries):
-        if backend == "triton":
-            grads = _triton_token_kl().token_kl_backward(
-                grad_scores, grad_kl, queries, passages, teacher_map, query_mask, passage_mask,
-                winners, lse, tau, need_queries, need_passages,
-            )  # fmt: skip
-        else:
-            teacher = torch_token_kl.given_map(teacher_map, compute_dtype(queries.dtype))
-            grads = torch_token_kl.token_kl_backward(
-                grad_scores, grad_kl, queries, passages, teacher, 1, tau,
-                query_mask, passage_mask, winners, lse, need_queries, need_passages,
-            )  # fmt: skip
-    return _grads((queries, passages), grads)
-
-
-@token_kl_backward_op.register_fake
-def _(
-    grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor, teacher_map: Tensor,
-    query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor, lse: Tensor,
-    tau: float, need_queries: bool, need_passages: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _fake_grads(queries, passages, need_queries, need_passages)
-
-
-def _token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, passages, teacher_map, query_mask, passage_mask, tau, backend = inputs
-    scores, kl, winners, lse = output
-    ctx.mark_non_differentiable(winners, lse)
-    ctx.save_for_backward(queries, passages, teacher_map, query_mask, passage_mask, winners, lse)
-    ctx.options = tau, backend
-
-
-def _token_kl_vjp(
-    ctx: Any, grad_scores: Tensor, grad_kl: Tensor, *_others: None
-) -> tuple[Tensor | None, ...]:
-    tau, backend = ctx.options
-    need = ctx.needs_input_grad
-    grad_queries, grad_passages = token_kl_backward_op(
-        grad_scores, grad_kl, *ctx.saved_tensors, tau, need[0], need[1], backend
-    )
-    none = (None,) * 5
-    return grad_queries if need[0] else None, grad_passages if need[1] else None, *none
-
-
-@torch.library.custom_op(f"{NAMESPACE}::maxsim_attention_kl", mutates_args=())
-def attention_kl_op(
-    queries: Tensor, passages: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
-    teacher_lse: Tensor | None, query_mask: Tensor | None, passage_mask: Tensor | None,
-    tau: float, scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As ``maxsim_token_kl``, and the log of every teacher row's normaliser (Triton only)."""
-    with _full_precision(queries):
-        if backend == "triton":
-            return _triton_token_kl().attention_kl_forward(
-                queries, passages, teacher_queries, teacher_keys, teacher_lse,
-                query_mask, passage_mask, tau, scale,
-            )  # fmt: skip
-        teacher = torch_token_kl.rebuilt_map(
-            teacher_queries, teacher_keys, teacher_lse, scale, passage_mask
-        )
-        outputs = torch_token_kl.token_kl_forward(
-            queries, passages, teacher, teacher_queries.shape[2], tau, query_mask, passage_mask
-        )
-        return *outputs, queries.new_zeros(outputs[3].shape, dtype=outputs[3].dtype)
-
-
-@attention_kl_op.register_fake
-def _(
-    queries: Tensor, passages: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
-    teacher_lse: Tensor | None, query_mask: Tensor | None, passage_mask: Tensor | None,
-    tau: float, scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _fake_kl(queries, passages)
-    return *outputs, torch.empty_like(outputs[3])
-
-
-@torch.library.custom_op(f"{NAMESPACE}::maxsim_attention_kl_backward", mutates_args=())
-def attention_kl_backward_op(
+@torch.library.custom_op(f"{NAMESPACE}::maxsim_kl_backward", mutates_args=())
+def maxsim_kl_backward_op(
     grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor,
-    teacher_queries: Tensor, teacher_keys: Tensor, teacher_lse: Tensor | None,
     query_mask: Tensor | None, passage_mask: Tensor | None,
-    winners: Tensor, lse: Tensor, teacher_norm: Tensor,
+    teacher_map: Tensor | None, teacher_queries: Tensor | None, teacher_keys: Tensor | None,
+    teacher_lse: Tensor | None, winners: Tensor, lse: Tensor, norm: Tensor,
     tau: float, scale: float, need_queries: bool, need_passages: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of queries and passages."""
     with _full_precision(queries):
         if backend == "triton":
-            grads = _triton_token_kl().attention_kl_backward(
-                grad_scores, grad_kl, queries, passages, teacher_queries, teacher_keys,
-                teacher_lse, query_mask, passage_mask, winners, lse, teacher_norm,
+            grads = _triton_token_kl().kl_backward(
+                grad_scores, grad_kl, queries, passages, query_mask, passage_mask,
+                teacher_map, teacher_queries, teacher_keys, teacher_lse, winners, lse, norm,
                 tau, scale, need_queries, need_passages,
             )  # fmt: skip
         else:
-            teacher = torch_token_kl.rebuilt_map(
-                teacher_queries, teacher_keys, teacher_lse, scale, passage_mask
-            )
+            teacher, heads = _teacher(
+                queries, passage_mask, teacher_map, teacher_queries, teacher_keys, teacher_lse,
+                scale,
+            )  # fmt: skip
             grads = torch_token_kl.token_kl_backward(
-                grad_scores, grad_kl, queries, passages, teacher, teacher_queries.shape[2], tau,
+                grad_scores, grad_kl, queries, passages, teacher, heads, tau,
                 query_mask, passage_mask, winners, lse, need_queries, need_passages,
             )  # fmt: skip
     return _grads((queries, passages), grads)
 
 
-@attention_kl_backward_op.register_fake
+@maxsim_kl_backward_op.register_fake
 def _(
     grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor,
-    teacher_queries: Tensor, teacher_keys: Tensor, teacher_lse: Tensor | None,
     query_mask: Tensor | None, passage_mask: Tensor | None,
-    winners: Tensor, lse: Tensor, teacher_norm: Tensor,
+    teacher_map: Tensor | None, teacher_queries: Tensor | None, teacher_keys: Tensor | None,
+    teacher_lse: Tensor | None, winners: Tensor, lse: Tensor, norm: Tensor,
     tau: float, scale: float, need_queries: bool, need_passages: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _fake_grads(queries, passages, need_queries, need_passages)
 
 
-def _attention_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, tau, scale, backend = inputs
-    scores, kl, winners, lse, teacher_norm = output
-    ctx.mark_non_differentiable(winners, lse, teacher_norm)
-    ctx.save_for_backward(*tensors, winners, lse, teacher_norm)
+    scores, kl, winners, lse, norm = output
+    ctx.mark_non_differentiable(winners, lse, norm)
+    ctx.save_for_backward(*tensors, winners, lse, norm)
     ctx.options = tau, scale, backend
 
 
-def _attention_kl_vjp(
+def _kl_vjp(
     ctx: Any, grad_scores: Tensor, grad_kl: Tensor, *_others: None
 ) -> tuple[Tensor | None, ...]:
     tau, scale, backend = ctx.options
     need = ctx.needs_input_grad
-    grad_queries, grad_passages = attention_kl_backward_op(
+    grad_queries, grad_passages = maxsim_kl_backward_op(
         grad_scores, grad_kl, *ctx.saved_tensors, tau, scale, need[0], need[1], backend
     )
-    none = (None,) * 8
+    none = (None,) * 9
     return grad_queries if need[0] else None, grad_passages if need[1] else None, *none
 
 
@@ -413,17 +357,11 @@ def _register_autograd() -> None:
     forward: list[tuple[Any, Callable[..., Any], Callable[..., Any]]] = [
         (maxsim_op, _maxsim_vjp, _maxsim_setup),
         (maxsim_varlen_op, _varlen_vjp, _varlen_setup),
-        (token_kl_op, _token_kl_vjp, _token_kl_setup),
-        (attention_kl_op, _attention_kl_vjp, _attention_kl_setup),
+        (maxsim_kl_op, _kl_vjp, _kl_setup),
     ]
     for op, vjp, setup in forward:
         op.register_autograd(vjp, setup_context=setup)
-    for op in (
-        maxsim_backward_op,
-        maxsim_varlen_backward_op,
-        token_kl_backward_op,
-        attention_kl_backward_op,
-    ):
+    for op in (maxsim_backward_op, maxsim_varlen_backward_op, maxsim_kl_backward_op):
         op.register_autograd(_raise_second_derivative)
 
 

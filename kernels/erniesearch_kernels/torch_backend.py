@@ -372,7 +372,7 @@ def _group_forward(
             best = torch.where(query_mask[own, None], best, 0.0)
         scores[own] = best.sum(-1)
         if save_winners:
-            winners[own] = index.view(best.shape)
+            winners[own] = index.clamp_(max=length - 1).view(best.shape)  # NaN: past the end
     if passage_mask is not None:
         scores = torch.where(passage_mask.any(-1), scores, 0.0)
     return scores, winners

@@ -1,0 +1,503 @@
+"""MaxSim in Triton: all pairs, own groups, and packed tokens, by the same three kernels.
+
+Forward: one program multiplies ``BLOCK_M`` query tokens (those of several queries) with a run of
+passages, ``BLOCK_N`` tokens at a time, and keeps a running maximum per query token. Queries are cut
+into units of ``UNIT`` tokens; a program writes the sum of each unit, so that no query length needs
+its own tile shape and no two programs write to one place.
+
+Backward, with ``w[a]`` the winner of query token ``a`` in passage ``j``::
+
+    d q[a]   = sum_j g[i,j] * p[j, w[a]]                  rows gathered passage by passage
+    d p[j,t] = sum_(i,a) [w[a] = t] * g[i,j] * q[i,a]     a one-hot tile times query tokens
+
+Each output row belongs to one program that adds in a fixed order: no atomics, and the same bits in
+every run.
+
+For 16-bit inputs the winner's column replaces the lowest ``log2(BLOCK_N)`` of the similarity's 23
+mantissa bits, and one maximum finds both. Scores are then rounded towards zero by less than
+``2**-16`` relative, and similarities that agree in the other bits count as equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from erniesearch_kernels.torch_backend import winner_dtype
+from erniesearch_kernels.triton_common import (
+    INTERPRET,
+    as_bytes,
+    balanced,
+    dot,
+    inverse_norm,
+    narrow,
+    norm_jacobian,
+    padded_dim,
+    precision,
+    row_max,
+)
+
+
+@triton.jit
+def _query_rows(
+    units, lane, unit_ptr, num_units, query_length, units_per_query,
+    UNIT: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Row in the query matrix and token in its query, and whether there is such a token."""
+    real = units < num_units
+    if VARLEN:
+        begin = tl.load(unit_ptr + 2 * units, mask=real, other=0)
+        count = tl.load(unit_ptr + 2 * units + 1, mask=real, other=0)
+        return begin + lane, lane, real & (lane < count)
+    token = (units % units_per_query) * UNIT + lane
+    row = (units // units_per_query).to(tl.int64) * query_length + token
+    return row, token, real & (token < query_length)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, unit_ptr, bounds_ptr, sums_ptr, winner_ptr,
+    num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
+    passages_per_program, num_row_blocks,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr,
+    EVEN: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr, PACK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Sums per passage and query unit, and winners per passage and query token.
+
+    ``GROUP``: programs belong to one query and ``num_passages`` is its number of passages.
+    ``EVEN``: every passage fills its tiles with real tokens.
+    """
+    UNITS: tl.constexpr = BLOCK_M // UNIT
+    pid = tl.program_id(0)
+    block = pid % num_row_blocks
+    first = (pid // num_row_blocks) * passages_per_program
+    lanes = tl.arange(0, BLOCK_M)
+    if GROUP:
+        # Row blocks of one query, then the next query's: a block never holds two queries.
+        blocks_per_query = tl.cdiv(units_per_query, UNITS)
+        query = (block // blocks_per_query).to(tl.int64)
+        unit0 = (block % blocks_per_query) * UNITS
+        token = unit0 * UNIT + lanes
+        row = query * query_length + token
+        valid = token < query_length
+        winner_row = token.to(tl.int64)
+        origin = query * num_passages
+    else:
+        unit0 = block * UNITS
+        row, token, valid = _query_rows(
+            unit0 + lanes // UNIT, lanes % UNIT, unit_ptr, num_units, query_length,
+            units_per_query, UNIT, VARLEN,
+        )  # fmt: skip
+        winner_row = row
+        origin = tl.cast(0, tl.int64)
+    stored = valid
+    if HAS_Q_MASK:
+        valid = valid & (tl.load(q_mask_ptr + row, mask=valid, other=0) != 0)
+    dims = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        q_ptr + row[:, None] * DIM + dims[None, :],
+        mask=valid[:, None] & (dims < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+
+    columns = tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(passage_length, BLOCK_N)
+    last = tl.minimum(first + passages_per_program, num_passages)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    winner = tl.zeros([BLOCK_M], tl.int32)
+    alive = 0
+    # One loop over the tiles of all passages, so that loads run ahead from one to the next.
+    for step in range(0, (last - first) * tiles):
+        j = origin + first + step // tiles
+        tile = step % tiles
+        t = tile * BLOCK_N + columns
+        if VARLEN:
+            begin = tl.load(bounds_ptr + j).to(tl.int64)
+            real = t < (tl.load(bounds_ptr + j + 1) - begin)
+        else:
+            begin = j * passage_length
+            real = t < passage_length
+        if HAS_P_MASK:
+            real = real & (tl.load(p_mask_ptr + begin + t, mask=real, other=0) != 0)
+        pointers = p_ptr + (begin + t)[None, :] * DIM + dims[:, None]
+        if EVEN:
+            p = tl.load(pointers, mask=(dims < DIM)[:, None], other=0.0)
+        else:
+            p = tl.load(pointers, mask=real[None, :] & (dims < DIM)[:, None], other=0.0)
+        s = dot(q, p, PRECISION, WIDEN)
+        if NORMALIZE:
+            s = s * inverse_norm(p, 0)[None, :]
+        if PACK:
+            bits = s.to(tl.int32, bitcast=True)
+            bits = (bits & (-BLOCK_N)) | (BLOCK_N - 1 - columns)[None, :]
+            s = bits.to(tl.float32, bitcast=True)
+        if not EVEN:
+            s = tl.where(real[None, :], s, float("-inf"))
+        tile_best = row_max(s)
+        if PACK:
+            bits = tile_best.to(tl.int32, bitcast=True)
+            tile_winner = tile * BLOCK_N + (BLOCK_N - 1) - (bits & (BLOCK_N - 1))
+            tile_best = (bits & (-BLOCK_N)).to(tl.float32, bitcast=True)
+        else:
+            hits = tl.where(s == tile_best[:, None], t[None, :], passage_length - 1)
+            tile_winner = tl.min(hits, 1)
+        better = (tile == 0) | (tile_best > best) | (tile_best != tile_best)
+        # A NaN stays: nothing is larger than it.
+        winner = tl.where(better, tile_winner, winner)
+        best = tl.where(better, tile_best, best)
+        any_real = tl.max(real.to(tl.int32), 0)
+        alive = tl.where(tile == 0, any_real, tl.maximum(alive, any_real))
+        if tile == tiles - 1:
+            value = best
+            if NORMALIZE:
+                value = value * inverse_norm(q, 1)
+            counts = valid & (alive > 0)
+            value = tl.where(counts, value, 0.0)
+            sums = tl.sum(tl.reshape(value, (UNITS, UNIT)), 1)
+            units = unit0 + tl.arange(0, UNITS)
+            limit = units_per_query if GROUP else num_units
+            tl.store(sums_ptr + j * limit + units, sums, mask=units < limit)
+            if SAVE:
+                index = tl.where(counts, tl.minimum(winner, passage_length - 1), 0)
+                tl.store(
+                    winner_ptr + j * winner_stride + winner_row,
+                    index.to(winner_ptr.dtype.element_ty), mask=stored,
+                )  # fmt: skip
+
+
+@triton.jit
+def query_gradient_kernel(
+    g_ptr, scale_ptr, q_ptr, p_ptr, q_mask_ptr, query_of_row_ptr, bounds_ptr, winner_ptr, out_ptr,
+    num_rows, query_length, num_passages, passage_length, winner_stride,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_Q_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """``d q[a] = sum_j g[i,j] * p[j, w[a]]`` for ``BLOCK_M`` rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < num_rows
+    stored = valid
+    if HAS_Q_MASK:
+        valid = valid & (tl.load(q_mask_ptr + row, mask=valid, other=0) != 0)
+    if VARLEN:
+        query = tl.load(query_of_row_ptr + row, mask=valid, other=0).to(tl.int64)
+    else:
+        query = row // query_length
+    first = query * 0
+    winner_row = row
+    if GROUP:
+        first = query * num_passages
+        winner_row = row % query_length
+    dims = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in range(0, num_passages):
+        j = first + step
+        g = tl.load(g_ptr + query * num_passages + step, mask=valid, other=0.0)
+        # Without weight nothing is read: neither padding nor passages without real tokens.
+        used = valid & (g != 0.0)
+        token = tl.load(winner_ptr + j * winner_stride + winner_row, mask=used, other=0)
+        if VARLEN:
+            begin = tl.load(bounds_ptr + j, mask=used, other=0).to(tl.int64)
+        else:
+            begin = j * passage_length
+        p = tl.load(
+            p_ptr + (begin + token.to(tl.int64))[:, None] * DIM + dims[None, :],
+            mask=used[:, None] & (dims < DIM)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        if NORMALIZE:
+            g = g * inverse_norm(p, 1)
+        total += g[:, None] * p
+    total = total * tl.load(scale_ptr)
+    inside = stored[:, None] & (dims < DIM)[None, :]
+    offsets = row[:, None] * DIM + dims[None, :]
+    if NORMALIZE:
+        q = tl.load(q_ptr + offsets, mask=valid[:, None] & (dims < DIM)[None, :], other=0.0)
+        total = tl.where(valid[:, None], norm_jacobian(total, q), 0.0)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def passage_gradient_kernel(
+    g_ptr, scale_ptr, q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, query_of_row_ptr, bounds_ptr,
+    winner_ptr, out_ptr,
+    num_rows, query_length, num_passages, passage_length, winner_stride, group_size,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """``d p[j,t] = sum_a [w[a] = t] * g[i,j] * q[a]`` for ``BLOCK_N`` tokens of one passage."""
+    tiles = tl.cdiv(passage_length, BLOCK_N)
+    j = (tl.program_id(0) // tiles).to(tl.int64)
+    t = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if VARLEN:
+        begin = tl.load(bounds_ptr + j).to(tl.int64)
+        inside = t < (tl.load(bounds_ptr + j + 1) - begin)
+    else:
+        begin = j * passage_length
+        inside = t < passage_length
+    first_row = j * 0
+    if GROUP:
+        first_row = (j // group_size) * query_length
+    dims = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, num_rows, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        row = first_row + k
+        valid = k < num_rows
+        if HAS_Q_MASK:
+            valid = valid & (tl.load(q_mask_ptr + row, mask=valid, other=0) != 0)
+        if GROUP:
+            g_offset = row * 0 + j
+            winner_row = k.to(tl.int64)
+        else:
+            if VARLEN:
+                query = tl.load(query_of_row_ptr + row, mask=valid, other=0).to(tl.int64)
+            else:
+                query = row // query_length
+            g_offset = query * num_passages + j
+            winner_row = row
+        g = tl.load(g_ptr + g_offset, mask=valid, other=0.0)
+        used = valid & (g != 0.0)
+        token = tl.load(winner_ptr + j * winner_stride + winner_row, mask=used, other=0)
+        q = tl.load(
+            q_ptr + row[:, None] * DIM + dims[None, :],
+            mask=used[:, None] & (dims < DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        if NORMALIZE:
+            g = g * inverse_norm(q, 1)
+        one_hot = tl.where(token.to(tl.int32)[None, :] == t[:, None], g[None, :], 0.0)
+        total += dot(narrow(one_hot, q, WIDEN), q, PRECISION, WIDEN)
+    total = total * tl.load(scale_ptr)
+    offsets = (begin + t)[:, None] * DIM + dims[None, :]
+    if NORMALIZE:
+        real = inside
+        if HAS_P_MASK:
+            real = real & (tl.load(p_mask_ptr + begin + t, mask=inside, other=0) != 0)
+        p = tl.load(p_ptr + offsets, mask=real[:, None] & (dims < DIM)[None, :], other=0.0)
+        total = tl.where(real[:, None], norm_jacobian(total, p), 0.0)
+    tl.store(
+        out_ptr + offsets, total.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < DIM)[None, :],
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- launch choices
+
+
+def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dict[str, int]:
+    """Tile shape of the forward; ``group_rows`` > 0: tokens per query in the own-group form."""
+    if group_rows:
+        rows = min(64 if block_d <= 128 else 32, max(16, triton.next_power_of_2(group_rows)))
+        narrow_tile = dtype == torch.float32 or block_d > 128
+        return {
+            "BLOCK_M": rows, "BLOCK_N": 32 if narrow_tile else 64, "num_warps": 4, "num_stages": 2,
+        }  # fmt: skip
+    if dtype == torch.float32:
+        tile = (64, 64) if block_d <= 128 else (32, 32)
+        return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": 4, "num_stages": 2}
+    if block_d <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+def query_gradient_config(block_d: int) -> dict[str, int]:
+    """Rows per program of the query gradient."""
+    return {"BLOCK_M": 32 if block_d <= 128 else 16, "num_warps": 4, "num_stages": 2}
+
+
+def passage_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Passage tokens per program and query tokens per step of the passage gradient."""
+    if dtype == torch.float32:
+        tile = (64, 32) if block_d <= 128 else (32, 16)
+        return {"BLOCK_N": tile[0], "BLOCK_K": tile[1], "num_warps": 4, "num_stages": 2}
+    tile = (128, 64) if block_d <= 128 else (64, 32)
+    return {"BLOCK_N": tile[0], "BLOCK_K": tile[1], "num_warps": 8, "num_stages": 2}
+
+
+def unit_length(query_length: int) -> int:
+    """Query tokens per unit: 32 unless 16 wastes less of the last one."""
+    return 32 if -(-query_length // 32) * 2 == -(-query_length // 16) else 16
+
+
+def _passages_per_program(num_row_blocks: int, num_passages: int) -> int:
+    # A program's query tile is read once for its passages; leave enough programs for any GPU.
+    return max(1, min(16, num_row_blocks * num_passages // 2048))
+
+
+def maxsim_forward(
+    queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
+    normalize: bool, save_winners: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``torch_backend.maxsim_forward``."""
+    group = passages.dim() == 4
+    num_queries, query_length, _ = queries.shape
+    num_passages, passage_length = passages.shape[-3:-1]
+    total_passages = num_queries * num_passages if group else num_passages
+    config = forward_config(
+        queries.dtype, padded_dim(queries.shape[-1]), query_length if group else 0
+    )
+    unit = min(unit_length(query_length), config["BLOCK_M"])
+    units_per_query = triton.cdiv(query_length, unit)
+    units_per_block = config["BLOCK_M"] // unit
+    if group:
+        num_row_blocks = num_queries * triton.cdiv(units_per_query, units_per_block)
+        sums_width = units_per_query
+    else:
+        num_row_blocks = triton.cdiv(num_queries * units_per_query, units_per_block)
+        sums_width = num_queries * units_per_query
+    sums = queries.new_zeros(total_passages, sums_width, dtype=torch.float32)
+    shape = (num_queries, num_passages) if group else (num_passages, num_queries)
+    winners = queries.new_zeros(
+        (*shape, query_length) if save_winners else (0, 0, 0), dtype=winner_dtype(passage_length)
+    )
+    _launch_forward(
+        queries, passages, query_mask, passage_mask, None, None, sums, winners,
+        num_queries * units_per_query, query_length, units_per_query, num_passages, passage_length,
+        query_length if group else num_queries * query_length, num_row_blocks, unit, config,
+        group, normalize, save_winners,
+    )  # fmt: skip
+    sums = sums.view(*shape, units_per_query).sum(-1)
+    return (sums if group else sums.T.contiguous()), winners
+
+
+def _launch_forward(
+    queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
+    units: Tensor | None, bounds: Tensor | None, sums: Tensor, winners: Tensor,
+    num_units: int, query_length: int, units_per_query: int, num_passages: int,
+    passage_length: int, winner_stride: int, num_row_blocks: int, unit: int,
+    config: dict[str, int], group: bool, normalize: bool, save_winners: bool,
+) -> None:  # fmt: skip
+    if num_row_blocks == 0 or num_passages == 0:
+        return
+    dim = queries.shape[-1]
+    per_program = _passages_per_program(num_row_blocks, num_passages)
+    grid = (num_row_blocks * triton.cdiv(num_passages, per_program),)
+    forward_kernel[grid](
+        queries.contiguous(), passages.contiguous(), as_bytes(query_mask), as_bytes(passage_mask),
+        units, bounds, sums, winners,
+        num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
+        per_program, num_row_blocks,
+        DIM=dim, BLOCK_D=padded_dim(dim), UNIT=unit,
+        HAS_Q_MASK=query_mask is not None, HAS_P_MASK=passage_mask is not None,
+        GROUP=group, VARLEN=bounds is not None,
+        EVEN=bounds is None and passage_mask is None and passage_length % config["BLOCK_N"] == 0,
+        NORMALIZE=normalize, SAVE=save_winners, PACK=queries.dtype != torch.float32,
+        PRECISION=precision(queries.dtype), WIDEN=INTERPRET, **config,
+    )  # fmt: skip
+
+
+def maxsim_backward(
+    grad: Tensor, queries: Tensor, passages: Tensor,
+    query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor,
+    normalize: bool, need_queries: bool, need_passages: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As ``torch_backend.maxsim_backward``, in the inputs' dtype."""
+    if passage_mask is not None:
+        grad = torch.where(passage_mask.any(-1), grad, 0.0)
+    return _launch_backward(
+        grad, queries.contiguous(), passages.contiguous(), query_mask, passage_mask,
+        None, None, winners, queries.shape[-2], passages.shape[-2],
+        normalize, need_queries, need_passages,
+    )  # fmt: skip
+
+
+def _launch_backward(
+    grad: Tensor, queries: Tensor, passages: Tensor,
+    query_mask: Tensor | None, passage_mask: Tensor | None,
+    query_of_row: Tensor | None, bounds: Tensor | None, winners: Tensor,
+    query_length: int, passage_length: int,
+    normalize: bool, need_queries: bool, need_passages: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dim, group, varlen = queries.shape[-1], passages.dim() == 4, bounds is not None
+    num_rows = queries.numel() // dim
+    num_passages = grad.shape[1]
+    total_passages = grad.numel() if group else num_passages
+    winner_stride = query_length if group else num_rows
+    block_d = padded_dim(dim)
+    grad_queries = torch.zeros_like(queries) if need_queries else None
+    grad_passages = torch.zeros_like(passages) if need_passages else None
+    if grad.numel() == 0 or num_rows == 0:
+        return grad_queries, grad_passages
+    scale, (grad,) = balanced(grad.float().contiguous())
+    shared = {
+        "DIM": dim, "BLOCK_D": block_d, "HAS_Q_MASK": query_mask is not None, "GROUP": group,
+        "VARLEN": varlen, "NORMALIZE": normalize,
+    }  # fmt: skip
+    if grad_queries is not None:
+        config = query_gradient_config(block_d)
+        query_gradient_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
+            grad, scale, queries, passages, as_bytes(query_mask), query_of_row, bounds, winners,
+            grad_queries, num_rows, query_length, num_passages, passage_length, winner_stride,
+            **shared, **config,
+        )  # fmt: skip
+    if grad_passages is not None:
+        config = passage_gradient_config(queries.dtype, block_d)
+        passage_gradient_kernel[(total_passages * triton.cdiv(passage_length, config["BLOCK_N"]),)](
+            grad, scale, queries, passages, as_bytes(query_mask), as_bytes(passage_mask),
+            query_of_row, bounds, winners, grad_passages,
+            query_length if group else num_rows, query_length, num_passages, passage_length,
+            winner_stride, num_passages if group else 1,
+            HAS_P_MASK=passage_mask is not None,
+            PRECISION=precision(queries.dtype), WIDEN=INTERPRET, **shared, **config,
+        )  # fmt: skip
+    return grad_queries, grad_passages
+
+
+def varlen_forward(
+    queries: Tensor, passages: Tensor, query_cu_seqlens: Tensor, passage_cu_seqlens: Tensor,
+    max_query_length: int, max_passage_length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``torch_backend.varlen_forward``."""
+    num_queries, num_passages = len(query_cu_seqlens) - 1, len(passage_cu_seqlens) - 1
+    if num_queries == 0:
+        winners = queries.new_zeros(num_passages, 0, dtype=winner_dtype(max_passage_length))
+        return queries.new_zeros(0, num_passages, dtype=torch.float32), winners
+    config = forward_config(queries.dtype, padded_dim(queries.shape[-1]))
+    unit = min(unit_length(max_query_length), config["BLOCK_M"])
+    # As many units as there can be, known without reading the bounds; unused ones hold no token.
+    num_units = len(queries) // unit + num_queries
+    bounds = query_cu_seqlens.long()
+    per_query = (bounds[1:] - bounds[:-1] + unit - 1) // unit
+    ends = per_query.cumsum(0)
+    index = torch.arange(num_units, device=queries.device)
+    query = torch.searchsorted(ends, index, right=True).clamp_(max=num_queries - 1)
+    position = index - (ends - per_query)[query]
+    begin = bounds[query] + position * unit
+    count = torch.where(position < per_query[query], bounds[query + 1] - begin, 0)
+    units = torch.stack((begin, count.clamp(0, unit)), 1).contiguous()
+    sums = queries.new_zeros(num_passages, num_units, dtype=torch.float32)
+    winners = queries.new_zeros(num_passages, len(queries), dtype=winner_dtype(max_passage_length))
+    units_per_block = config["BLOCK_M"] // unit
+    _launch_forward(
+        queries, passages, None, None, units, passage_cu_seqlens.contiguous(), sums, winners,
+        num_units, max_query_length, 1, num_passages, max_passage_length, len(queries),
+        triton.cdiv(num_units, units_per_block), unit, config, False, False, True,
+    )  # fmt: skip
+    # Sum a query's units in order: spread them out, unused ones to a place that is cut off.
+    width = triton.cdiv(max_query_length, unit)
+    slots = torch.where(position < per_query[query], query * width + position, num_queries * width)
+    spread = sums.new_zeros(num_passages, num_queries * width + 1)
+    spread.index_copy_(1, slots, sums)
+    scores = spread[:, :-1].view(num_passages, num_queries, width).sum(-1)
+    return scores.T.contiguous(), winners
+
+
+def varlen_backward(
+    grad: Tensor, queries: Tensor, passages: Tensor,
+    query_cu_seqlens: Tensor, passage_cu_seqlens: Tensor, winners: Tensor,
+    max_query_length: int, max_passage_length: int, need_queries: bool, need_passages: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As ``torch_backend.varlen_backward``, in the inputs' dtype."""
+    lengths = passage_cu_seqlens[1:] - passage_cu_seqlens[:-1]
+    grad = torch.where(lengths > 0, grad, 0.0)
+    query_of_row = torch.bucketize(
+        torch.arange(len(queries), device=queries.device), query_cu_seqlens[1:].long(), right=True
+    )
+    return _launch_backward(
+        grad, queries.contiguous(), passages.contiguous(), None, None,
+        query_of_row.contiguous(), passage_cu_seqlens.contiguous(), winners,
+        max_query_length, max_passage_length, False, need_queries, need_passages,
+    )  # fmt: skip

@@ -84,7 +84,10 @@ def parse_config(
         UserError: for unknown keys (nearest named), wrong types and impossible values.
     """
     parser.add_class_arguments(RunConfig)
-    argv = [arg for arg in argv if not arg.startswith(("--local_rank", "--local-rank"))]
+    for flag in ("--local_rank", "--local-rank"):  # launchers add it; LOCAL_RANK says the same
+        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):

@@ -135,9 +135,10 @@ class StageConfig:
     teacher_lr: float = 1e-5
     """Peak learning rate of the cross-encoder."""
     warmup_ratio: float = 0.1
-    """Share of the updates in which the learning rate rises linearly from 0."""
+    """Share of the updates in which the learning rate rises linearly to its peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after the warm-up; linear and cosine reach 0 after the last
+    update."""
     weights: LossWeights = LossWeights()
     """The stage's objective."""
 

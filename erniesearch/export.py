@@ -11,8 +11,8 @@ version 6 writes, and both read these.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from erniesearch import stages
 from erniesearch.config import RunConfig
@@ -39,15 +39,17 @@ def export_all(config: RunConfig) -> list[Path]:
         if not config.student.tied:
             towers = {"_query": student, "_passage": student / "passage_tower"}
         for suffix, tower in towers.items():
-            written.append(_write(folder.export("dual_encoder" + suffix), tower,
-                                  lambda out: _dual_encoder(out, config)))  # fmt: skip
-            written.append(_write(folder.export("late_interaction" + suffix), tower,
-                                  lambda out: _late_interaction(out, student, config)))  # fmt: skip
+            written.append(
+                _write(folder.export("dual_encoder" + suffix), tower, _dual_encoder, config)
+            )
+            if stages.trains_late_interaction(config):
+                out = folder.export("late_interaction" + suffix)
+                head = student / HEAD_FILE
+                written.append(_write(out, tower, _late_interaction, config, head))
     if teacher_stage:
         teacher = folder.model(teacher_stage, "teacher")
         _require(teacher, teacher_stage)
-        written.append(_write(folder.export("cross_encoder"), teacher,
-                              lambda out: _cross_encoder(out, config)))  # fmt: skip
+        written.append(_write(folder.export("cross_encoder"), teacher, _cross_encoder, config))
     if not written:
         raise UserError("nothing to export: no stage with steps above 0 trains a model")
     return written
@@ -58,7 +60,7 @@ def _require(path: Path, stage: str) -> None:
         raise UserError(f"nothing to export: stage {stage} is not trained yet ({path} is missing)")
 
 
-def _write(folder: Path, model: Path, add: Any) -> Path:
+def _write(folder: Path, model: Path, add: Callable[..., None], *arguments: object) -> Path:
     """Copy a transformers folder, add the layout's files, then move it into place."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -67,7 +69,7 @@ def _write(folder: Path, model: Path, add: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         if not (aside / name).exists() and (model.parent / name).is_file():
             shutil.copy(model.parent / name, aside / name)
-    add(aside)
+    add(aside, *arguments)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
     return folder
@@ -129,7 +131,7 @@ def _dual_encoder(folder: Path, config: RunConfig) -> None:
     )
 
 
-def _late_interaction(folder: Path, student: Path, config: RunConfig) -> None:
+def _late_interaction(folder: Path, config: RunConfig, head: Path) -> None:
     _modules(
         folder,
         ("", "sentence_transformers.models.Transformer"),
@@ -147,7 +149,7 @@ def _late_interaction(folder: Path, student: Path, config: RunConfig) -> None:
             "use_residual": False,
         },
     )
-    shutil.copy(student / HEAD_FILE, folder / "1_Dense" / "model.safetensors")
+    shutil.copy(head, folder / "1_Dense" / "model.safetensors")
     _dump(
         folder / "config_sentence_transformers.json",
         {

@@ -69,6 +69,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
         if stages.is_done(folder.stage(name), expected):
             console.print(f"[bold]{name}[/]: done before")
             continue
+        _check_upstream(config, name, world_size, folder)
         console.rule(f"[bold]{name}[/]", align="left")
         if name in TRAINING_STAGES:
             _launch(config, name, world_size)
@@ -87,6 +88,18 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
         console.print(f"summary: {folder.root / 'summary.md'}")
+
+
+def _check_upstream(
+    config: RunConfig, name: str, world_size: int, folder: stages.RunFolder
+) -> None:
+    """With ``only``, what a step builds on may be missing or made with other settings."""
+    for source in stages.upstream(config, name):
+        if not stages.is_done(folder.stage(source), stages.fingerprint(config, source, world_size)):
+            raise UserError(
+                f"step {name} builds on {source}, which is not done with these settings: run it"
+                f" too (--only {source},{name}), or leave --only out"
+            )
 
 
 def planned(config: RunConfig) -> list[str]:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import LossWeights, RunConfig, StageConfig
+from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig, StageConfig
 from erniesearch.errors import UserError
 
 STUDENT_CHAIN = {
@@ -60,7 +60,20 @@ def teacher_source(config: RunConfig, stage: str) -> str | None:
 def final_student(config: RunConfig) -> str | None:
     """The last stage that trains the students; None if there is none."""
     order = ("cascade", "interaction", "post_train", "contrastive")
-    return next((name for name in order if is_enabled(config, name)), None)
+    return next((name for name in order if trains_student(config, name)), None)
+
+
+def trains_student(config: RunConfig, stage: str) -> bool:
+    """Whether the stage is in the run and any of its terms runs the student."""
+    return is_enabled(config, stage) and needs_student(getattr(config.stages, stage).weights)
+
+
+def trains_late_interaction(config: RunConfig) -> bool:
+    """Whether the final student's late-interaction head was trained at all."""
+    final = final_student(config)
+    chain = [final, *STUDENT_CHAIN[final]] if final else []
+    weights = [getattr(config.stages, name).weights for name in chain if is_enabled(config, name)]
+    return any(w.li or w.ce_to_li or w.attention or w.li_to_de for w in weights)
 
 
 def final_teacher(config: RunConfig) -> str | None:
@@ -134,6 +147,30 @@ def data_hash(config: RunConfig) -> str:
     return hash_files([root / "corpus.jsonl", root / "queries.jsonl", *root.glob("qrels/*.tsv")])
 
 
+def models_hash(config: RunConfig) -> list[Any]:
+    """Model settings, with the contents of those that are folders."""
+    described: list[Any] = [asdict(config.student), asdict(config.teacher)]
+    for path in (config.student.path, config.teacher.path):
+        folder = Path(path)
+        if path and folder.is_dir():
+            described.append(hash_files([*folder.glob("*.json"), *folder.glob("*.safetensors")]))
+    return described
+
+
+def upstream(config: RunConfig, stage: str) -> list[str]:
+    """The stages whose results this one reads."""
+    if stage == "bm25":
+        return []
+    if stage in ("evaluate", "export"):
+        return [name for name in TRAINING_STAGES if is_enabled(config, name)]
+    sources = [student_source(config, stage), teacher_source(config, stage)]
+    if stage in TRAINING_STAGES:
+        settings: StageConfig = getattr(config.stages, stage)
+        if settings.num_negatives and settings.negatives != "random":
+            sources.append("mine" if settings.negatives == "mined" else "bm25")
+    return [name for name in sources if name]
+
+
 def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
     """Hash of everything that decides a stage's result: settings, data, and upstream stages.
 
@@ -142,33 +179,27 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     """
     settings: dict[str, Any] = {"stage": stage, "seed": config.seed, "data": asdict(config.data)}
     settings["files"] = data_hash(config)
-    upstream: list[str] = []
     if stage == "bm25":
         settings["stemmer"] = config.evaluation.bm25_stemmer
-    elif stage in ("evaluate", "export"):
-        settings["evaluation"] = asdict(config.evaluation) if stage == "evaluate" else {}
-        settings["models"] = [asdict(config.student), asdict(config.teacher)]
-        settings["objective"] = asdict(config.objective)
-        upstream = [name for name in STUDENT_CHAIN if name != "mine" and is_enabled(config, name)]
     else:
-        settings["models"] = [asdict(config.student), asdict(config.teacher)]
-        stage_config = getattr(config.stages, stage)
-        settings["settings"] = asdict(stage_config)
-        sources = {student_source(config, stage), teacher_source(config, stage)}
-        upstream = sorted(name for name in sources if name)
-        if isinstance(stage_config, StageConfig):
-            settings["objective"] = asdict(config.objective)
-            training = asdict(config.training)
-            for key in ("log_every", "save_every", "num_workers", "threads_per_process",
-                        "num_processes", "activation_checkpointing"):  # fmt: skip
-                training.pop(key)
-            settings["training"] = training | {"world_size": world_size}
-            if stage_config.negatives != "random":
-                upstream.append("mine" if stage_config.negatives == "mined" else "bm25")
-        else:
-            settings["cascade"] = asdict(config.stages.cascade) | {"world_size": world_size}
-            upstream.append("bm25")
-    settings["upstream"] = [fingerprint(config, name, world_size) for name in upstream]
+        settings["models"] = models_hash(config)
+        settings["objective"] = asdict(config.objective)
+    if stage == "evaluate":
+        settings["evaluation"] = asdict(config.evaluation)
+    elif stage == "mine":
+        settings["settings"] = asdict(config.stages.mine)
+    elif stage in TRAINING_STAGES:
+        settings["settings"] = asdict(getattr(config.stages, stage))
+        training = asdict(config.training)
+        for key in ("log_every", "save_every", "num_workers", "threads_per_process",
+                    "num_processes", "activation_checkpointing"):  # fmt: skip
+            training.pop(key)
+        if config.training.zero_json:
+            training["zero_json"] = hash_files([Path(config.training.zero_json)])
+        settings["training"] = training | {"world_size": world_size}
+    settings["upstream"] = [
+        fingerprint(config, name, world_size) for name in upstream(config, stage)
+    ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -69,8 +69,7 @@ def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:
         "cascade": "dual-encoder, after cascade",
     }
     for stage, label in students.items():
-        # A cascade may train the teacher alone.
-        if stage is None or table.folder.model(stage, "student").is_dir():
+        if stage is None or stages.trains_student(config, stage):
             table.add_student(stage, label)
     table.add_rerankers()
     facts = {
@@ -128,8 +127,9 @@ class _TableMaker:
         if self.final_run is None or self.final_retriever is None:
             return
         data, depth = self.data, self.config.evaluation.rerank_depth
-        run = search.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
-        self.add("late interaction, reranking", "late_interaction", run)
+        if stages.trains_late_interaction(self.config):
+            run = search.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
+            self.add("late interaction, reranking", "late_interaction", run)
         if teacher := _trained_teacher(self.config):
             scorer = _scorer(self.config, teacher)
             run = search.rerank_cross_encoder(scorer, data, self.final_run, depth)
@@ -149,6 +149,8 @@ def interactive_search(
     if final is None or not folder.model(final, "student").is_dir():
         raise UserError(f"{config.run_dir}: the run has no trained student")
     teacher = _trained_teacher(config)
+    if rerank == "late_interaction" and not stages.trains_late_interaction(config):
+        raise UserError(f"{config.run_dir}: the run trained no late-interaction head")
     if rerank == "cross_encoder" and teacher is None:
         raise UserError(f"{config.run_dir}: the run trained no cross-encoder")
     index = VectorIndex.load(folder.index)

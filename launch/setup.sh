@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # The set-up that quickstart.sh and test.sh share: .venv with pinned packages and the MiniLM weights.
-# Usage: source launch/setup.sh EXTRAS     (cpu, gpu, dev; comma-separated)
+# Usage: source launch/setup.sh [dev]
+# FAISS comes for the GPU where nvidia-smi lists one, else for the CPU (never both: one module).
 # PYTHON names the interpreter (3.11 or newer). TORCH_INDEX_URL, if set, is where torch comes from
 # (PyTorch's own index has builds without CUDA, several gigabytes smaller).
 set -euo pipefail
-extras=${1:?which extras}
+extras=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    extras=gpu
+fi
+extras+=${1:+,$1}
 python=${PYTHON:-python3}
 
 fail() { echo "setup: $*" >&2; exit 2; }

@@ -28,6 +28,7 @@ from erniesearch.config import (
     StageConfig,
     StagesConfig,
     StudentConfig,
+    TeacherConfig,
     TrainingConfig,
 )
 
@@ -120,6 +121,8 @@ def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMake
             stages=StagesConfig(),
             evaluation=EvaluationConfig(rerank_depth=10),
         )
+        if "dropout" in changes:  # of both models
+            config = replace(config, teacher=TeacherConfig(dropout=changes["dropout"]))
         for part in ("training", "objective", "student", "data", "evaluation"):
             values = getattr(config, part)
             own = {k: changes.pop(k) for k in list(changes) if hasattr(values, k)}

@@ -47,17 +47,17 @@ class StudentEncoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.masked_lm: PreTrainedModel | None = None
-        if masked_lm:
-            self.masked_lm = load_encoder(settings, masked_lm=True)
-            self.query_tower = cast(PreTrainedModel, self.masked_lm.base_model)
-        else:
-            self.query_tower = load_encoder(settings)
-        self.passage_tower = self.query_tower
         folder = Path(settings.path)
-        if not settings.tied:
-            own = folder / "passage_tower"
-            path = str(own) if own.is_dir() else settings.path
-            self.passage_tower = load_encoder(replace(settings, path=path))
+        own = folder / "passage_tower"
+        passage_settings = settings
+        if not settings.tied and own.is_dir():
+            passage_settings = replace(settings, path=str(own))
+        if masked_lm:  # words are masked in passages
+            self.masked_lm = load_encoder(passage_settings, masked_lm=True)
+            self.passage_tower = cast(PreTrainedModel, self.masked_lm.base_model)
+        else:
+            self.passage_tower = load_encoder(passage_settings)
+        self.query_tower = self.passage_tower if settings.tied else load_encoder(settings)
         self.hidden_size = int(self.query_tower.config.hidden_size)
         self.projection = nn.Linear(self.hidden_size, settings.late_interaction_dim, bias=False)
         if (folder / HEAD_FILE).is_file():
@@ -78,8 +78,12 @@ class StudentEncoder(nn.Module):
         states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
         return Encoded(
             self._pool(states, mask) if vectors else states.new_empty(0),
-            F.normalize(self.projection(states).float(), dim=-1) if tokens else states.new_empty(0),
+            self._project(states) if tokens else states.new_empty(0),
         )
+
+    def _project(self, states: Tensor) -> Tensor:
+        # Normalised in fp32, sent over the wire and into MaxSim in the compute dtype.
+        return F.normalize(self.projection(states).float(), dim=-1).to(states.dtype)
 
     def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.settings.pooling == "cls":

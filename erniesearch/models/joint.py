@@ -8,7 +8,7 @@ one of them runs its forward twice.
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ class JointModel(nn.Module):
 
     def parameter_groups(
         self, student_lr: float, head_lr: float, teacher_lr: float, weight_decay: float
-    ) -> Iterator[dict[str, object]]:
+    ) -> Iterator[dict[str, Any]]:
         """AdamW groups per part; biases and norms do not decay, frozen parameters are left out."""
         student = self.student
         towers = [student.query_tower, student.passage_tower] if student is not None else []

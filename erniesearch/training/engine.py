@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
@@ -48,8 +49,11 @@ def zero_section(training: TrainingConfig) -> dict[str, Any]:
 
 def build_engine(
     model: JointModel, training: TrainingConfig, stage: StageConfig, device: torch.device
-) -> "deepspeed.DeepSpeedEngine":
-    """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``."""
+) -> tuple["deepspeed.DeepSpeedEngine", dict[str, float]]:
+    """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``.
+
+    Also returns the peak learning rate of each parameter group by name.
+    """
     # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a
     # minute, and a compiler); gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -59,6 +63,7 @@ def build_engine(
         )
     )
     assert groups, "the stage trains nothing"
+    peaks = {str(group["name"]): float(group["lr"]) for group in groups}
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     zero = zero_section(training)
     engine, *_ = deepspeed.initialize(
@@ -75,15 +80,22 @@ def build_engine(
             "steps_per_print": 1 << 31,
         },
     )
-    return engine
+    return engine, peaks
 
 
 def gathered_state(engine: "deepspeed.DeepSpeedEngine") -> dict[str, torch.Tensor]:
     """The module's parameters by name on the CPU; with ZeRO-3 the shards are gathered one
     parameter at a time. Every rank must call it; ranks other than 0 get an empty dict."""
     main = torch.distributed.get_rank() == 0
+    bf16 = engine.bfloat16_enabled()
     state: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        # Under bf16 the optimizer holds the fp32 weights; frozen parameters have none there.
+        master = safe_get_full_fp32_param(parameter) if bf16 and parameter.requires_grad else None
+        if master is not None:
+            if main:
+                state[name] = master.detach().cpu().clone()
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if main:
                 state[name] = parameter.detach().cpu().clone()

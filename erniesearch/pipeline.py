@@ -16,13 +16,13 @@ from rich.console import Console
 
 from erniesearch import __version__, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
-from erniesearch.data.formats import load_beir
+from erniesearch.data.formats import RetrievalData, load_beir
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
-from erniesearch.training.process import pipeline_token
+from erniesearch.training.process import hold_lock, pipeline_token
 from erniesearch.training.stage import check_inputs
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine", "cascade",
@@ -63,31 +63,43 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
     evaluation_subset(held_out, config.evaluation, config.seed)
     check_inputs(config)
-    _write_record(config, folder.root)
-    for name in names:
-        expected = stages.fingerprint(config, name, world_size)
-        if stages.is_done(folder.stage(name), expected):
-            console.print(f"[bold]{name}[/]: done before")
-            continue
-        _check_upstream(config, name, world_size, folder)
-        console.rule(f"[bold]{name}[/]", align="left")
-        if name in TRAINING_STAGES:
-            _launch(config, name, world_size)
-            continue
-        stages.claim(folder.stage(name), expected)
-        facts: dict[str, Any]
-        if name == "bm25":
-            facts = steps.make_bm25_negatives(config, data)
-        elif name == "mine":
-            facts = steps.make_mined_negatives(config, data)
-        elif name == "export":
-            facts = {"folders": [str(path) for path in export_all(config)]}
-        else:
-            facts = steps.evaluate_run(config, held_out)
-        stages.mark_done(folder.stage(name), expected, **facts)
+    with hold_lock(folder.root / ".lock", "`erniesearch run`"):
+        _write_record(config, folder.root)
+        for name in names:
+            _run_step(config, name, folder, data, held_out, world_size)
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
         console.print(f"summary: {folder.root / 'summary.md'}")
+
+
+def _run_step(
+    config: RunConfig,
+    name: str,
+    folder: stages.RunFolder,
+    data: RetrievalData,
+    held_out: RetrievalData,
+    world_size: int,
+) -> None:
+    expected = stages.fingerprint(config, name, world_size)
+    if stages.is_done(folder.stage(name), expected):
+        console.print(f"[bold]{name}[/]: done before")
+        return
+    _check_upstream(config, name, world_size, folder)
+    console.rule(f"[bold]{name}[/]", align="left")
+    if name in TRAINING_STAGES:
+        _launch(config, name, world_size)
+        return
+    stages.claim(folder.stage(name), expected)
+    facts: dict[str, Any]
+    if name == "bm25":
+        facts = steps.make_bm25_negatives(config, data)
+    elif name == "mine":
+        facts = steps.make_mined_negatives(config, data)
+    elif name == "export":
+        facts = {"folders": [str(path) for path in export_all(config)]}
+    else:
+        facts = steps.evaluate_run(config, held_out)
+    stages.mark_done(folder.stage(name), expected, **facts)
 
 
 def _check_upstream(

@@ -12,26 +12,37 @@ from erniesearch.errors import UserError
 
 
 def claim_folder(folder: Path, expected: str) -> IO[str] | None:
-    """Rank 0 claims the folder and holds its lock, so that two runs never write it at once."""
+    """Rank 0 claims a stage's folder and holds its lock until it closes the file returned."""
     lock = None
     if distributed.is_main():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_name(f".{folder.name}.lock")
-        lock = path.open("a+")
-        deadline = time.monotonic() + 20  # the ranks of a run just killed may still be ending
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{folder}: another training is writing here; wait for it or end it"
-                    ) from None
-                time.sleep(0.2)
+        # The ranks of a run just killed may still be ending.
+        lock = hold_lock(folder.with_name(f".{folder.name}.lock"), "training", patience=20)
         stages.claim(folder, expected)
     distributed.barrier()
     return lock
+
+
+def hold_lock(path: Path, what: str, patience: float = 0) -> IO[str]:
+    """Lock a file for this process, so that two never write the same folder; the system frees it
+    when the process ends, however it ends.
+
+    Raises:
+        UserError: if another process still holds it after ``patience`` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("a+")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise UserError(
+                    f"{path.parent}: another {what} is writing here; wait for it or end it"
+                ) from None
+            time.sleep(0.2)
 
 
 def exit_with_pipeline() -> None:

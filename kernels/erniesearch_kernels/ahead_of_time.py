@@ -147,16 +147,16 @@ def _kl_configurations(
 ) -> Iterator[Configuration]:
     head = {"HEAD_DIM": 64, "BLOCK_H": 64, "HAS_Q_MASK": True, "HAS_P_MASK": True,
             "TEACHER_PRECISION": "ieee"}  # fmt: skip
-    lse_config = token_kl.kl_config(torch.float32, head["BLOCK_H"], False)
+    lse_config = token_kl.kl_config(dtype, head["BLOCK_H"])
     yield _for(TEACHER_LSE, f"teacher_lse/{label}", dtype, shared | head | lse_config)
     for rebuild in (False, True):
         name = f"{'attention' if rebuild else 'token'}_kl"
-        for step, kernel, backward in (
-            ("forward", token_kl.forward_kernel, False),
-            ("query_gradient", token_kl.query_gradient_kernel, True),
-            ("passage_gradient", token_kl.passage_gradient_kernel, True),
+        for step, kernel in (
+            ("forward", token_kl.forward_kernel),
+            ("query_gradient", token_kl.query_gradient_kernel),
+            ("passage_gradient", token_kl.passage_gradient_kernel),
         ):
-            config = token_kl.kl_config(dtype, shared["BLOCK_D"], backward)
+            config = token_kl.kl_config(dtype, shared["BLOCK_D"])
             meta = shared | head | {"REBUILD": rebuild} | config
             yield _for(kernel, f"{name}_{step}/{label}", dtype, meta)
 

@@ -289,18 +289,17 @@ def passage_gradient_kernel(
 
 def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dict[str, int]:
     """Tile shape of the forward; ``group_rows`` > 0: tokens per query in the own-group form."""
+    wide = block_d > 128
     if group_rows:
-        rows = min(64 if block_d <= 128 else 32, max(16, triton.next_power_of_2(group_rows)))
-        narrow_tile = dtype == torch.float32 or block_d > 128
-        return {
-            "BLOCK_M": rows, "BLOCK_N": 32 if narrow_tile else 64, "num_warps": 4, "num_stages": 2,
-        }  # fmt: skip
+        rows = min(32 if wide else 64, max(16, triton.next_power_of_2(group_rows)))
+        columns = 32 if wide or dtype == torch.float32 else 64
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
-        tile = (64, 64) if block_d <= 128 else (32, 32)
-        return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": 4, "num_stages": 2}
-    if block_d <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        rows = 32 if wide else 64
+        return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if wide:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 
 
 def query_gradient_config(block_d: int) -> dict[str, int]:
@@ -310,10 +309,12 @@ def query_gradient_config(block_d: int) -> dict[str, int]:
 
 def passage_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
     """Passage tokens per program and query tokens per step of the passage gradient."""
+    wide = block_d > 128
     if dtype == torch.float32:
-        tile = (64, 32) if block_d <= 128 else (32, 16)
-        return {"BLOCK_N": tile[0], "BLOCK_K": tile[1], "num_warps": 4, "num_stages": 2}
-    tile = (128, 64) if block_d <= 128 else (64, 32)
+        # Without tensor cores, loads that run ahead cost registers that spill.
+        columns = 32 if wide else 64
+        return {"BLOCK_N": columns, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+    tile = (64, 32) if wide else (128, 64)
     return {"BLOCK_N": tile[0], "BLOCK_K": tile[1], "num_warps": 8, "num_stages": 2}
 
 

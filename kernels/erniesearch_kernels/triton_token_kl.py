@@ -39,6 +39,11 @@ from erniesearch_kernels.triton_common import (
 
 
 @triton.jit
+def _unmasked(mask_ptr, index, inside):
+    return inside & (tl.load(mask_ptr + index, mask=inside, other=0) != 0)
+
+
+@triton.jit
 def _load_rows(ptr, row, real, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tokens ``[rows, dim]``, zero where not real."""
     dims = tl.arange(0, BLOCK_D)
@@ -77,15 +82,14 @@ def teacher_lse_kernel(
     stored = real_a
     if HAS_Q_MASK:
         row = (pair // group_size) * query_length + a
-        real_a = real_a & (tl.load(q_mask_ptr + row, mask=real_a, other=0) != 0)
+        real_a = _unmasked(q_mask_ptr, row, real_a)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(0, tl.cdiv(passage_length, BLOCK_N)):
         t = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         real_t = t < passage_length
         if HAS_P_MASK:
-            mask = tl.load(p_mask_ptr + pair * passage_length + t, mask=real_t, other=0)
-            real_t = real_t & (mask != 0)
+            real_t = _unmasked(p_mask_ptr, pair * passage_length + t, real_t)
         logits = _head_logits(
             tq_ptr, tk_ptr, head_row, a, real_a, t, real_t, query_length, passage_length, scale,
             HEAD_DIM, BLOCK_H, PRECISION, WIDEN,
@@ -117,8 +121,7 @@ def forward_kernel(
     real_a = a < query_length
     stored = real_a
     if HAS_Q_MASK:
-        mask = tl.load(q_mask_ptr + query * query_length + a, mask=real_a, other=0)
-        real_a = real_a & (mask != 0)
+        real_a = _unmasked(q_mask_ptr, query * query_length + a, real_a)
     q = _load_rows(q_ptr, query * query_length + a, real_a, DIM, BLOCK_D)
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -133,8 +136,7 @@ def forward_kernel(
         t = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         real_t = t < passage_length
         if HAS_P_MASK:
-            mask = tl.load(p_mask_ptr + pair * passage_length + t, mask=real_t, other=0)
-            real_t = real_t & (mask != 0)
+            real_t = _unmasked(p_mask_ptr, pair * passage_length + t, real_t)
         p = _load_rows(p_ptr, pair * passage_length + t, real_t, DIM, BLOCK_D)
         s = dot(q, tl.trans(p), PRECISION, WIDEN)
         s = tl.where(real_t[None, :], s, float("-inf"))
@@ -259,8 +261,7 @@ def query_gradient_kernel(
     real_a = a < query_length
     stored = real_a
     if HAS_Q_MASK:
-        mask = tl.load(q_mask_ptr + query * query_length + a, mask=real_a, other=0)
-        real_a = real_a & (mask != 0)
+        real_a = _unmasked(q_mask_ptr, query * query_length + a, real_a)
     q = _load_rows(q_ptr, query * query_length + a, real_a, DIM, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tiles = tl.cdiv(passage_length, BLOCK_N)
@@ -269,8 +270,7 @@ def query_gradient_kernel(
         t = (step % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         real_t = t < passage_length
         if HAS_P_MASK:
-            mask = tl.load(p_mask_ptr + pair * passage_length + t, mask=real_t, other=0)
-            real_t = real_t & (mask != 0)
+            real_t = _unmasked(p_mask_ptr, pair * passage_length + t, real_t)
         p = _load_rows(p_ptr, pair * passage_length + t, real_t, DIM, BLOCK_D)
         grad = _similarity_gradient(
             q, p, map_ptr, tq_ptr, tk_ptr, tlse_ptr, winner_ptr, lse_ptr, norm_ptr,
@@ -306,16 +306,14 @@ def passage_gradient_kernel(
     real_t = t < passage_length
     stored = real_t
     if HAS_P_MASK:
-        mask = tl.load(p_mask_ptr + pair * passage_length + t, mask=real_t, other=0)
-        real_t = real_t & (mask != 0)
+        real_t = _unmasked(p_mask_ptr, pair * passage_length + t, real_t)
     p = _load_rows(p_ptr, pair * passage_length + t, real_t, DIM, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for block in range(0, tl.cdiv(query_length, BLOCK_M)):
         a = block * BLOCK_M + tl.arange(0, BLOCK_M)
         real_a = a < query_length
         if HAS_Q_MASK:
-            mask = tl.load(q_mask_ptr + query * query_length + a, mask=real_a, other=0)
-            real_a = real_a & (mask != 0)
+            real_a = _unmasked(q_mask_ptr, query * query_length + a, real_a)
         q = _load_rows(q_ptr, query * query_length + a, real_a, DIM, BLOCK_D)
         grad = _similarity_gradient(
             q, p, map_ptr, tq_ptr, tk_ptr, tlse_ptr, winner_ptr, lse_ptr, norm_ptr,
@@ -335,11 +333,14 @@ def passage_gradient_kernel(
 # --------------------------------------------------------------------------- launching
 
 
-def kl_config(dtype: torch.dtype, block_d: int, backward: bool) -> dict[str, int]:
+def kl_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
     """Tile shape of all kernels here: query tokens by passage tokens."""
-    rows = 16 if backward and dtype == torch.float32 and block_d > 128 else 32
-    columns = 32 if dtype == torch.float32 or block_d > 128 else 64
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:
+        # Without tensor cores, loads that run ahead cost registers that spill.
+        rows = 32 if block_d <= 128 else 16
+        return {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": 1}
+    columns = 64 if block_d <= 128 else 32
+    return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
 
 class _Problem:
@@ -396,7 +397,7 @@ class _Problem:
             self.pairs, self.heads, self.query_length, dtype=torch.float32
         )
         query_length, passage_length, group, heads, _, scale = self.sizes
-        config = kl_config(torch.float32, self.meta["BLOCK_H"], False)
+        config = kl_config(teacher_queries.dtype, self.meta["BLOCK_H"])
         grid = (self.pairs * heads * triton.cdiv(query_length, config["BLOCK_M"]),)
         if grid[0]:
             teacher_lse_kernel[grid](
@@ -415,7 +416,7 @@ class _Problem:
             self.queries.new_zeros(shape, dtype=torch.float32) for _ in range(4)
         )
         winners = self.queries.new_zeros(shape, dtype=winner_dtype(self.passage_length))
-        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"], False)
+        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"])
         grid = (self.pairs * triton.cdiv(self.query_length, config["BLOCK_M"]),)
         if grid[0]:
             forward_kernel[grid](
@@ -436,7 +437,7 @@ class _Problem:
             return grad_queries, grad_passages
         grad_kl = grad_kl.float() / self.num_tokens
         scale, grads = balanced(grad_scores.float().contiguous(), grad_kl.contiguous())
-        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"], True)
+        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"])
         inputs = (
             *grads, scale, self.queries, self.passages, *self.masks, *self.teacher,
             self.teacher_lse(given_lse), winners, lse, norm,

@@ -17,7 +17,6 @@ from erniesearch.stages import RunFolder
 from erniesearch.training.checkpoint import check_complete, find_checkpoints
 
 pytestmark = pytest.mark.distributed
-STEPS = 30
 
 
 def launch(config_file: Path) -> "subprocess.Popen[str]":
@@ -44,12 +43,19 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_sigkill_and_resume_is_bit_exact(make_config: ConfigMaker, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("zero_stage", "steps", "kills"), [(1, 24, (6, 15)), (3, 12, (6,))], ids=["zero1", "zero3"]
+)
+def test_sigkill_and_resume_is_bit_exact(
+    make_config: ConfigMaker, tmp_path: Path, zero_stage: int, steps: int, kills: tuple[int, ...]
+) -> None:
     folders = {}
     for name in ("whole", "killed"):
         # Dropout stays on: randomness is a function of the step, not of what ran before.
         config = make_config(
-            run_dir=tmp_path / name, steps=STEPS, save_every=4, schedule="linear",
+            run_dir=tmp_path / name, steps=steps, save_every=4,
+            zero_stage=zero_stage,
+            schedule="linear",
             warmup_ratio=0.2, accumulation_steps=2, queries_per_rank=2, competence_gate=True,
         )  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps([("cascade", asdict(config))]))
@@ -59,7 +65,7 @@ def test_sigkill_and_resume_is_bit_exact(make_config: ConfigMaker, tmp_path: Pat
     assert whole.returncode == 0, output[-3000:]
 
     stage = folders["killed"].stage("cascade")
-    for step in (6, 19):
+    for step in kills:
         process = launch(tmp_path / "killed.json")
         wait_for_step(stage, step)
         for pid in [*ranks_of(process), process.pid]:
@@ -71,7 +77,7 @@ def test_sigkill_and_resume_is_bit_exact(make_config: ConfigMaker, tmp_path: Pat
     assert last.returncode == 0, output[-3000:]
 
     trace, expected = losses_of(stage), losses_of(folders["whole"].stage("cascade"))
-    assert [line["step"] for line in trace] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in trace] == list(range(1, steps + 1))
     assert trace == expected
     for part in ("student", "teacher"):
         ours, theirs = (load_file(f.model("cascade", part) / "model.safetensors")

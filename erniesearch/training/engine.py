@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed 0.19 still calls collectives by the names that torch 2.13 deprecates.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -62,9 +62,7 @@ def build(
             # More mass than the passage holds, different for every head.
             logits = teacher["teacher_queries"].double() @ teacher["teacher_keys"].double().mT
             extra = torch.rand(*pairs, heads, query_length, generator=generator) * 5
-            teacher["teacher_lse"] = (
-                (logits * head_dim**-0.5).logsumexp(-1) + extra
-            ).float()
+            teacher["teacher_lse"] = ((logits * head_dim**-0.5).logsumexp(-1) + extra).float()
     ours = kernels.maxsim_token_kl if form == "map" else kernels.maxsim_attention_kl
     theirs = maxsim_token_kl_reference if form == "map" else maxsim_attention_kl_reference
 
@@ -218,9 +216,7 @@ def test_teachers_receive_no_gradient() -> None:
     form=st.sampled_from(FORMS), masks=st.booleans(), tau=st.floats(0.05, 5.0),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_fuzz(
-    shape: tuple[int, ...], form: str, masks: bool, tau: float, seed: int
-) -> None:
+def test_fuzz(shape: tuple[int, ...], form: str, masks: bool, tau: float, seed: int) -> None:
     ours, theirs, queries, passages, query_mask, passage_mask = build(
         Where("torch", "cpu"), shape, torch.float64, form, masks, tau, seed
     )

@@ -39,9 +39,7 @@ def check(
     num_queries, query_length, num, length, dim = shape
     generator = torch.Generator().manual_seed(seed)
     prefix = (num_queries, num) if group else (num,)
-    queries = random_tokens(
-        generator, num_queries, query_length, dim, kind=kind, dtype=dtype
-    )
+    queries = random_tokens(generator, num_queries, query_length, dim, kind=kind, dtype=dtype)
     passages = random_tokens(generator, *prefix, length, dim, kind=kind, dtype=dtype)
     query_mask = random_mask(generator, num_queries, query_length) if masks else None
     passage_mask = random_mask(generator, *prefix, length) if masks else None
@@ -74,12 +72,13 @@ def test_float32(where: Where, shape: tuple[int, ...], group: bool, masks: bool)
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[1:4])
+@pytest.mark.parametrize("shape", SHAPES[1:4:2])
 def test_half_precision(
     where: Where, shape: tuple[int, ...], group: bool, dtype: torch.dtype
 ) -> None:
     check(where, shape, dtype, group=group, masks=True)
-    check(where, shape, dtype, group=group)
+    if not where.slow:
+        check(where, shape, dtype, group=group)
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -154,7 +153,7 @@ def test_the_first_of_equal_tokens_wins(where: Where) -> None:
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_ties_below_zero_share_one_gradient(where: Where, dtype: torch.dtype) -> None:
+def test_half_precision_ties_below_zero(where: Where, dtype: torch.dtype) -> None:
     queries = -torch.ones(1, 1, 32, dtype=dtype, device=where.device)
     passages = torch.ones(1, 9, 32, dtype=dtype, device=where.device)
     (scores,), (grad_queries, grad_passages) = differentiate(
@@ -275,9 +274,7 @@ def test_varlen_equals_padded(where: Where) -> None:
     group=st.booleans(), masks=st.booleans(), normalize=st.booleans(),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_fuzz(
-    shape: tuple[int, ...], group: bool, masks: bool, normalize: bool, seed: int
-) -> None:
+def test_fuzz(shape: tuple[int, ...], group: bool, masks: bool, normalize: bool, seed: int) -> None:
     # In float64, so that near-ties resolve alike and every difference is a mistake.
     check(
         Where("torch", "cpu"), shape, torch.float64,
@@ -291,9 +288,7 @@ def test_fuzz(
     passage_lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
 )
 def test_fuzz_varlen(query_lengths: list[int], passage_lengths: list[int]) -> None:
-    check_varlen(
-        Where("torch", "cpu"), query_lengths, passage_lengths, 16, torch.float64, "normal"
-    )
+    check_varlen(Where("torch", "cpu"), query_lengths, passage_lengths, 16, torch.float64, "normal")
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,19 @@ def test_every_configuration_compiles(capability: int) -> None:
     compile_all(capability, (128,))
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+def test_lengths_and_counts_of_one_compile() -> None:
+    """The launcher compiles integers of value 1 in, which changes their type in the kernel."""
+    from dataclasses import replace
+
+    from erniesearch_kernels.ahead_of_time import compile_for, configurations
+
+    for configuration in configurations((128,)):
+        if "/bfloat16/" in configuration.name:
+            ones = configuration.integers()
+            compile_for(replace(configuration, ones=ones, divisible=frozenset()), 90)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 @pytest.mark.parametrize("capability", [80, 90])

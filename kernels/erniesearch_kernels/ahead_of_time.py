@@ -40,6 +40,14 @@ class Configuration:
     dtype: torch.dtype
     meta: dict[str, Any]
     absent: frozenset[str] = field(default_factory=frozenset)  # pointers that are None
+    # Integers that are 1 (compiled in, as the launcher does), and that 16 divides.
+    ones: frozenset[str] = field(default_factory=frozenset)
+    divisible: frozenset[str] = field(default_factory=frozenset)
+
+    def integers(self) -> frozenset[str]:
+        """Names of the run-time integers."""
+        names = (name for name in self.kernel.arg_names if name not in self.meta)
+        return frozenset(name for name in names if self._type(name) == "i32")
 
     def source(self) -> ASTSource:
         signature, constants, attributes = {}, dict(self.meta), {}
@@ -48,11 +56,13 @@ class Configuration:
         for index, name in enumerate(self.kernel.arg_names):
             if name in self.absent:
                 constants[name] = None
+            if name in self.ones:
+                constants[name] = 1
             if name in constants:
                 signature[name] = "constexpr"
                 continue
             signature[name] = self._type(name)
-            if signature[name].startswith("*"):
+            if signature[name].startswith("*") or name in self.divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
 
@@ -114,7 +124,15 @@ def _for(kernel: Any, name: str, dtype: torch.dtype, meta: dict[str, Any]) -> Co
     if "REBUILD" in meta:
         teacher = {"map_ptr"} if meta["REBUILD"] else {"tq_ptr", "tk_ptr", "tlse_ptr"}
         absent |= teacher & set(kernel.arg_names)
-    return Configuration(name, kernel, dtype, accepted, absent)
+    # 32 query tokens are one unit; the lengths of the even form are multiples of 16.
+    ones = {"units_per_query"} & set(kernel.arg_names)
+    divisible = {"query_length"}
+    if meta.get("EVEN"):
+        divisible.add("passage_length")
+    divisible &= set(kernel.arg_names)
+    return Configuration(
+        name, kernel, dtype, accepted, absent, frozenset(ones), frozenset(divisible)
+    )
 
 
 def configurations(dims: tuple[int, ...] = (128,)) -> Iterator[Configuration]:
@@ -133,7 +151,7 @@ def configurations(dims: tuple[int, ...] = (128,)) -> Iterator[Configuration]:
                     continue  # the backward does not know the difference
                 yield _for(
                     maxsim.query_gradient_kernel, f"maxsim_query_gradient/{name}", dtype,
-                    meta | maxsim.query_gradient_config(block_d),
+                    meta | maxsim.query_gradient_config(dtype, block_d),
                 )  # fmt: skip
                 yield _for(
                     maxsim.passage_gradient_kernel, f"maxsim_passage_gradient/{name}", dtype,

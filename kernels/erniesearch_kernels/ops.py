@@ -130,7 +130,7 @@ def _(
 
 def _maxsim_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     queries, passages, query_mask, passage_mask, normalize, save_winners, backend = inputs
-    scores, winners = output
+    _scores, winners = output
     ctx.mark_non_differentiable(winners)
     ctx.save_for_backward(
         queries, passages, query_mask, passage_mask, winners if save_winners else None
@@ -218,7 +218,7 @@ def _(
 
 
 def _varlen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, winners = output
+    _scores, winners = output
     ctx.mark_non_differentiable(winners)
     ctx.save_for_backward(*inputs[:4], winners)
     ctx.options = inputs[4:]
@@ -335,7 +335,7 @@ def _(
 
 def _kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, tau, scale, backend = inputs
-    scores, kl, winners, lse, norm = output
+    _scores, _kl, winners, lse, norm = output
     ctx.mark_non_differentiable(winners, lse, norm)
     ctx.save_for_backward(*tensors, winners, lse, norm)
     ctx.options = tau, scale, backend

@@ -22,6 +22,8 @@ differentiated by autograd: small inputs only.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -108,9 +110,9 @@ def maxsim_varlen_reference(
     dtype = compute_dtype(queries.dtype)
     query_bounds, passage_bounds = query_cu_seqlens.tolist(), passage_cu_seqlens.tolist()
     rows = []
-    for q0, q1 in zip(query_bounds[:-1], query_bounds[1:], strict=True):
+    for q0, q1 in pairwise(query_bounds):
         row = []
-        for p0, p1 in zip(passage_bounds[:-1], passage_bounds[1:], strict=True):
+        for p0, p1 in pairwise(passage_bounds):
             query, passage = queries[q0:q1].to(dtype), passages[p0:p1].to(dtype)
             if q1 > q0 and p1 > p0:
                 row.append((query @ passage.T).max(dim=-1).values.sum())
@@ -215,6 +217,4 @@ def maxsim_attention_kl_reference(
     teacher_map = teacher_attention_map(
         teacher_queries, teacher_keys, scale, query_mask, passage_mask, teacher_lse
     )
-    return maxsim_token_kl_reference(
-        queries, passages, teacher_map, tau, query_mask, passage_mask
-    )
+    return maxsim_token_kl_reference(queries, passages, teacher_map, tau, query_mask, passage_mask)

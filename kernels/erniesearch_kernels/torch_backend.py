@@ -104,7 +104,7 @@ def _passage_block(
     passages: PackedTokens, first: int, last: int, length: int, dtype: torch.dtype,
     consecutive: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Tokens of passages ``first..last``, ``[num * length, dim]``, and their rows ``[num, length]``.
+    """Tokens of passages ``first..last``, ``[num * length, dim]``; their rows ``[num, length]``.
 
     Shorter passages repeat their last real token, which changes no maximum and wins no tie. The
     rows are None where they are ``consecutive``.
@@ -129,7 +129,7 @@ def packed_forward(
     """Scores ``[num_queries, num_passages]`` and winners ``[num_passages, num_rows]``.
 
     ``queries [num_rows, dim]`` are real query tokens in the compute dtype; row ``r`` is token
-    ``slots[r] % query_length`` of query ``slots[r] // query_length`` (``slots`` None: ``r`` itself).
+    ``slots[r] % query_length`` of query ``slots[r] // query_length`` (None: ``slots[r] = r``).
     Winners are positions within their passage, 0 in a passage without real tokens.
     """
     num_rows, num_passages = len(queries), len(passages.origins)
@@ -251,9 +251,7 @@ def maxsim_forward(
     group, query_length]``)."""
     dtype = compute_dtype(queries.dtype)
     if passages.dim() == 4:
-        return _group_forward(
-            queries, passages, query_mask, passage_mask, normalize, save_winners
-        )
+        return _group_forward(queries, passages, query_mask, passage_mask, normalize, save_winners)
     num_queries, query_length = queries.shape[:2]
     passage_length = passages.shape[1]
     if normalize:

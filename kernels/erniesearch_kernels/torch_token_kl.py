@@ -95,7 +95,7 @@ def token_kl_forward(
     queries: Tensor, passages: Tensor, teacher: TeacherMap, heads: int, tau: float,
     query_mask: Tensor | None, passage_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores and KL ``[num_queries, group]``, winners and row LSE ``[num_queries, group, query]``."""
+    """Scores, KL ``[num_queries, group]``; winners, row LSE ``[num_queries, group, query]``."""
     dtype, device = compute_dtype(queries.dtype), queries.device
     num_queries, query_length = queries.shape[:2]
     group, length = passages.shape[1:3]

@@ -15,14 +15,18 @@ INTERPRET = triton.knobs.runtime.interpret
 def padded_dim(dim: int) -> int:
     """The tile width of ``dim``-dimensional tokens: a power of two that a matrix unit takes."""
     if dim > MAX_DIM:
-        raise ValueError(f'd={dim} is more than the Triton kernels\' {MAX_DIM}; use backend="torch"')
+        raise ValueError(f'd={dim}, the Triton kernels take at most {MAX_DIM}; use backend="torch"')
     return max(16, triton.next_power_of_2(dim))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of float32 products: full, unless PyTorch is told to use TF32 (``allow_tf32``)."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    """Of float32 products: full, unless PyTorch is told to use TF32 in CUDA's matmul."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # PyTorch 2.9; the older name must not be mixed in
+        tf32 = settings.fp32_precision == "tf32"
+    else:
+        tf32 = settings.allow_tf32
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -302,9 +302,10 @@ def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dic
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 
 
-def query_gradient_config(block_d: int) -> dict[str, int]:
+def query_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
     """Rows per program of the query gradient."""
-    return {"BLOCK_M": 32 if block_d <= 128 else 16, "num_warps": 4, "num_stages": 2}
+    rows = 16 if block_d > 128 or dtype == torch.float32 else 32
+    return {"BLOCK_M": rows, "num_warps": 4, "num_stages": 2}
 
 
 def passage_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
@@ -428,7 +429,7 @@ def _launch_backward(
         "VARLEN": varlen, "NORMALIZE": normalize,
     }  # fmt: skip
     if grad_queries is not None:
-        config = query_gradient_config(block_d)
+        config = query_gradient_config(queries.dtype, block_d)
         query_gradient_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
             grad, scale, queries, passages, as_bytes(query_mask), query_of_row, bounds, winners,
             grad_queries, num_rows, query_length, num_passages, passage_length, winner_stride,

@@ -6,8 +6,8 @@ With ``x = s / tau`` and a teacher row ``p = w / sum_t w``, one pass over a row'
     W = sum_t w,  L = sum_t w log w,  X = sum_t w x
 
 and gives ``kl = L/W - log W - X/W + lse(x)``. Given maps are not renormalised: there ``w = p`` and
-``kl = L - X + W * lse(x)``. Rebuilt maps have ``w[t] = sum_h exp(a[h,t] - lse[h] - M)``, where ``M``
-is the row's largest exponent so far; when it grows, the sums shrink with it. The backward needs
+``kl = L - X + W * lse(x)``. Rebuilt maps have ``w[t] = sum_h exp(a[h,t] - lse[h] - M)``, with
+``M`` the row's largest exponent so far; when it grows, the sums shrink with it. The backward needs
 ``lse(x)``, the winner, and ``log W + M`` (rebuilt) or ``W`` (given)::
 
     d s[t] = g_kl / tau * ((sum p) * exp(x[t] - lse(x)) - p[t]) + g_score * [t = winner]
@@ -393,9 +393,7 @@ class _Problem:
         if given is not None:
             return given.float().contiguous()
         _, teacher_queries, teacher_keys = self.teacher
-        lse = self.queries.new_zeros(
-            self.pairs, self.heads, self.query_length, dtype=torch.float32
-        )
+        lse = self.queries.new_zeros(self.pairs, self.heads, self.query_length, dtype=torch.float32)
         query_length, passage_length, group, heads, _, scale = self.sizes
         config = kl_config(teacher_queries.dtype, self.meta["BLOCK_H"])
         grid = (self.pairs * heads * triton.cdiv(query_length, config["BLOCK_M"]),)
@@ -412,9 +410,7 @@ class _Problem:
     def forward(self, given_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Scores, KL, winners, ``lse(x)`` and the teacher's norm."""
         shape = (self.num_queries, self.group, self.query_length)
-        best, kl, lse, norm = (
-            self.queries.new_zeros(shape, dtype=torch.float32) for _ in range(4)
-        )
+        best, kl, lse, norm = (self.queries.new_zeros(shape, dtype=torch.float32) for _ in range(4))
         winners = self.queries.new_zeros(shape, dtype=winner_dtype(self.passage_length))
         config = kl_config(self.queries.dtype, self.meta["BLOCK_D"])
         grid = (self.pairs * triton.cdiv(self.query_length, config["BLOCK_M"]),)

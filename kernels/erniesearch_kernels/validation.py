@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,7 @@ def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
         raise ValueError(
             f"{name} goes from {values[0]} to {values[-1]}, expected from 0 to {total}"
         )
-    lengths = [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+    lengths = [after - before for before, after in pairwise(values)]
     if lengths and min(lengths) < 0:
         raise ValueError(f"{name} decreases: {values}")
     if lengths and max(lengths) > longest:

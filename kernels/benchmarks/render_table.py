@@ -1,0 +1,118 @@
+"""Render the README's tables from the committed JSON files.
+
+python kernels/benchmarks/render_table.py             # rewrites kernels/README.md
+python kernels/benchmarks/render_table.py --check     # fails if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def timing_table(name: str, report: dict[str, Any]) -> list[str]:
+    machine = report["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
+    lines = [f"`results/{name}`: {where}; {versions}.", ""]
+    for case_name, measured in report["cases"].items():
+        case = measured["case"]
+        against = (
+            f"own groups of {case['group']}"
+            if case["group"]
+            else f"{case['num_passages']} passages"
+        )
+        lines += [
+            f"**{case_name}**: {case['op']}, {case['num_queries']} queries of "
+            f"{case['query_length']} tokens, {against} of {case['passage_length']} tokens, "
+            f"d={case['dim']}, {case['dtype']}",
+            "",
+            "| implementation | forward, ms | forward + backward, ms (quartiles) | peak, MB |",
+            "|---|---|---|---|",
+        ]
+        for candidate, result in measured["results"].items():
+            if "error" in result:
+                lines.append(f"| {candidate} | does not run here | | |")
+                continue
+            both = result["forward_backward"]
+            lines.append(
+                f"| {candidate} | {result['forward']['median_s'] * 1e3:.1f} "
+                f"| {both['median_s'] * 1e3:.1f} ({both['q1_s'] * 1e3:.1f} to "
+                f"{both['q3_s'] * 1e3:.1f}) | {result['peak_bytes'] / 1e6:.1f} |"
+            )
+        lines.append("")
+    return lines
+
+
+def compiled_table(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"`results/aot.json`: compiled by Triton {report['triton']} for sm_90, bfloat16, d=128.",
+        "",
+        "| kernel | tile | warps | registers | spills | shared, KB | HGMMA | HMMA | loop |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    predictions: list[str] = []
+    for entry in report["configurations"]:
+        if entry["capability"] != 90 or "bfloat16" not in entry["name"]:
+            continue
+        tile = entry["tile"]
+        sides = "x".join(
+            str(tile[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in tile
+        )
+        lines.append(
+            f"| {entry['name'].replace('/bfloat16/d128', '')} | {sides} | {tile['num_warps']} "
+            f"| {entry['registers']} | {entry['spill_bytes']} "
+            f"| {entry['shared_bytes'] / 1024:.0f} | {entry['HGMMA']} | {entry['HMMA']} "
+            f"| {entry['loop_instructions']} |"
+        )
+        for problem, times in entry.get("predicted_h200", {}).items():
+            predictions.append(
+                f"| {entry['name'].split('/')[-1]} | {problem} | {times['overlapped_ms']} "
+                f"| {times['serial_ms']} |"
+            )
+    lines += [
+        "",
+        "Predicted forward on an H200 (model: `aot_report.py`; never measured):",
+        "",
+        "| form | problem | overlapped, ms | serial, ms |",
+        "|---|---|---|---|",
+        *predictions,
+        "",
+    ]
+    return lines
+
+
+def render() -> str:
+    lines: list[str] = []
+    for path in sorted((HERE / "results").glob("*.json")):
+        report = json.loads(path.read_text())
+        lines += (
+            compiled_table(report) if path.name == "aot.json" else timing_table(path.name, report)
+        )
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    text = render()
+    if parser.parse_args().check:
+        if text != README.read_text():
+            raise SystemExit("kernels/README.md is out of date: run render_table.py")
+    else:
+        README.write_text(text)
+        sys.stdout.write(f"{README}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -88,6 +88,7 @@ def parse_config(
         argv = [arg for arg in argv if not arg.startswith(flag + "=")]
         if flag in argv:
             del argv[argv.index(flag) : argv.index(flag) + 2]
+    argv = _file_first(argv)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):
@@ -102,6 +103,15 @@ def parse_config(
         raise UserError("no configuration: give --config FILE (see configs/)")
     settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
+
+
+def _file_first(argv: list[str]) -> list[str]:
+    """``--config`` before the options: to jsonargparse the later one wins, and options override."""
+    for position, arg in enumerate(argv):
+        if arg == "--config" or arg.startswith("--config="):
+            end = position + (2 if arg == "--config" else 1)
+            return argv[position:end] + argv[:position] + argv[end:]
+    return argv
 
 
 def _flat_keys(cls: type, prefix: str = "") -> list[str]:

@@ -378,6 +378,16 @@ def validate(config: RunConfig) -> RunConfig:
     for key, number in (("evaluation.max_queries", evaluation.max_queries),
                         ("stages.mine.max_queries", mine.max_queries)):  # fmt: skip
         require(number is None or number >= 1, key, number, "1 or more, or null")
+    distractors = evaluation.num_distractors
+    require(
+        distractors is None or distractors >= 0, "evaluation.num_distractors", distractors,
+        "0 or more, or null",
+    )  # fmt: skip
+    for part, dropout in (("student", config.student.dropout), ("teacher", config.teacher.dropout)):
+        require(
+            dropout is None or 0 <= dropout < 1, f"{part}.dropout", dropout,
+            "at least 0 and below 1, or null",
+        )  # fmt: skip
     require(config.training.zero_stage is None or config.training.zero_json is None,
             "training.zero_stage", config.training.zero_stage,
             "null while training.zero_json names a file: one place for one value")  # fmt: skip

@@ -97,6 +97,14 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert config.stages.interaction == DEFAULT.stages.interaction
 
 
+@pytest.mark.parametrize("option", ["--config {}", "--config={}"])
+def test_command_line_wins_wherever_the_file_is_named(option: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + "seed: 7\n")
+    given = option.format(file).split()
+    assert parse("--seed", "8", *given, "--run_dir", "y") == replace(DEFAULT, seed=8, run_dir="y")
+
+
 def test_partial_weights_keep_the_stages_own_defaults(tmp_path: Path) -> None:
     """A file that sets one weight leaves the stage's other terms as they are."""
     file = tmp_path / "run.yaml"
@@ -108,7 +116,8 @@ def test_partial_weights_keep_the_stages_own_defaults(tmp_path: Path) -> None:
 def test_launchers_rank_argument_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
-    assert parse("--local_rank=1", "--local-rank=1", "--config", str(file)) == DEFAULT
+    given = ("--local_rank=1", "--local-rank=1", "--local_rank", "1", "--config", str(file))
+    assert parse(*given) == DEFAULT
 
 
 def test_from_dict_is_the_inverse_of_asdict() -> None:
@@ -260,6 +269,9 @@ IMPOSSIBLE = {
     "evaluation.rerank_depth": 0,
     "evaluation.batch_size": 0,
     "evaluation.max_queries": 0,
+    "evaluation.num_distractors": -1,
+    "student.dropout": 1.0,
+    "teacher.dropout": -0.1,
 }
 
 

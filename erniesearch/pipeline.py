@@ -62,7 +62,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
     evaluation_subset(held_out, config.evaluation, config.seed)
-    check_inputs(config)
+    check_inputs(config, data)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)
         for name in names:

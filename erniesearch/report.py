@@ -53,7 +53,10 @@ class Report:
         path = root / "evaluation.json"
         if not path.is_file():
             raise UserError(f"{path}: no such file; `erniesearch run` writes it at its end")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: damaged; `erniesearch run` writes it again") from None
         rows = [
             Row(row["name"], row["run_file"],
                 {name: Estimate(**value) for name, value in row["metrics"].items()})

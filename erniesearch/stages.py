@@ -226,7 +226,10 @@ def claim(folder: Path, expected: str) -> None:
     aside as ``NAME.stale-K`` (nothing is deleted)."""
     started = folder / "started.json"
     if folder.exists() and any(folder.iterdir()):
-        same = started.is_file() and json.loads(started.read_text())["fingerprint"] == expected
+        try:
+            same = json.loads(started.read_text())["fingerprint"] == expected
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            same = False
         if not same:
             number = 1
             while (aside := folder.with_name(f"{folder.name}.stale-{number}")).exists():

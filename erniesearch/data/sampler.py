@@ -26,6 +26,20 @@ class Group:
     relevant: np.ndarray
 
 
+def check_group_fits(data: RetrievalData, num_negatives: int) -> None:
+    """Random passages fill groups up, so the corpus must have enough that are not relevant.
+
+    Raises:
+        UserError: if it has not.
+    """
+    left = len(data.pids) - max(len(found) for found in data.relevant().values())
+    if left < num_negatives:
+        raise UserError(
+            f"num_negatives is {num_negatives}, but the corpus of {len(data.pids)} passages leaves"
+            f" {left} that are not relevant to every query: lower it"
+        )
+
+
 class GroupSampler:
     """Groups for every step of a stage.
 
@@ -74,12 +88,7 @@ class GroupSampler:
         self.global_batch = global_batch
         self.seed = seed
         self.easy_steps = easy_steps
-        most_relevant = max(len(found) for found in self.relevant)
-        if self.num_passages - most_relevant < num_negatives:
-            raise UserError(
-                f"num_negatives is {num_negatives}, but the corpus of {self.num_passages} passages"
-                f" leaves {self.num_passages - most_relevant} that are not relevant: lower it"
-            )
+        check_group_fits(data, num_negatives)
 
     @property
     def num_short(self) -> int:
@@ -132,6 +141,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def _known(pids: list[str], index_of: dict[str, int]) -> list[str]:
+    pids = list(dict.fromkeys(pids))  # a passage listed twice must not enter a group twice
     for pid in pids:
         if pid not in index_of:
             raise UserError(f"hard negatives name passage '{pid}', which the corpus does not have")

@@ -27,10 +27,16 @@ def hold_lock(path: Path, what: str, patience: float = 0) -> IO[str]:
     when the process ends, however it ends.
 
     Raises:
-        UserError: if another process still holds it after ``patience`` seconds.
+        UserError: if another process still holds it after ``patience`` seconds, or the folder
+            cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open("a+")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"run folder {path.parent} cannot be written: {error.strerror}; set run_dir"
+        ) from None
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -16,7 +16,7 @@ from erniesearch.config import (
 )
 from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.formats import RetrievalData, read_negatives
-from erniesearch.data.sampler import GroupSampler
+from erniesearch.data.sampler import GroupSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
     check_same_vocabulary,
@@ -63,12 +63,15 @@ def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTok
     return model, tokenizer
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Everything about the pretrained models that can be wrong before a stage is trained.
+def check_inputs(config: RunConfig, data: RetrievalData) -> None:
+    """What can be wrong with models and groups, before anything is trained.
 
     Raises:
         UserError: as :func:`build_model` would in the middle of a pipeline.
     """
+    for stage in training_stages(config).values():
+        if stage.steps:
+            check_group_fits(data, stage.num_negatives)
     student = config.student
     teacher = base_teacher(config)
     tokenizer = load_tokenizer(student)

@@ -163,7 +163,7 @@ def configurations(dims: tuple[int, ...] = (128,)) -> Iterator[Configuration]:
 def _kl_configurations(
     dtype: torch.dtype, label: str, shared: dict[str, Any]
 ) -> Iterator[Configuration]:
-    head = {"HEAD_DIM": 64, "BLOCK_H": 64, "HAS_Q_MASK": True, "HAS_P_MASK": True,
+    head: dict[str, Any] = {"HEAD_DIM": 64, "BLOCK_H": 64, "HAS_Q_MASK": True, "HAS_P_MASK": True,
             "TEACHER_PRECISION": "ieee"}  # fmt: skip
     lse_config = token_kl.kl_config(dtype, head["BLOCK_H"])
     yield _for(TEACHER_LSE, f"teacher_lse/{label}", dtype, shared | head | lse_config)

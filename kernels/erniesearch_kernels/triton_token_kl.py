@@ -393,6 +393,7 @@ class _Problem:
         if given is not None:
             return given.float().contiguous()
         _, teacher_queries, teacher_keys = self.teacher
+        assert teacher_queries is not None
         lse = self.queries.new_zeros(self.pairs, self.heads, self.query_length, dtype=torch.float32)
         query_length, passage_length, group, heads, _, scale = self.sizes
         config = kl_config(teacher_queries.dtype, self.meta["BLOCK_H"])

@@ -185,6 +185,8 @@ def packed_backward(
     empty passages; ``winners [num_passages, num_rows]``.
     """
     num_rows, num_passages = len(queries), len(passages.origins)
+    if grad.numel() == 0 or num_rows == 0 or len(passages.rows) == 0:
+        return torch.zeros_like(queries), torch.zeros_like(passages.rows)
     grad = torch.where(passages.lengths[None, :] > 0, grad.to(queries.dtype), 0.0)
     grad_queries = grad_passages = None
     if need_queries:
@@ -264,11 +266,11 @@ def maxsim_forward(
         rows, slots, num_queries, query_length, packed, passage_length, save_winners
     )
     if not save_winners or slots is None:
-        shape = (-1, num_queries, query_length) if save_winners else (0, 0, 0)
+        shape = (len(winners), num_queries, query_length) if save_winners else (0, 0, 0)
         return scores, winners.view(shape)
     full = winners.new_zeros(len(winners), num_queries * query_length)
     full[:, slots] = winners
-    return scores, full.view(-1, num_queries, query_length)
+    return scores, full.view(len(winners), num_queries, query_length)
 
 
 def _query_rows(
@@ -295,7 +297,7 @@ def maxsim_backward(
     queries = queries.to(dtype)
     if normalize:
         queries, query_norm = _unit(zero_masked(queries, query_mask))
-        passages, passage_norm = _unit(passages)
+        passages, passage_norm = _unit(zero_masked(passages, passage_mask))
     grad_queries, grad_passages = backward(
         grad, queries, passages, query_mask, passage_mask, winners, need_queries, need_passages
     )
@@ -319,7 +321,7 @@ def _pairs_backward(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     num_queries, query_length, dim = queries.shape
     rows, slots = _query_rows(queries, query_mask, queries.dtype)
-    winners = winners.reshape(len(winners), -1)
+    winners = winners.reshape(len(winners), num_queries * query_length)
     if slots is None:
         query_of_row = torch.arange(num_queries, device=rows.device)
         query_of_row = query_of_row.repeat_interleave(query_length)
@@ -350,6 +352,8 @@ def _group_forward(
         (num_queries, group, query_length) if save_winners else (0, 0, 0),
         dtype=winner_dtype(length), device=queries.device,
     )  # fmt: skip
+    if scores.numel() == 0:
+        return scores, winners
     tokens = torch.arange(_whole_groups(length), device=queries.device).clamp_(max=length - 1)
     step = max(1, BLOCK_ELEMENTS // (group * len(tokens) * query_length))
     for i0 in range(0, num_queries, step):
@@ -390,6 +394,8 @@ def _group_backward(
     if query_mask is not None:
         queries = zero_masked(queries, query_mask)
         weights = torch.where(query_mask.unsqueeze(1), weights, 0.0)
+    if grad.numel() == 0:
+        return torch.zeros_like(queries), torch.zeros_like(passages)
     grad_queries = torch.empty_like(queries) if need_queries else None
     grad_passages = torch.empty_like(passages) if need_passages else None
     step = max(1, BLOCK_ELEMENTS // (group * max(length, query_length) * dim))

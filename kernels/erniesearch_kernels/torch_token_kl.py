@@ -57,7 +57,7 @@ def rebuilt_map(
 
 def _blocks(queries: Tensor, passages: Tensor, heads: int) -> list[slice]:
     per_query = passages.shape[1] * passages.shape[2] * queries.shape[1] * heads
-    step = max(1, BLOCK_ELEMENTS // per_query)
+    step = max(1, BLOCK_ELEMENTS // max(1, per_query))
     return [slice(i, min(i + step, len(queries))) for i in range(0, len(queries), step)]
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -28,12 +29,12 @@ def test_interpreter(module: str) -> None:
     assert " passed" in result.stdout
 
 
-def compile_all(capability: int, dims: tuple[int, ...]) -> None:
+def compile_all(capability: int, dims: tuple[int, ...], *dtypes: torch.dtype) -> None:
     """Assert what holds for every configuration; prints nothing unless something is wrong."""
     from erniesearch_kernels.ahead_of_time import SHARED_LIMIT, compile_for, configurations
 
     wrong = []
-    for configuration in configurations(dims):
+    for configuration in configurations(dims, dtypes):
         compiled = compile_for(configuration, capability)
         if compiled.spill_bytes:
             wrong.append(f"{configuration.name}: {compiled.spill_bytes} bytes of spills")
@@ -41,7 +42,7 @@ def compile_all(capability: int, dims: tuple[int, ...]) -> None:
             wrong.append(f"{configuration.name}: {compiled.registers} registers")
         if compiled.shared_bytes > SHARED_LIMIT[capability]:
             wrong.append(f"{configuration.name}: {compiled.shared_bytes} bytes of shared memory")
-        half = not configuration.name.endswith("float32") and "float32" not in configuration.name
+        half = configuration.dtype != torch.float32
         if half and configuration.name.startswith("maxsim_forward"):
             # Own groups have 32 rows per tile, too few for a warpgroup's product.
             wide = capability >= 90 and "group" not in configuration.name
@@ -54,7 +55,7 @@ def compile_all(capability: int, dims: tuple[int, ...]) -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration_compiles(capability: int) -> None:
-    compile_all(capability, (128,))
+    compile_all(capability, (128,), torch.bfloat16, torch.float32)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -64,14 +65,20 @@ def test_lengths_and_counts_of_one_compile() -> None:
 
     from erniesearch_kernels.ahead_of_time import compile_for, configurations
 
-    for configuration in configurations((128,)):
-        if "/bfloat16/" in configuration.name:
-            ones = configuration.integers()
-            compile_for(replace(configuration, ones=ones, divisible=frozenset()), 90)
+    for configuration in configurations((128,), (torch.bfloat16,)):
+        ones = configuration.integers()
+        compile_for(replace(configuration, ones=ones, divisible=frozenset()), 90)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration_compiles_for_other_dims(capability: int) -> None:
-    compile_all(capability, (32, 96, 256))
+    compile_all(capability, (32, 96, 256), torch.bfloat16, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration_compiles_for_float16(capability: int) -> None:
+    compile_all(capability, (32, 96, 128, 256), torch.float16)

@@ -135,9 +135,12 @@ def _for(kernel: Any, name: str, dtype: torch.dtype, meta: dict[str, Any]) -> Co
     )
 
 
-def configurations(dims: tuple[int, ...] = (128,)) -> Iterator[Configuration]:
+def configurations(
+    dims: tuple[int, ...] = (128,),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+) -> Iterator[Configuration]:
     """Every shipped configuration at query length 32, for token dims ``dims``."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in dtypes:
         label = str(dtype).removeprefix("torch.")
         for dim in dims:
             block_d = padded_dim(dim)
@@ -174,7 +177,8 @@ def _kl_configurations(
             ("query_gradient", token_kl.query_gradient_kernel),
             ("passage_gradient", token_kl.passage_gradient_kernel),
         ):
-            config = token_kl.kl_config(dtype, shared["BLOCK_D"])
+            backward = step != "forward"
+            config = token_kl.kl_config(dtype, shared["BLOCK_D"], backward=backward)
             meta = shared | head | {"REBUILD": rebuild} | config
             yield _for(kernel, f"{name}_{step}/{label}", dtype, meta)
 

@@ -86,7 +86,7 @@ class PackedTokens:
         """From ``[num, length, dim]`` and ``[num, length]``."""
         num, length = x.shape[:2]
         origins = torch.arange(num, device=x.device) * length
-        rows = x.reshape(num * length, -1)
+        rows = x.reshape(num * length, x.shape[-1])
         if mask is None:
             return PackedTokens(rows, origins, origins, torch.full_like(origins, length), None)
         lengths = mask.sum(-1)

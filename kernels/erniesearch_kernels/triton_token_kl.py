@@ -333,12 +333,13 @@ def passage_gradient_kernel(
 # --------------------------------------------------------------------------- launching
 
 
-def kl_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> dict[str, int]:
     """Tile shape of all kernels here: query tokens by passage tokens."""
     if dtype == torch.float32:
         # Without tensor cores, loads that run ahead cost registers that spill.
         rows = 32 if block_d <= 128 else 16
-        return {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": 1}
+        columns = 16 if backward else rows
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
     columns = 64 if block_d <= 128 else 32
     return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
@@ -434,7 +435,7 @@ class _Problem:
             return grad_queries, grad_passages
         grad_kl = grad_kl.float() / self.num_tokens
         scale, grads = balanced(grad_scores.float().contiguous(), grad_kl.contiguous())
-        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"])
+        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"], backward=True)
         inputs = (
             *grads, scale, self.queries, self.passages, *self.masks, *self.teacher,
             self.teacher_lse(given_lse), winners, lse, norm,

@@ -68,11 +68,13 @@ def exit_with_pipeline() -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks, which tells it from a later one of the same pid."""
+    """Start time of a living process in clock ticks, which tells it from a later one of the same
+    pid; None once it has ended, also while its parent has not yet asked how (a zombie)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def pipeline_token() -> str:

@@ -10,12 +10,10 @@ Backward, with ``w[a]`` the winner of query token ``a`` in passage ``j``::
     d q[a]   = sum_j g[i,j] * p[j, w[a]]                  rows gathered passage by passage
     d p[j,t] = sum_(i,a) [w[a] = t] * g[i,j] * q[i,a]     a one-hot tile times query tokens
 
-Each output row belongs to one program that adds in a fixed order: no atomics, and the same bits in
-every run.
+Each output row belongs to one program that adds in a fixed order: no atomics, repeatable bits.
 
-For 16-bit inputs the winner's column replaces the lowest ``log2(BLOCK_N)`` of the similarity's 23
-mantissa bits, and one maximum finds both. Scores are then rounded towards zero by less than
-``2**-16`` relative, and similarities that agree in the other bits count as equal.
+For 16-bit inputs the winner's column replaces the lowest ``log2(BLOCK_N)`` mantissa bits of the
+similarity, and one maximum finds both: scores lose less than ``2**-16`` relative, near-ties tie.
 """
 
 from __future__ import annotations
@@ -282,9 +280,6 @@ def passage_gradient_kernel(
         out_ptr + offsets, total.to(out_ptr.dtype.element_ty),
         mask=inside[:, None] & (dims < DIM)[None, :],
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------- launch choices
 
 
 def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dict[str, int]:

@@ -57,8 +57,8 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
         names = [name for name in names if name in only]
     folder = stages.RunFolder(config.run_dir)
     world_size = num_processes(config)
-    threads = os.cpu_count() or 1
-    torch.set_num_threads(threads)
+    # The steps in this process take every core, unless the user says how many.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
     evaluation_subset(held_out, config.evaluation, config.seed)

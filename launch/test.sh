@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Every check: style, types, layering, tests. Arguments go to pytest (e.g. -k resume).
+# Tests marked slow (kernels compiled for more head dimensions) run with `-m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -9,4 +10,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest "$@"
+python -m pytest -m "not slow" "$@"

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from erniesearch import __version__, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
-from erniesearch.data.formats import RetrievalData, load_beir
+from erniesearch.data.formats import RetrievalData, load_beir, with_split
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
@@ -60,7 +60,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     # The steps in this process take every core, unless the user says how many.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
-    held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
+    held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
     check_inputs(config, data)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):

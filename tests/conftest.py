@@ -34,20 +34,11 @@ from erniesearch.config import (
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 WORDS = [a + b for a in ("ba", "de", "fi", "go", "ku", "la", "mi", "no") for b in
          ("ran", "sel", "tor", "vix", "wen", "zul", "pat", "hod")]  # fmt: skip
 ALL_TERMS = LossWeights(
     ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, attention=1.0, dual_reg=1.0
 )
-
-
-def shared_data(name: str) -> Path:
-    """A real data set beside the checkout; skips where there is none."""
-    path = SHARED / name
-    if not path.is_dir():
-        pytest.skip(f"real data set '{name}' is not on this machine")
-    return path
 
 
 def write_beir(root: Path, num_passages: int = 60, num_queries: int = 40, seed: int = 0) -> Path:

@@ -7,7 +7,7 @@ qrels/SPLIT.tsv query-id <tab> corpus-id <tab> score, with that header
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,17 @@ def load_beir(root: str | Path, split: str, use_titles: bool = True) -> Retrieva
         raise UserError(f"{root}: no such folder; data.path must hold corpus.jsonl, queries.jsonl")
     pids, passages = read_corpus(root / "corpus.jsonl", use_titles)
     queries = read_queries(root / "queries.jsonl")
-    known = {pid: i for i, pid in enumerate(pids)}
-    qrels = read_qrels(root / "qrels" / f"{split}.tsv", queries, known)
-    return RetrievalData(pids, passages, queries, qrels)
+    return with_split(RetrievalData(pids, passages, queries, {}), root, split)
+
+
+def with_split(data: RetrievalData, root: str | Path, split: str) -> RetrievalData:
+    """The same collection with another split's qrels; corpus and queries are not read again.
+
+    Raises:
+        UserError: as :func:`read_qrels`.
+    """
+    path = Path(root) / "qrels" / f"{split}.tsv"
+    return replace(data, qrels=read_qrels(path, data.queries, data.index_of))
 
 
 def write_trec_run(path: Path, run: Run, tag: str) -> None:

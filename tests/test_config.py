@@ -14,7 +14,8 @@ from conftest import ROOT
 from jsonargparse import ArgumentError
 
 from erniesearch import config as config_module
-from erniesearch.cli import config_parser, main, parse_config
+from erniesearch.cli import main
+from erniesearch.commands.parsing import config_parser, parse_config
 from erniesearch.config import (
     DataConfig,
     LossWeights,

@@ -1,0 +1,1 @@
+"""What each command does: arguments in, one call into the library, exit status out."""

@@ -1,0 +1,93 @@
+"""Command lines and configuration files into a validated config."""
+
+import os
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import jsonargparse
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from erniesearch.config import RunConfig, check_yaml, from_dict, validate
+from erniesearch.errors import UserError, nearest
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def config_parser(command: str, description: str) -> ArgumentParser:
+    """A parser with ``--config`` and one option per config key."""
+    parser = ArgumentParser(
+        prog=f"erniesearch {command}", description=description, exit_on_error=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run.")
+    return parser
+
+
+def parse_config(
+    parser: ArgumentParser, argv: list[str]
+) -> tuple[RunConfig, jsonargparse.Namespace]:
+    """Parse a YAML file with overrides into a validated config.
+
+    Raises:
+        UserError: for unknown keys (nearest named), wrong types and impossible values.
+    """
+    parser.add_class_arguments(RunConfig)
+    for flag in ("--local_rank", "--local-rank"):  # launchers add it; LOCAL_RANK says the same
+        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    argv = _file_first(argv)
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    known |= set(_flat_keys(RunConfig))
+    for position, arg in enumerate(argv):
+        if arg == "--config" and position + 1 < len(argv):
+            check_yaml(argv[position + 1])
+        elif arg.startswith("--config="):
+            check_yaml(arg.removeprefix("--config="))
+        elif arg.startswith("--") and arg[2:].split("=")[0] not in known:
+            key = arg[2:].split("=")[0]
+            raise UserError(f"unknown option '--{key}'{nearest(key, known)}")
+    if not {"-h", "--help", "--config", "--run_dir"} & {arg.split("=")[0] for arg in argv}:
+        raise UserError("no configuration: give --config FILE (see configs/)")
+    settings = parser.parse_args(argv)
+    return validate(from_dict(RunConfig, settings.as_dict())), settings
+
+
+def _file_first(argv: list[str]) -> list[str]:
+    """``--config`` before the options: to jsonargparse the later one wins, and options override."""
+    for position, arg in enumerate(argv):
+        if arg == "--config" or arg.startswith("--config="):
+            end = position + (2 if arg == "--config" else 1)
+            return argv[position:end] + argv[:position] + argv[end:]
+    return argv
+
+
+def _flat_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys.append(prefix + name)
+        if is_dataclass(kind):
+            keys += _flat_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed that a CPU is meant; it would warn in every process that it found no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def load_run_config(run_dir: str) -> RunConfig:
+    """The config that a run folder recorded.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --run names the folder of a finished run")
+    parser = config_parser("search", "")
+    config, _ = parse_config(parser, ["--config", str(path), "--run_dir", run_dir])
+    return config

@@ -1,0 +1,60 @@
+"""``run`` and ``train``: a whole pipeline, one stage."""
+
+import sys
+
+from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
+from erniesearch.config import TRAINING_STAGES
+from erniesearch.errors import UserError, nearest
+
+
+def run_command(argv: list[str]) -> int:
+    """``erniesearch run CONFIG``."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    parser = config_parser(
+        "run", "Run every stage of a config, each through the DeepSpeed launcher; finished stages"
+        " are skipped, an interrupted one continues.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", type=str | None, default=None,
+        help="Comma-separated steps to run, e.g. mine,cascade; all by default.",
+    )  # fmt: skip
+    config, settings = parse_config(parser, argv)
+    name_accelerator()
+    from erniesearch import pipeline
+
+    try:
+        pipeline.run(config, settings.only.split(",") if settings.only else None)
+    except pipeline.StageFailed as error:
+        if error.status != 2:  # a user's mistake has been told already
+            sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
+        return 2 if error.status == 2 else 1
+    return 0
+
+
+def train_command(argv: list[str]) -> int:
+    """``deepspeed launch/train.py --config … --stage …``."""
+    parser = config_parser(
+        "train", "Train one stage on the ranks this process belongs to (deepspeed, torchrun, srun,"
+        " or none for one process).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stage", type=str, default="interaction",
+        help=f"One of {', '.join(TRAINING_STAGES)}. Stages that start from another's result need"
+        " it in run_dir.",
+    )  # fmt: skip
+    config, settings = parse_config(parser, argv)
+    if settings.stage not in TRAINING_STAGES:
+        hint = nearest(settings.stage, TRAINING_STAGES)
+        raise UserError(f"--stage {settings.stage}: one of {', '.join(TRAINING_STAGES)}{hint}")
+    name_accelerator()
+    import torch.distributed as dist
+
+    from erniesearch.training.loop import train_stage
+
+    try:
+        train_stage(config, settings.stage)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0

@@ -299,7 +299,7 @@ def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dic
 
 def query_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
     """Rows per program of the query gradient."""
-    rows = 16 if block_d > 128 or dtype == torch.float32 else 32
+    rows = min(32, 8192 // (block_d * dtype.itemsize))
     return {"BLOCK_M": rows, "num_warps": 8, "num_stages": 2}  # 4 warps spill at some dims
 
 

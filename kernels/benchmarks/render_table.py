@@ -47,8 +47,25 @@ def timing_table(name: str, report: dict[str, Any]) -> list[str]:
                 f"| {both['median_s'] * 1e3:.1f} ({both['q1_s'] * 1e3:.1f} to "
                 f"{both['q3_s'] * 1e3:.1f}) | {result['peak_bytes'] / 1e6:.1f} |"
             )
-        lines.append("")
+        lines += ["", *ratios(measured["results"]), ""]
     return lines
+
+
+def ratios(results: dict[str, Any]) -> list[str]:
+    """Ours against the fastest other implementation, forward and backward together."""
+    seconds = {
+        name: result["forward_backward"]["median_s"]
+        for name, result in results.items()
+        if "error" not in result
+    }
+    ours = [name for name in seconds if name.startswith("erniesearch")]
+    fastest = min((name for name in seconds if name not in ours), key=lambda name: seconds[name])
+    peak = results[fastest]["peak_bytes"]
+    return [
+        f"{name} takes {seconds[name] / seconds[fastest]:.3f} of the time of the fastest other "
+        f"({fastest}) and {results[name]['peak_bytes'] / peak:.3f} of its memory."
+        for name in ours
+    ]
 
 
 def compiled_table(report: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config import StudentConfig, TeacherConfig
 from erniesearch.data.collate import encode_texts
+from erniesearch.data.corpora import take
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
@@ -20,13 +21,13 @@ def default_device() -> torch.device:
 
 
 def length_sorted_batches(
-    texts: list[str], batch_size: int
+    texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Positions and texts, longest first, so that a batch pads little."""
     order = np.argsort([-len(text) for text in texts], kind="stable")
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        yield positions, [texts[i] for i in positions]
+        yield positions, take(texts, positions)
 
 
 class Retriever:
@@ -53,7 +54,7 @@ class Retriever:
         self.batch_size = batch_size
 
     @torch.inference_mode()
-    def vectors(self, texts: list[str], side: Side) -> np.ndarray:
+    def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), hidden]``, fp32."""
         out = np.empty((len(texts), self.student.hidden_size), dtype=np.float32)
         for positions, part in length_sorted_batches(texts, self.batch_size):
@@ -62,7 +63,7 @@ class Retriever:
         return out
 
     @torch.inference_mode()
-    def tokens(self, texts: list[str], side: Side) -> list[Tensor]:
+    def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
         """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
         out: list[Tensor] = [torch.empty(0)] * len(texts)
         for positions, part in length_sorted_batches(texts, self.batch_size):

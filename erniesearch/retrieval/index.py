@@ -1,5 +1,6 @@
 """A FAISS folder as Pyserini reads it: ``index`` and ``docid`` (one id a line)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ class VectorIndex:
     """
 
     index: Any
-    pids: list[str]
+    pids: Sequence[str]
 
     @classmethod
-    def build(cls, vectors: np.ndarray, pids: list[str]) -> "VectorIndex":
+    def build(cls, vectors: np.ndarray, pids: Sequence[str]) -> "VectorIndex":
         """Index ``[num_passages, hidden]`` vectors (FAISS Flat, inner product).
 
         Raises:

@@ -64,6 +64,7 @@ class Retriever:
         student = StudentEncoder(settings, head=head, passage_path=passage_path)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.student = student.to(self.device, dtype).eval()
+        self.precision: Literal["fp32", "bf16"] = precision
         self.lengths = {"query": max_query_length, "passage": max_passage_length}
         self.prompts = prompts or {}
         self.only = only

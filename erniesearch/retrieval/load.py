@@ -20,8 +20,9 @@ from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dic
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions, resolve
 from erniesearch.models.encoder import HEAD_FILE, Side
-from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.encode import PairScorer, Retriever, default_device
 
+Precision = Literal["auto", "fp32", "bf16"]
 Kind = Literal["dual_encoder", "late_interaction", "cross_encoder", "student"]
 LONGEST_DEFAULT = 512
 """Tokens of a text where neither folder nor caller sets a limit and the model reads more."""
@@ -85,9 +86,11 @@ def load_retriever(
     pooling: Literal["cls", "mean"] | None = None,
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Retriever:
     """A dual-encoder or late-interaction model ready to encode (see :func:`read_folder`).
+
+    ``precision`` auto is bf16 on a GPU and fp32 on a CPU.
 
     Raises:
         UserError: also for a cross-encoder, and for lengths that the model cannot read.
@@ -97,6 +100,9 @@ def load_retriever(
         raise UserError(
             f"model '{path}' is a cross-encoder: give a dual_encoder or late_interaction folder"
         )
+    device = device or default_device()
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
     lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
     return Retriever(
         found.settings, lengths["query"], lengths["passage"], batch_size, device,

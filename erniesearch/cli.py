@@ -18,6 +18,7 @@ commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
   train                one stage in this process; start it with deepspeed, torchrun or srun
   encode               passages or queries to vectors on disk; start it as train
+  index                vectors on disk to a FAISS index of any kind
   search               ask the index of a finished run
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
@@ -61,6 +62,7 @@ COMMANDS = {
     "run": "train:run_command",
     "train": "train:train_command",
     "encode": "encode:encode_command",
+    "index": "index:index_command",
     "search": "search:search_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",

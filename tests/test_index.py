@@ -117,7 +117,7 @@ def test_folder_is_one_that_pyserini_reads(
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "IVF8,Flat", "IVF4,PQ8x4", "OPQ8,IVF4,PQ8x4", "HNSW8", "SQfp16", "PQ8"]
+    "factory", ["Flat", "IVF8,Flat", "IVF4,PQ8x4", "OPQ8,IVF4,PQ8x4", "HNSW8", "SQfp16", "PQ8x4"]
 )
 def test_bytes_repeat_with_one_thread(embeddings: Path, tmp_path: Path, factory: str) -> None:
     threads = faiss.omp_get_max_threads()
@@ -224,7 +224,7 @@ def test_left_over_of_a_killed_build_is_replaced(embeddings: Path, tmp_path: Pat
     assert set(contents(tmp_path / "i")) == {"index", "docid", "index.json"}
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF4,PQ8x4", "HNSW16", "SQfp16", "PQ8"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF4,PQ8x4", "HNSW16", "SQfp16"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_estimate_of_disk_is_near(
     embeddings: Path, tmp_path: Path, factory: str, shards: int

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ def plan_index(
         raise UserError(f"--shards {shards}: there are only {rows} vectors")
     kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
     what = f"--factory {factory} for {dim} dimensions"
-    index = faiss_call(lambda: faiss.index_factory(dim, factory, kind), what)
+    index = faiss_call(partial(faiss.index_factory, dim, factory, kind), what)
     centroids = max((_num_centroids(part) for part in _nested(index)), default=0)
     if index.is_trained:
         sample = 0
@@ -148,14 +149,14 @@ def _build(
     def moved(index: Any) -> Any:
         if resources is None:
             return index
-        return faiss_call(lambda: faiss.index_cpu_to_gpu(resources, 0, index), f"--gpu, {what}")
+        return faiss_call(partial(faiss.index_cpu_to_gpu, resources, 0, index), f"--gpu, {what}")
 
     trained = plan.index
     if plan.sample:
         drawn = np.random.default_rng([seed, 8]).permutation(len(source))[: plan.sample]
         sample = source.rows(np.sort(drawn))
         trainer = moved(trained)
-        faiss_call(lambda: trainer.train(sample), what)
+        faiss_call(partial(trainer.train, sample), what)
         trained = faiss.index_gpu_to_cpu(trainer) if gpu else trainer
         del sample, trainer
     with Meter("index", "vectors", len(source)) as meter:
@@ -166,7 +167,7 @@ def _build(
             bounds = k * len(source) // shards, (k + 1) * len(source) // shards
             with (folder / "docid").open("w", encoding="utf-8") as docid:
                 for ids, block in _blocks(source, *bounds):
-                    faiss_call(lambda p=part, b=block: p.add(b), what)
+                    faiss_call(partial(part.add, block), what)
                     docid.writelines(f"{pid}\n" for pid in ids)
                     meter.advance(len(ids))
                 docid.flush()
@@ -206,7 +207,7 @@ def _bytes_per_vector(index: Any) -> int:
     if isinstance(index, faiss.IndexRefine):
         return _bytes_per_vector(index.base_index) + _bytes_per_vector(index.refine_index)
     if isinstance(index, faiss.IndexHNSW):
-        links = index.hnsw.nb_neighbors(0) + 1  # the upper layers hold few
+        links = index.hnsw.nb_neighbors(0) + 1  # type: ignore[attr-defined]  # the upper layers hold few
         return _bytes_per_vector(index.storage) + 4 * links + 16
     if isinstance(index, faiss.IndexIVF):
         return int(index.code_size) + 8

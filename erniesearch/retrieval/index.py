@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -145,7 +146,7 @@ class VectorIndex:
                 if not (path / name).is_file():
                     raise UserError(f"index folder {path}: no file '{name}'")
         parts = [
-            faiss_call(lambda p=path: faiss.read_index(str(p / "index")), str(path / "index"))
+            faiss_call(partial(faiss.read_index, str(path / "index")), str(path / "index"))
             for path in folders
         ]
         pids = DocIds([path / "docid" for path in folders])
@@ -159,7 +160,7 @@ class VectorIndex:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
             parts = [
-                faiss_call(lambda p=part: faiss.index_cpu_to_all_gpus(p, options), "GPU")
+                faiss_call(partial(faiss.index_cpu_to_all_gpus, part, options), "--gpu")
                 for part in parts
             ]
         return cls(parts, pids)
@@ -185,7 +186,7 @@ def write_index(index: Any, folder: Path) -> None:
     """Write ``folder/index`` aside, sync and rename."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / ".index.tmp"
-    faiss_call(lambda: faiss.write_index(index, str(aside)), str(folder))
+    faiss_call(partial(faiss.write_index, index, str(aside)), str(folder))
     with aside.open("rb") as handle:
         os.fsync(handle.fileno())
     os.replace(aside, folder / "index")

@@ -12,6 +12,9 @@ import yaml
 
 from erniesearch.errors import UserError, nearest
 
+MAX_TOKENS = 8192
+"""Tokens that are kept of a passage (``erniesearch.data.tokens``)."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -24,7 +27,8 @@ class DataConfig:
     max_query_length: int = 32
     """Longest query in tokens, [CLS] and [SEP] included; longer ones are truncated."""
     max_passage_length: int = 128
-    """Longest passage in tokens, [CLS] and [SEP] included; longer ones are truncated."""
+    """Longest passage in tokens, [CLS] and [SEP] included, at most 8192; longer ones are
+    truncated."""
     use_titles: bool = True
     """Put a passage's title before its text, separated by a space."""
 
@@ -360,8 +364,9 @@ def validate(config: RunConfig) -> RunConfig:
         require(getattr(config.objective, key) > 0, f"objective.{key}",
                 getattr(config.objective, key), "above 0")  # fmt: skip
     for key in ("max_query_length", "max_passage_length"):
-        require(getattr(config.data, key) >= 3, f"data.{key}", getattr(config.data, key),
-                "3 or more: [CLS], one word, [SEP]")  # fmt: skip
+        length = getattr(config.data, key)
+        require(3 <= length <= MAX_TOKENS, f"data.{key}", length,
+                f"3 or more ([CLS], one word, [SEP]) and at most {MAX_TOKENS}")  # fmt: skip
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
             config.student.late_interaction_dim, "1 or more")  # fmt: skip

@@ -10,6 +10,7 @@ from rich.markup import escape
 from erniesearch import stages
 from erniesearch.config import TRAINING_STAGES, RunConfig, StudentConfig, TeacherConfig
 from erniesearch.data.bm25 import bm25_negatives
+from erniesearch.data.corpora import rows_of
 from erniesearch.data.formats import RetrievalData, Run, load_beir, write_negatives, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.report import Report, Row, describe_machine, stage_facts
@@ -108,8 +109,8 @@ class _TableMaker:
         if final:
             vectors = retriever.vectors(self.held_out.passages, "passage")
             VectorIndex.build(vectors, self.held_out.pids).save(self.folder.index)
-            index_of = self.held_out.index_of
-            vectors = vectors[[index_of[pid] for pid in self.data.pids]]
+            if self.data.pids is not self.held_out.pids:  # a part of the corpus
+                vectors = vectors[rows_of(self.held_out.index_of, self.data.pids)]
         else:
             vectors = retriever.vectors(self.data.passages, "passage")
         index = VectorIndex.build(vectors, self.data.pids)

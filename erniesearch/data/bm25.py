@@ -1,9 +1,12 @@
 """BM25 by bm25s: the lexical baseline, and the first hard negatives."""
 
+from collections.abc import Sequence
+
 import bm25s
 import numpy as np
 import Stemmer
 
+from erniesearch.data.corpora import take
 from erniesearch.errors import UserError
 
 
@@ -18,11 +21,11 @@ class BM25:
         UserError: for an unknown stemmer.
     """
 
-    def __init__(self, passages: list[str], stemmer: str | None = None) -> None:
+    def __init__(self, passages: Sequence[str], stemmer: str | None = None) -> None:
         self.stemmer = _stemmer(stemmer)
         self.size = len(passages)
         self.retriever = bm25s.BM25()
-        self.retriever.index(self._tokenize(passages), show_progress=False)
+        self.retriever.index(self._tokenize(list(passages)), show_progress=False)
 
     def _tokenize(self, texts: list[str]) -> bm25s.tokenization.Tokenized:
         return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
@@ -53,8 +56,8 @@ def _stemmer(name: str | None) -> object:
 def bm25_negatives(
     queries: dict[str, str],
     relevant: dict[str, list[str]],
-    pids: list[str],
-    passages: list[str],
+    pids: Sequence[str],
+    passages: Sequence[str],
     num_negatives: int,
     stemmer: str | None = None,
 ) -> dict[str, list[str]]:
@@ -64,10 +67,6 @@ def bm25_negatives(
     positions, scores = BM25(passages, stemmer).search([queries[q] for q in qids], deepest)
     negatives = {}
     for qid, row, row_scores in zip(qids, positions, scores, strict=True):
-        wrong = [
-            pids[i]
-            for i, s in zip(row, row_scores, strict=True)
-            if s > 0 and pids[i] not in relevant[qid]
-        ]
-        negatives[qid] = wrong[:num_negatives]
+        found = take(pids, row[row_scores > 0])
+        negatives[qid] = [pid for pid in found if pid not in relevant[qid]][:num_negatives]
     return negatives

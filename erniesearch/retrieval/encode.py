@@ -1,6 +1,7 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config import StudentConfig, TeacherConfig
 from erniesearch.data.collate import encode_texts
+from erniesearch.data.corpora import take
+from erniesearch.data.tokens import TokenStore
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
@@ -26,10 +29,26 @@ def length_sorted_batches(
     texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Positions and texts, longest first, so that a batch pads little."""
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    for start in range(0, len(order), batch_size):
-        positions = order[start : start + batch_size]
-        yield positions, [texts[i] for i in positions]
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    for positions in _longest_first(lengths, batch_size):
+        yield positions, take(texts, positions)
+
+
+def _longest_first(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    order = np.argsort(-lengths, kind="stable")
+    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """Passages ``start`` to ``end`` of a token store, in place of their texts."""
+
+    store: TokenStore
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
 
 
 class Retriever:
@@ -87,34 +106,48 @@ class Retriever:
 
     @torch.inference_mode()
     def vector_batches(
-        self, texts: Sequence[str], side: Side
+        self, texts: Sequence[str] | StoredTokens, side: Side
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Positions in ``texts`` and their vectors ``[batch, hidden]``, fp32, batch by batch."""
-        for positions, part in length_sorted_batches(texts, self.batch_size):
-            ids, mask = self._tensors(part, side)
+        for positions, ids, mask in self._inputs(texts, side):
             yield positions, self.student(ids, mask, side, tokens=False).vectors
 
     @torch.inference_mode()
     def token_batches(
-        self, texts: Sequence[str], side: Side
+        self, texts: Sequence[str] | StoredTokens, side: Side
     ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Positions in ``texts`` and each one's token vectors ``[num_tokens, dim]``, batch by
         batch, in the compute precision."""
-        for positions, part in length_sorted_batches(texts, self.batch_size):
-            ids, mask = self._tensors(part, side)
+        for positions, ids, mask in self._inputs(texts, side):
             encoded = self.student(ids, mask, side, vectors=False).tokens
             yield positions, [row[real] for row, real in zip(encoded, mask, strict=True)]
 
-    def _tensors(self, texts: list[str], side: Side) -> tuple[Tensor, Tensor]:
+    def _inputs(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Positions, token ids and mask of each batch, longest texts first."""
         if self.only and side != self.only:
             raise UserError(
                 f"model '{self.student.settings.path}' is the {self.only} tower of an untied model:"
                 f" give the folder's name without _{self.only} to load both"
             )
-        if prompt := self.prompts.get(side):
-            texts = [prompt + text for text in texts]
-        ids, mask = encode_texts(self.tokenizer, texts, self.lengths[side])
-        return ids.to(self.device), mask.to(self.device)
+        for positions, ids, mask in self._token_ids(texts, side):
+            yield positions, ids.to(self.device), mask.to(self.device)
+
+    def _token_ids(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        prompt = self.prompts.get(side, "")
+        if isinstance(texts, StoredTokens):
+            assert not prompt  # its tokens are not in the store
+            lengths = texts.store.lengths[texts.start : texts.end].astype(np.int64)
+            for positions in _longest_first(lengths, self.batch_size):
+                rows = texts.start + positions
+                yield positions, *texts.store.tensors(rows, self.lengths[side])
+        else:
+            for positions, part in length_sorted_batches(texts, self.batch_size):
+                part = [prompt + text for text in part] if prompt else part
+                yield positions, *encode_texts(self.tokenizer, part, self.lengths[side])
 
 
 class PairScorer:

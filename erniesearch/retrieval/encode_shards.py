@@ -13,7 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from erniesearch import distributed, stages
-from erniesearch.data.formats import read_corpus, read_qrels, read_queries
+from erniesearch.data.corpora import open_corpus
+from erniesearch.data.formats import read_qrels, read_queries
+from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import Side
 from erniesearch.progress import Meter
@@ -27,7 +29,7 @@ from erniesearch.retrieval.embeddings import (
     shard_path,
     write_shard,
 )
-from erniesearch.retrieval.encode import Retriever
+from erniesearch.retrieval.encode import Retriever, StoredTokens
 from erniesearch.retrieval.load import Precision, load_retriever, read_folder
 
 SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
@@ -52,18 +54,18 @@ def read_collection(root: Path, side: Side, split: str | None, use_titles: bool)
     Raises:
         UserError: naming file and line.
     """
+    corpus = root / "corpus.jsonl"
     if side == "passage":
         if split is not None:
             raise UserError("--split selects queries: leave it out, or give --side query")
-        ids, texts = read_corpus(root / "corpus.jsonl", use_titles)
+        opened = open_corpus(corpus, use_titles)
         kind = "titles" if use_titles else "texts"
-        return Collection(ids, texts, stages.hash_files([root / "corpus.jsonl"]) + "-" + kind)
-    queries = read_queries(root / "queries.jsonl")
+        return Collection(opened.pids, opened.passages, f"{stages.hash_files([corpus])}-{kind}")
     files = [root / "queries.jsonl"]
+    queries = read_queries(files[0])
     if split is not None:
-        ids, _ = read_corpus(root / "corpus.jsonl", use_titles)
         files.append(root / "qrels" / f"{split}.tsv")
-        qrels = read_qrels(files[1], queries, {pid: row for row, pid in enumerate(ids)})
+        qrels = read_qrels(files[1], queries, open_corpus(corpus, use_titles).index_of)
         queries = {qid: queries[qid] for qid in qrels}
     return Collection(list(queries), list(queries.values()), stages.hash_files(files))
 
@@ -132,6 +134,8 @@ def _encode_shards(
     mine = range(rank, manifest.num_shards, world_size)
     todo = [k for k in mine if not is_whole(folder, manifest, k)]
     rows = sum(end - start for start, end in map(manifest.bounds, todo))
+    stored = manifest.side == "passage" and not retriever.prompts.get("passage") and rows > 0
+    store = open_tokens(collection.texts, retriever.tokenizer) if stored else None
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     unit = "passages" if manifest.side == "passage" else "queries"
     if rank == 0:
@@ -143,23 +147,23 @@ def _encode_shards(
     with Meter("encode, rank 0", unit, rows, shown=rank == 0 and rows > 0) as meter:
         for k in todo:
             start, end = manifest.bounds(k)
-            texts = collection.texts[start:end]
+            texts = StoredTokens(store, start, end) if store else collection.texts[start:end]
             if manifest.what == "vectors":
-                stored, offsets = _vectors(retriever, texts, manifest, meter), None
+                encoded, offsets = _vectors(retriever, texts, manifest, meter), None
             else:
-                stored, offsets = _tokens(retriever, texts, manifest, meter)
-            if not torch.isfinite(stored).all():
+                encoded, offsets = _tokens(retriever, texts, manifest, meter)
+            if not torch.isfinite(encoded).all():
                 raise UserError(
                     f"{shard_path(folder, k)}: values that {manifest.dtype} cannot hold: --dtype"
                     " bf16 or fp32, or a model without overflows"
                 )
-            write_shard(folder, manifest, k, collection.ids[start:end], stored, offsets)
+            write_shard(folder, manifest, k, collection.ids[start:end], encoded, offsets)
     if rank == 0 and rows:
         console.print(f"encode: rank 0 done, {meter.rate:,.1f} {unit}/s")
 
 
 def _vectors(
-    retriever: Retriever, texts: Sequence[str], manifest: Manifest, meter: Meter
+    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
 ) -> Tensor:
     out = torch.empty(len(texts), manifest.dim, dtype=DTYPES[manifest.dtype])
     for positions, batch in retriever.vector_batches(texts, manifest.side):
@@ -169,7 +173,7 @@ def _vectors(
 
 
 def _tokens(
-    retriever: Retriever, texts: Sequence[str], manifest: Manifest, meter: Meter
+    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
 ) -> tuple[Tensor, Tensor]:
     parts: list[Tensor] = [torch.empty(0)] * len(texts)
     for positions, batch in retriever.token_batches(texts, manifest.side):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dict
+from erniesearch.config import MAX_TOKENS, RunConfig, StudentConfig, TeacherConfig, from_dict
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions, resolve
 from erniesearch.models.encoder import HEAD_FILE, Side
@@ -143,7 +143,7 @@ def load_scorer(
 
 
 def _lengths(found: ModelFolder, asked: dict[Side, int | None]) -> dict[Side, int]:
-    positions = max_positions(load_config(found.settings))
+    positions = min(max_positions(load_config(found.settings)), MAX_TOKENS)
     lengths: dict[Side, int] = {}
     for side, wanted in asked.items():
         length = wanted or found.lengths.get(side) or min(positions, LONGEST_DEFAULT)

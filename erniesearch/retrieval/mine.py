@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from erniesearch.config import MineConfig
+from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
@@ -160,7 +161,6 @@ class Miner:
         limits = (settings.denoise_margin, settings.denoise_threshold)
         self.scorer = scorer if always_score or any(x is not None for x in limits) else None
         self.relevant = data.relevant()
-        self.row_of = data.index_of
         most = max(len(pids) for pids in self.relevant.values())
         self.depth = settings.depth + most + SPARE
 
@@ -230,12 +230,13 @@ class Miner:
         return query
 
     def _texts(self, pids: Sequence[str]) -> list[str]:
-        try:
-            return [self.data.passages[self.row_of[pid]] for pid in pids]
-        except KeyError as error:
+        rows = rows_of(self.data.index_of, pids)
+        if (rows < 0).any():
+            missing = pids[int(np.argmin(rows))]
             raise UserError(
-                f"passage {error} of the index is not in the collection: index the same corpus"
-            ) from None
+                f"passage '{missing}' of the index is not in the collection: index the same corpus"
+            )
+        return take(self.data.passages, rows)
 
 
 def _plain(text: str) -> str:

@@ -17,6 +17,8 @@ Joint training of cross-encoder, late interaction and dual-encoder (ERNIE-Search
 commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
   train                one stage in this process; start it with deepspeed, torchrun or srun
+  encode               passages or queries to vectors on disk; start it as train
+  index                vectors on disk to a FAISS index of any kind
   search               ask the index of a finished run
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 COMMANDS = {
     "run": "train:run_command",
     "train": "train:train_command",
+    "encode": "encode:encode_command",
+    "index": "index:index_command",
     "search": "search:search_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",

@@ -161,7 +161,10 @@ class MineConfig:
     """Negatives kept per query, best first."""
     denoise_margin: float | None = 0.0
     """Drop a candidate whose teacher score exceeds the positive's score minus this margin; null
-    does not ask the teacher. Negative margins keep more."""
+    sets no such limit. Negative margins keep more."""
+    denoise_threshold: float | None = None
+    """Drop a candidate whose teacher score exceeds this number, whatever the positive's is; null
+    sets no such limit. With both null the teacher is not asked."""
     max_queries: int | None = None
     """Mine for this many training queries, drawn with the run's seed; the cascade trains on those
     alone. Null takes all."""

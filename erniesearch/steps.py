@@ -17,7 +17,7 @@ from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import mine_negatives
+from erniesearch.retrieval.mine import mine_negatives, told
 from erniesearch.training.stage import part_settings
 
 BM25_NEGATIVES = 32
@@ -40,21 +40,16 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
-    if settings.denoise_margin is not None and stages.teacher_source(config, "mine"):
+    wanted = settings.denoise_margin is not None or settings.denoise_threshold is not None
+    if wanted and stages.teacher_source(config, "mine"):
         scorer = _scorer(config, teacher)
     mined = mine_negatives(data, _retriever(config, student), scorer, settings, config.seed)
     write_negatives(
         stages.RunFolder(config.run_dir).negatives("mined"), mined.negatives, data.relevant()
     )
-    console.print(
-        f"mined for {len(mined.negatives)} queries: {mined.num_candidates} candidates,"
-        f" {mined.num_denoised} dropped by the teacher"
-    )
-    return {
-        "queries": len(mined.negatives),
-        "candidates": mined.num_candidates,
-        "denoised": mined.num_denoised,
-    }
+    facts = mined.statistics()
+    console.print(told(facts))
+    return facts
 
 
 def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from erniesearch.commands.parsing import name_accelerator
 from erniesearch.errors import UserError
 
 
@@ -38,6 +39,7 @@ def paddle_command(argv: list[str]) -> int:
         raise UserError(f"--kind {settings.kind}: dual_encoder or cross_encoder")
     if settings.max_length < 3:
         raise UserError(f"--max_length {settings.max_length}: must be 3 or more")
+    name_accelerator()
     from erniesearch.convert import Overrides, convert_paddle
 
     converted = convert_paddle(

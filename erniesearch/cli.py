@@ -22,6 +22,8 @@ commands:
   search               ask the index of a finished run
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
+  init encoder         a small untrained encoder with a vocabulary of the corpus's own
+  convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -66,6 +68,8 @@ COMMANDS = {
     "search": "search:search_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
+    "init encoder": "init:encoder_command",
+    "convert paddle": "convert:paddle_command",
 }
 
 

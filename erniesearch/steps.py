@@ -29,7 +29,7 @@ def make_bm25_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any
     relevant = data.relevant()
     negatives = bm25_negatives(
         data.queries, relevant, data.pids, data.passages, BM25_NEGATIVES,
-        config.evaluation.bm25_stemmer,
+        config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer,
     )  # fmt: skip
     write_negatives(stages.RunFolder(config.run_dir).negatives("bm25"), negatives, relevant)
     return {"queries": len(negatives)}
@@ -100,8 +100,11 @@ class _TableMaker:
         console.print(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:
-        stemmer = self.config.evaluation.bm25_stemmer
-        self.add("BM25", "bm25", evaluate.bm25_run(self.data, self.depth, stemmer))
+        settings = self.config.evaluation
+        run = evaluate.bm25_run(
+            self.data, self.depth, settings.bm25_stemmer, settings.bm25_tokenizer
+        )
+        self.add("BM25", "bm25", run)
 
     def add_student(self, stage: str | None, label: str) -> None:
         final = stage is not None and stage == stages.final_student(self.config)

@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, WORDS
 
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer
+from erniesearch.data.corpora import open_corpus
 from erniesearch.data.formats import (
     RetrievalData,
     load_beir,
-    read_corpus,
     read_negatives,
     write_negatives,
 )
@@ -171,6 +171,7 @@ def test_line_separators_inside_a_text_are_no_line_ends(tmp_path: Path) -> None:
     lines = [{"_id": f"段{i}", "title": "标题·一", "text": t} for i, t in enumerate(texts)]
     file = tmp_path / "corpus.jsonl"
     file.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), "utf-8")
-    pids, passages = read_corpus(file, use_titles=True)
+    corpus = open_corpus(file, use_titles=True)
+    pids, passages = list(corpus.pids), list(corpus.passages)
     assert list(pids) == ["段0", "段1"]
     assert list(passages) == [f"标题·一 {text}" for text in texts]

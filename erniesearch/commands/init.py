@@ -29,10 +29,10 @@ def encoder_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=42, help="Fixes the random weights.")
     settings = parser.parse_args(argv)
     name_accelerator()
-    from erniesearch.data.formats import read_corpus
+    from erniesearch.data.corpora import open_corpus
     from erniesearch.models.scratch import EncoderSize, write_encoder
 
-    _, passages = read_corpus(Path(settings.data) / "corpus.jsonl", settings.use_titles)
+    passages = open_corpus(Path(settings.data) / "corpus.jsonl", settings.use_titles).passages
     size = EncoderSize(settings.vocab_size, settings.hidden, settings.layers, settings.max_length)
     num_tokens = write_encoder(passages, Path(settings.out), size, settings.seed)
     sys.stdout.write(

@@ -105,8 +105,8 @@ class SearchSystem:
         missing = np.flatnonzero(rows_of(data.index_of, index.pids) < 0)
         if missing.size:
             raise UserError(
-                f"the index holds passage '{index.pids[int(missing[0])]}', which the collection does not have: index"
-                " the collection again"
+                f"the index holds passage '{index.pids[int(missing[0])]}', which the collection"
+                " does not have: index the collection again"
             )
         self._lock = threading.Lock()
 

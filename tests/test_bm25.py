@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, WORDS
+from conftest import ROOT, WORDS, ConfigMaker
 
+from erniesearch import pipeline
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer
 from erniesearch.data.corpora import open_corpus
 from erniesearch.data.formats import (
@@ -175,3 +176,13 @@ def test_line_separators_inside_a_text_are_no_line_ends(tmp_path: Path) -> None:
     pids, passages = list(corpus.pids), list(corpus.passages)
     assert list(pids) == ["段0", "段1"]
     assert list(passages) == [f"标题·一 {text}" for text in texts]
+
+
+def test_missing_segmenter_stops_the_pipeline_before_it_starts(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    config = make_config(stage="interaction", negatives="bm25", bm25_tokenizer="jieba")
+    with pytest.raises(UserError, match="bm25_tokenizer: jieba needs the package rjieba"):
+        pipeline.run(config)
+    assert not Path(config.run_dir).exists()

@@ -24,11 +24,13 @@ from erniesearch.retrieval.trained import make_retriever, trained_student
 from erniesearch.stages import RunFolder
 
 
-def write_run(run_dir: Path, data: Path, model: Path, weights: LossWeights) -> RunConfig:
+def write_run(
+    run_dir: Path, data: Path, model: Path, weights: LossWeights, max_passage_length: int = 16
+) -> RunConfig:
     """What one cascade stage leaves: config, models and index; returns its config."""
     config = RunConfig(
         run_dir=str(run_dir),
-        data=DataConfig(str(data), max_query_length=8, max_passage_length=16),
+        data=DataConfig(str(data), max_query_length=8, max_passage_length=max_passage_length),
         student=StudentConfig(str(model), pooling="mean", late_interaction_dim=16),
         stages=StagesConfig(cascade=StageConfig(steps=1, negatives="random", weights=weights)),
     )

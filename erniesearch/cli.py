@@ -20,6 +20,7 @@ commands:
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
   search               ask the index of a finished run
+  serve                answer queries over HTTP, with a page that shows the three rankings
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
@@ -66,6 +67,7 @@ COMMANDS = {
     "encode": "encode:encode_command",
     "index": "index:index_command",
     "search": "search:search_command",
+    "serve": "serve:serve_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
     "init encoder": "init:encoder_command",

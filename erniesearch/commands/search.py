@@ -10,7 +10,7 @@ from erniesearch.commands.parsing import name_accelerator
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
-    from erniesearch.retrieval.system import SearchResult
+    from erniesearch.retrieval.result import SearchResult
 
 
 def search_command(argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def _show(result: "SearchResult") -> None:
             if score is not None
         )
         shown = hit.text if len(hit.text) <= 240 else hit.text[:240].rsplit(" ", 1)[0] + " …"
-        out.print(f"{position:2d}. [bold]{escape(hit.pid)}[/]  {scores}")
+        out.print(f"{position:2d}. [bold]{escape(hit.pid)}[/]  {scores}", soft_wrap=True)
         out.print(f"    {escape(shown)}")
 
 

@@ -1,10 +1,7 @@
 """A search system: dual-encoder, late interaction over its best, cross-encoder over theirs."""
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -16,6 +13,8 @@ from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.explain import TokenMatch, match_tokens
 from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.merging import MergingQueue
+from erniesearch.retrieval.result import MODELS, Hit, Model, SearchResult
 from erniesearch.retrieval.trained import (
     load_run_config,
     make_retriever,
@@ -24,55 +23,23 @@ from erniesearch.retrieval.trained import (
     trained_teacher,
 )
 
-Model = Literal["dual_encoder", "late_interaction", "cross_encoder"]
-MODELS: tuple[Model, ...] = ("dual_encoder", "late_interaction", "cross_encoder")
 DEFAULT_DEPTHS = {"late_interaction": 100, "cross_encoder": 20}
+MERGED_QUERIES = 32
+"""Queries of different callers searched together. With 50 callers on one CPU core (MiniLM, 1,249
+passages), merging answered 2.7 times as many queries per second of CPU as a lock did where the
+dual-encoder searched alone, and 1.9 times as many with both rerankers: a passage that several
+queries retrieve is encoded once."""
 
 
 class UnknownPassageError(UserError):
     """A pid that the collection does not have."""
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A passage found, with the score and the rank (from 1) that each model gave it; None where
-    the model did not see it."""
-
-    pid: str
-    text: str
-    scores: dict[Model, float | None]
-    ranks: dict[Model, int | None]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a query found.
-
-    Attributes:
-        hits: the ``depth`` best passages: by cross-encoder, then what only late interaction
-            scored, then what only the dual-encoder did.
-        rankings: the ``depth`` best of each model by its own scores, empty for one left out.
-        query_tokens: length of the query in tokens, [CLS] and [SEP] included.
-        query_tokens_read: how many of them the models read.
-    """
-
-    query: str
-    hits: list[Hit]
-    rankings: dict[Model, list[Hit]] = field(repr=False)
-    query_tokens: int
-    query_tokens_read: int
-
-    @property
-    def query_truncated(self) -> bool:
-        """Whether the query is longer than the models read."""
-        return self.query_tokens_read < self.query_tokens
-
-
 class SearchSystem:
     """Searches a collection; one system serves any number of threads.
 
-    Models and tokenizers are used by one caller at a time (a fast tokenizer refuses concurrent
-    use), so the answer to a query does not depend on who else is asking.
+    Models and tokenizers work for one batch at a time (a fast tokenizer refuses concurrent use).
+    Which queries share a batch changes scores by rounding only.
 
     Args:
         retriever: encodes for the index and, if ``late_interaction``, for MaxSim.
@@ -108,7 +75,7 @@ class SearchSystem:
                 f"the index holds passage '{index.pids[int(missing[0])]}', which the collection"
                 " does not have: index the collection again"
             )
-        self._lock = threading.Lock()
+        self._queue = MergingQueue(MERGED_QUERIES)
 
     @classmethod
     def from_run(cls, run_dir: str | Path, cross_encoder: bool = True) -> "SearchSystem":
@@ -170,8 +137,14 @@ class SearchSystem:
         late_interaction_depth: int | None = None,
         cross_encoder_depth: int | None = None,
     ) -> SearchResult:
-        """The best passages of one query; arguments and errors as :meth:`search_many`."""
-        return self.search_many([query], depth, late_interaction_depth, cross_encoder_depth)[0]
+        """The best passages of one query; arguments and errors as :meth:`search_many`.
+
+        Queries that several threads ask at the same time are searched together.
+        """
+        late_depth, cross_depth = self._check(depth, late_interaction_depth, cross_encoder_depth)
+        _require_words(query)
+        depths = (depth, late_depth, cross_depth)
+        return self._queue.call(depths, query, lambda batch: self._search(batch, *depths))
 
     def search_many(
         self,
@@ -192,30 +165,42 @@ class SearchSystem:
             UserError: for an empty query, a depth that is not positive, or a model that is not
                 there.
         """
-        if depth < 1:
-            raise UserError(f"depth is {depth}: must be 1 or more")
-        late_depth = self.rerank_depth("late_interaction", late_interaction_depth)
-        cross_depth = self.rerank_depth("cross_encoder", cross_encoder_depth)
+        late_depth, cross_depth = self._check(depth, late_interaction_depth, cross_encoder_depth)
         for query in queries:
             _require_words(query)
         if not queries:
             return []
+        batch = list(queries)
+        return self._queue.call(
+            object(), batch, lambda _: [self._search(batch, depth, late_depth, cross_depth)]
+        )
+
+    def _check(self, depth: int, late: int | None, cross: int | None) -> tuple[int, int]:
+        """The rerankers' depths, defaults filled in."""
+        if depth < 1:
+            raise UserError(f"depth is {depth}: must be 1 or more")
+        return (
+            self.rerank_depth("late_interaction", late), self.rerank_depth("cross_encoder", cross)
+        )  # fmt: skip
+
+    def _search(
+        self, queries: Sequence[str], depth: int, late_depth: int, cross_depth: int
+    ) -> list[SearchResult]:
         texts = {str(i): query for i, query in enumerate(queries)}
-        with self._lock:
-            lengths = [self._query_lengths(query) for query in queries]
-            pool = max(depth, late_depth, cross_depth)
-            dense = search.dense_run(self.retriever, self.index, texts, pool)
-            order = {qid: search.top(scores, pool) for qid, scores in dense.items()}
-            late: Run = {qid: {} for qid in texts}
-            cross = late
-            if late_depth:
-                best = {qid: pids[:late_depth] for qid, pids in order.items()}
-                late = search.late_interaction_scores(self.retriever, self.data, texts, best)
-                order = _reordered(order, late)
-            if cross_depth and self.scorer is not None:
-                best = {qid: pids[:cross_depth] for qid, pids in order.items()}
-                cross = search.cross_encoder_scores(self.scorer, self.data, texts, best)
-                order = _reordered(order, cross)
+        lengths = [self._query_lengths(query) for query in queries]
+        pool = max(depth, late_depth, cross_depth)
+        dense = search.dense_run(self.retriever, self.index, texts, pool)
+        order = {qid: search.top(scores, pool) for qid, scores in dense.items()}
+        late: Run = {qid: {} for qid in texts}
+        cross = late
+        if late_depth:
+            best = {qid: pids[:late_depth] for qid, pids in order.items()}
+            late = search.late_interaction_scores(self.retriever, self.data, texts, best)
+            order = _reordered(order, late)
+        if cross_depth and self.scorer is not None:
+            best = {qid: pids[:cross_depth] for qid, pids in order.items()}
+            cross = search.cross_encoder_scores(self.scorer, self.data, texts, best)
+            order = _reordered(order, cross)
         results = []
         for (qid, query), (length, read) in zip(texts.items(), lengths, strict=True):
             scores = dict(zip(MODELS, (dense[qid], late[qid], cross[qid]), strict=True))
@@ -236,8 +221,12 @@ class SearchSystem:
         if "late_interaction" not in self.models:
             raise UserError("token matches need late interaction, which this run did not train")
         passage = self.text(pid)
-        with self._lock:
-            return match_tokens(self.retriever, query, passage)
+
+        def work(_: Sequence[str]) -> list[list[TokenMatch]]:
+            self._query_lengths(query)
+            return [match_tokens(self.retriever, query, passage)]
+
+        return self._queue.call(object(), query, work)
 
     def text(self, pid: str) -> str:
         """A passage's text.
@@ -250,7 +239,11 @@ class SearchSystem:
         return self.data.passages[self._row_of[pid]]
 
     def _query_lengths(self, query: str) -> tuple[int, int]:
-        """The query's tokens, and how many of them are read."""
+        """The query's tokens, and how many of them are read.
+
+        Raises:
+            UserError: if nothing of the query becomes a token.
+        """
         tokenizer = self.retriever.tokenizer
         length = len(tokenizer(query, truncation=False, verbose=False)["input_ids"])
         if length <= tokenizer.num_special_tokens_to_add():

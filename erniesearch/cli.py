@@ -20,6 +20,7 @@ commands:
   search               ask the index of a finished run
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
+  data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -62,6 +63,7 @@ COMMANDS = {
     "search": "search:search_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
+    "data import": "data:import_command",
 }
 
 

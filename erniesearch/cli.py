@@ -21,6 +21,7 @@ commands:
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
   data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
+  data check           lengths, copies, judgements and splits of a data set
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -64,6 +65,7 @@ COMMANDS = {
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
     "data import": "data:import_command",
+    "data check": "data:check_command",
 }
 
 

@@ -1,5 +1,6 @@
 """``data …``: make or convert data sets."""
 
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -117,3 +118,29 @@ def _hold_out(text: str) -> dict[str, int]:
             raise UserError(f"--hold_out {text}: expected SPLIT=NUMBER, for example dev=200")
         found[split] = int(number)
     return found
+
+
+def check_command(argv: list[str]) -> int:
+    """``erniesearch data check DIR``."""
+    parser = ArgumentParser(
+        prog="erniesearch data check", exit_on_error=False,
+        description="Read every file of a data set in BEIR layout and print, as JSON, lengths,"
+        " passages with one text, judgements by split, and queries that splits share.",
+    )  # fmt: skip
+    parser.add_argument("data", type=str, help="Folder in BEIR layout.")
+    parser.add_argument(
+        "--model", type=str, default="",
+        help="Count tokens with this model's tokenizer (as in student.path).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--use_titles", type=bool, default=True, help="Count a passage's title as its text."
+    )
+    settings = parser.parse_args(argv)
+    from erniesearch.config import StudentConfig
+    from erniesearch.data.check import check
+    from erniesearch.models.backbone import load_tokenizer
+
+    tokenizer = load_tokenizer(StudentConfig(settings.model)) if settings.model else None
+    facts = check(Path(settings.data), settings.use_titles, tokenizer)
+    sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    return 0

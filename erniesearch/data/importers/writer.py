@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from erniesearch.data.cache import sync
-from erniesearch.data.corpora import hash_pid
+from erniesearch.data.corpora import hash_text
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
@@ -61,7 +61,7 @@ class BeirWriter:
 
     def _passage(self, passage: Passage) -> None:
         text, title = self._clean(passage.text, passage.at), self._clean(passage.title, passage.at)
-        content = hash_pid(content_id(title, text))
+        content = hash_text(content_id(title, text))
         if (row := self.rows.get(passage.pid)) is not None:
             if self.contents[row] != content:
                 raise UserError(
@@ -78,7 +78,7 @@ class BeirWriter:
 
     def _query(self, query: Query) -> None:
         text = self._clean(query.text, query.at)
-        content = hash_pid(text)
+        content = hash_text(text)
         if (known := self.queries.get(query.qid)) is not None:
             if known != content:
                 raise UserError(f"{query.at}: query '{query.qid}' came before with another text")

@@ -25,6 +25,8 @@ commands:
   data pydocs          write the embedded docstring corpus in BEIR layout
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
+  data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
+  data check           lengths, copies, judgements and splits of a data set
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -72,6 +74,8 @@ COMMANDS = {
     "data pydocs": "data:pydocs_command",
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",
+    "data import": "data:import_command",
+    "data check": "data:check_command",
 }
 
 

@@ -19,6 +19,7 @@ commands:
   train                one stage in this process; start it with deepspeed, torchrun or srun
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
+  mine                 hard negatives for a split from an index, dropped by a cross-encoder
   search               ask the index of a finished run
   serve                answer queries over HTTP, with a page that shows the three rankings
   report               print the table of a finished run again
@@ -68,6 +69,7 @@ COMMANDS = {
     "train": "train:train_command",
     "encode": "encode:encode_command",
     "index": "index:index_command",
+    "mine": "mine:mine_command",
     "search": "search:search_command",
     "serve": "serve:serve_command",
     "report": "search:report_command",

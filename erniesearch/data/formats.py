@@ -137,25 +137,29 @@ def write_trec_run(path: Path, run: Run, tag: str) -> None:
     write_atomically(path, "".join(lines))
 
 
+def negatives_line(
+    qid: str,
+    positives: list[str],
+    negatives: list[str],
+    scores: tuple[list[float], list[float]] | None = None,
+) -> str:
+    """One query's hard negatives in a form that Tevatron reads too:
+    ``{"query_id", "positive_document_ids", "negative_document_ids"}``, with a teacher's scores of
+    both, in parallel lists, as ``positive_scores`` and ``negative_scores``."""
+    record: dict[str, object] = {
+        "query_id": qid, "positive_document_ids": positives, "negative_document_ids": negatives,
+    }  # fmt: skip
+    if scores is not None:
+        record |= {"positive_scores": scores[0], "negative_scores": scores[1]}
+    return json.dumps(record) + "\n"
+
+
 def write_negatives(
     path: Path, negatives: dict[str, list[str]], positives: dict[str, list[str]]
 ) -> None:
-    """Hard negatives as JSON lines that Tevatron reads too:
-    ``{"query_id", "positive_document_ids", "negative_document_ids"}``."""
-    write_atomically(
-        path,
-        "".join(
-            json.dumps(
-                {
-                    "query_id": qid,
-                    "positive_document_ids": positives[qid],
-                    "negative_document_ids": pids,
-                }
-            )
-            + "\n"
-            for qid, pids in negatives.items()
-        ),
-    )
+    """Hard negatives as JSON lines (:func:`negatives_line`)."""
+    lines = (negatives_line(qid, positives[qid], pids) for qid, pids in negatives.items())
+    write_atomically(path, "".join(lines))
 
 
 def read_negatives(path: Path, data: RetrievalData | None = None) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
   train                one stage in this process; start it with deepspeed, torchrun or srun
   search               ask the index of a finished run
+  evaluate             models and TREC runs on any data set in BEIR layout
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
 
@@ -60,6 +61,7 @@ COMMANDS = {
     "run": "train:run_command",
     "train": "train:train_command",
     "search": "search:search_command",
+    "evaluate": "evaluate:evaluate_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
 }

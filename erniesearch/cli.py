@@ -19,6 +19,7 @@ commands:
   train                one stage in this process; start it with deepspeed, torchrun or srun
   search               ask the index of a finished run
   evaluate             models and TREC runs on any data set in BEIR layout
+  export               models of a run for other libraries, with cards; ONNX on request
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
 
@@ -62,6 +63,7 @@ COMMANDS = {
     "train": "train:train_command",
     "search": "search:search_command",
     "evaluate": "evaluate:evaluate_command",
+    "export": "export:export_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
 }

@@ -79,6 +79,10 @@ class Report:
         """The rows as a Markdown table."""
         return markdown_table(self.rows)
 
+    def for_card(self) -> str:
+        """Caption and table, for a model card."""
+        return f"{self.caption}.\n\n{self.table()}"
+
     def markdown(self) -> str:
         """The summary: table, stages, machine, where the files are."""
         lines = ["# Summary", "", self.caption + ".", "", self.table()]

@@ -14,7 +14,7 @@ from erniesearch.models.backbone import load_tokenizer
 
 
 def write_set(root: Path) -> Path:
-    """Two of five passages have one text, one is empty; q1 and q3, of one text, in two splits."""
+    """Two of five passages have one text, one is empty; q1 and q3 have one text, in two splits."""
     (root / "qrels").mkdir(parents=True)
     texts = ["baran desel", "fitor", "baran desel", "", "baran " * 70]
     lines = (json.dumps({"_id": f"p{i}", "text": text}) + "\n" for i, text in enumerate(texts))

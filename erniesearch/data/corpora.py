@@ -13,6 +13,7 @@ in use, which ranks on one machine share.
 import hashlib
 import shutil
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -42,6 +43,7 @@ class ArrowColumn(Sequence[str]):
         self.folder, self.name = folder, name
         self._blocks = blocks or Blocks(folder / "corpus.arrow")
         self._arrays: list[pa.StringArray] = self._blocks.column(name)
+        self._starts: list[int] = self._blocks.starts.tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:  # other processes map the file themselves
         return type(self), (self.folder, self.name)
@@ -54,25 +56,33 @@ class ArrowColumn(Sequence[str]):
     @overload
     def __getitem__(self, item: slice | Rows) -> list[str]: ...
     def __getitem__(self, item: int | slice | Rows) -> str | list[str]:
+        if isinstance(item, int | np.integer):
+            return self._at(int(item))
         if isinstance(item, slice):
             start, stop, step = item.indices(len(self))
             if step == 1:
                 return [text for part in self._parts(start, stop) for text in part.to_pylist()]
             item = range(start, stop, step)
-        one = isinstance(item, int | np.integer)
-        rows = np.array([item]) if one else np.asarray(item)
+        rows = np.asarray(item)
         if not rows.size:
             return []
         places = zip(*self._blocks.locate(rows), strict=True)
-        texts = [self._arrays[block][position].as_py() for block, position in places]
-        return texts[0] if one else texts
+        return [self._arrays[block][position].as_py() for block, position in places]
+
+    def _at(self, row: int) -> str:
+        size = self._starts[-1]
+        row = row + size if row < 0 else row
+        if not 0 <= row < size:
+            raise IndexError(f"row outside 0 to {size - 1}")
+        block = bisect_right(self._starts, row) - 1
+        return self._arrays[block][row - self._starts[block]].as_py()  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         for block in self._arrays:
             yield from block.to_pylist()
 
     def _parts(self, start: int, stop: int) -> Iterator[pa.StringArray]:
-        for first, block in zip(self._blocks.starts.tolist(), self._arrays, strict=False):
+        for first, block in zip(self._starts, self._arrays, strict=False):
             if first < stop and first + len(block) > start:
                 low = max(start - first, 0)
                 yield block.slice(low, min(stop - first, len(block)) - low)

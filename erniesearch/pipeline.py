@@ -16,10 +16,13 @@ from rich.console import Console
 
 from erniesearch import __version__, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
+from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import RetrievalData, load_beir, with_split
+from erniesearch.data.tokens import open_tokens
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
-from erniesearch.export import export_all
+from erniesearch.export import export_all, write_cards
+from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
 from erniesearch.training.process import hold_lock, pipeline_token
@@ -62,7 +65,10 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
+    check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
     check_inputs(config, data)
+    if any(name in TRAINING_STAGES for name in names):
+        open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)
         for name in names:
@@ -99,6 +105,7 @@ def _run_step(
         facts = {"folders": [str(path) for path in export_all(config)]}
     else:
         facts = steps.evaluate_run(config, held_out)
+        write_cards(config, Report.load(folder.root).for_card())
     stages.mark_done(folder.stage(name), expected, **facts)
 
 
@@ -112,6 +119,24 @@ def _check_upstream(
                 f"step {name} builds on {source}, which is not done with these settings: run it"
                 f" too (--only {source},{name}), or leave --only out"
             )
+
+
+def export_run(config: RunConfig, onnx: bool) -> list[Path]:
+    """Export a run again (``erniesearch export``); the cards get the evaluation's results if they
+    belong to the models that are there now.
+
+    Raises:
+        UserError: if there is nothing to export, or another process writes in the run's folder.
+    """
+    folder = stages.RunFolder(config.run_dir)
+    with hold_lock(folder.root / ".lock", "`erniesearch run`"):
+        marker = folder.stage("evaluate") / "done.json"
+        results = None
+        if marker.is_file() and stages.is_done(
+            marker.parent, stages.fingerprint(config, "evaluate", num_processes(config))
+        ):
+            results = Report.load(folder.root).for_card()
+        return export_all(config, onnx, results)
 
 
 def planned(config: RunConfig) -> list[str]:

@@ -8,12 +8,13 @@ from rich.console import Console
 from erniesearch import stages
 from erniesearch.config import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
+from erniesearch.data.corpora import rows_of
 from erniesearch.data.formats import RetrievalData, Run, write_negatives, write_trec_run
 from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import mine_negatives
+from erniesearch.retrieval.mine import mine_negatives, statistics, told
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -31,7 +32,7 @@ def make_bm25_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any
     relevant = data.relevant()
     negatives = bm25_negatives(
         data.queries, relevant, data.pids, data.passages, BM25_NEGATIVES,
-        config.evaluation.bm25_stemmer,
+        config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer,
     )  # fmt: skip
     write_negatives(stages.RunFolder(config.run_dir).negatives("bm25"), negatives, relevant)
     return {"queries": len(negatives)}
@@ -42,21 +43,16 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
-    if settings.denoise_margin is not None and stages.teacher_source(config, "mine"):
+    wanted = settings.denoise_margin is not None or settings.denoise_threshold is not None
+    if wanted and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher)
     mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
     write_negatives(
         stages.RunFolder(config.run_dir).negatives("mined"), mined.negatives, data.relevant()
     )
-    console.print(
-        f"mined for {len(mined.negatives)} queries: {mined.num_candidates} candidates,"
-        f" {mined.num_denoised} dropped by the teacher"
-    )
-    return {
-        "queries": len(mined.negatives),
-        "candidates": mined.num_candidates,
-        "denoised": mined.num_denoised,
-    }
+    facts = statistics(mined.queries)
+    console.print(told(facts))
+    return facts
 
 
 def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:
@@ -107,8 +103,11 @@ class _TableMaker:
         console.print(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:
-        stemmer = self.config.evaluation.bm25_stemmer
-        self.add("BM25", "bm25", evaluate.bm25_run(self.data, self.depth, stemmer))
+        settings = self.config.evaluation
+        run = evaluate.bm25_run(
+            self.data, self.depth, settings.bm25_stemmer, settings.bm25_tokenizer
+        )
+        self.add("BM25", "bm25", run)
 
     def add_student(self, stage: str | None, label: str) -> None:
         final = stage is not None and stage == stages.final_student(self.config)
@@ -116,8 +115,8 @@ class _TableMaker:
         if final:
             vectors = retriever.vectors(self.held_out.passages, "passage")
             VectorIndex.build(vectors, self.held_out.pids).save(self.folder.index)
-            index_of = self.held_out.index_of
-            vectors = vectors[[index_of[pid] for pid in self.data.pids]]
+            if self.data.pids is not self.held_out.pids:  # a part of the corpus
+                vectors = vectors[rows_of(self.held_out.index_of, self.data.pids)]
         else:
             vectors = retriever.vectors(self.data.passages, "passage")
         index = VectorIndex.build(vectors, self.data.pids)

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -31,11 +31,7 @@ def parse_config(
         UserError: for unknown keys (nearest named), wrong types and impossible values.
     """
     parser.add_class_arguments(RunConfig)
-    for flag in ("--local_rank", "--local-rank"):  # launchers add it; LOCAL_RANK says the same
-        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
-        if flag in argv:
-            del argv[argv.index(flag) : argv.index(flag) + 2]
-    argv = _file_first(argv)
+    argv = _file_first(drop_local_rank(argv))
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):
@@ -50,6 +46,26 @@ def parse_config(
         raise UserError("no configuration: give --config FILE (see configs/)")
     settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
+
+
+def drop_local_rank(argv: list[str]) -> list[str]:
+    """Without ``--local_rank``, which launchers add; LOCAL_RANK says the same."""
+    for flag in ("--local_rank", "--local-rank"):
+        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    return argv
+
+
+def require_positive(options: dict[str, Any], *names: str) -> None:
+    """Refuse numbers below 1; None passes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name} {options[name]}: must be 1 or more")
 
 
 def _file_first(argv: list[str]) -> list[str]:

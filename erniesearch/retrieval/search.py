@@ -17,6 +17,7 @@ def dense_run(retriever: Retriever, index: VectorIndex, queries: dict[str, str],
         qid: {
             index.pids[row]: float(score)
             for row, score in zip(query_rows, query_scores, strict=True)
+            if row >= 0
         }
         for qid, query_rows, query_scores in zip(queries, rows, scores, strict=True)
     }

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from erniesearch import stages
+from erniesearch.data.corpora import rows_of
 from erniesearch.data.formats import RetrievalData, Run, load_beir
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search
@@ -66,11 +69,11 @@ class SearchSystem:
             if there
         )
         self._row_of = data.index_of
-        missing = next((pid for pid in index.pids if pid not in self._row_of), None)
-        if missing is not None:
+        missing = np.flatnonzero(rows_of(data.index_of, index.pids) < 0)
+        if missing.size:
             raise UserError(
-                f"the index holds passage '{missing}', which the collection does not have: index"
-                " the collection again"
+                f"the index holds passage '{index.pids[int(missing[0])]}', which the collection"
+                " does not have: index the collection again"
             )
         self._queue = MergingQueue(MERGED_QUERIES)
 

@@ -1,0 +1,95 @@
+"""Retrievers and pair scorers by folder; what a folder holds is read in ``model_folder``."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from erniesearch.config import MAX_TOKENS, TeacherConfig
+from erniesearch.errors import UserError
+from erniesearch.models.backbone import load_config, max_positions
+from erniesearch.models.encoder import Side
+from erniesearch.retrieval.encode import PairScorer, Retriever, default_device
+from erniesearch.retrieval.model_folder import ModelFolder, read_folder
+
+Precision = Literal["auto", "fp32", "bf16"]
+LONGEST_DEFAULT = 512
+"""Tokens of a text where neither folder nor caller sets a limit and the model reads more."""
+
+
+def load_retriever(
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    pooling: Literal["cls", "mean"] | None = None,
+    max_query_length: int | None = None,
+    max_passage_length: int | None = None,
+    precision: Precision = "fp32",
+) -> Retriever:
+    """A dual-encoder or late-interaction model ready to encode (see :func:`read_folder`).
+
+    ``precision`` auto is bf16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        UserError: also for a cross-encoder, and for lengths that the model cannot read.
+    """
+    found = read_folder(path, pooling)
+    if found.kind == "cross_encoder":
+        raise UserError(
+            f"model '{path}' is a cross-encoder: give a dual_encoder or late_interaction folder"
+        )
+    device = device or default_device()
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
+    return Retriever(
+        found.settings, lengths["query"], lengths["passage"], batch_size, device,
+        prompts=found.prompts, precision=precision, head=found.head,
+        passage_path=found.passage_path, only=found.only,
+    )  # fmt: skip
+
+
+def load_scorer(
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    max_query_length: int | None = None,
+    max_passage_length: int | None = None,
+) -> PairScorer:
+    """A cross-encoder ready to score pairs.
+
+    Without a limit in the folder or from the caller, a query takes at most 128 tokens and a
+    quarter of the model's positions, the passage the rest.
+
+    Raises:
+        UserError: for a folder that is no cross-encoder with one score.
+    """
+    found = read_folder(path)
+    if found.kind != "cross_encoder":
+        raise UserError(f"model '{path}' is no cross-encoder: its config.json names no classifier")
+    settings = TeacherConfig(found.settings.path)
+    positions = max_positions(load_config(settings))
+    query = max_query_length or found.lengths.get("query") or min(128, positions // 4)
+    passage = max_passage_length or found.lengths.get("passage") or positions - query
+    if query + passage > positions:
+        raise UserError(
+            f"model '{path}' reads {positions} tokens, query and passage may have {query} +"
+            f" {passage}: lower max_passage_length"
+        )
+    return PairScorer(settings, query, passage, batch_size, device)
+
+
+def _lengths(found: ModelFolder, asked: dict[Side, int | None]) -> dict[Side, int]:
+    positions = min(max_positions(load_config(found.settings)), MAX_TOKENS)
+    lengths: dict[Side, int] = {}
+    for side, wanted in asked.items():
+        length = wanted or found.lengths.get(side) or min(positions, LONGEST_DEFAULT)
+        if not 3 <= length <= positions:
+            raise UserError(
+                f"model '{found.settings.path}': a {side} of {length} tokens; from 3 to"
+                f" {positions}, the model's positions, are possible"
+            )
+        lengths[side] = length
+    return lengths

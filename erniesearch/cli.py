@@ -21,8 +21,11 @@ commands:
   index                vectors on disk to a FAISS index of any kind
   mine                 hard negatives for a split from an index, dropped by a cross-encoder
   search               ask the index of a finished run
+  serve                answer queries over HTTP, with a page that shows the three rankings
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
+  init encoder         a small untrained encoder with a vocabulary of the corpus's own
+  convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -66,8 +69,11 @@ COMMANDS = {
     "index": "index:index_command",
     "mine": "mine:mine_command",
     "search": "search:search_command",
+    "serve": "serve:serve_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
+    "init encoder": "init:encoder_command",
+    "convert paddle": "convert:paddle_command",
 }
 
 

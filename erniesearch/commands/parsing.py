@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
@@ -93,17 +92,3 @@ def name_accelerator() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def load_run_config(run_dir: str) -> RunConfig:
-    """The config that a run folder recorded.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --run names the folder of a finished run")
-    parser = config_parser("search", "")
-    config, _ = parse_config(parser, ["--config", str(path), "--run_dir", run_dir])
-    return config

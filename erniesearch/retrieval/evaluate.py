@@ -7,7 +7,7 @@ import numpy as np
 from ir_measures import RR, R, nDCG
 
 from erniesearch.config import EvaluationConfig
-from erniesearch.data.bm25 import BM25
+from erniesearch.data.bm25 import BM25, Tokenizer
 from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData, Run
 from erniesearch.errors import UserError
@@ -74,9 +74,12 @@ def evaluation_subset(data: RetrievalData, settings: EvaluationConfig, seed: int
     return RetrievalData(take(data.pids, rows), take(data.passages, rows), queries, qrels)
 
 
-def bm25_run(data: RetrievalData, depth: int, stemmer: str | None) -> Run:
+def bm25_run(
+    data: RetrievalData, depth: int, stemmer: str | None, tokenizer: Tokenizer = "words"
+) -> Run:
     """BM25 over the same passages; passages that share no word with the query are left out."""
-    rows, scores = BM25(data.passages, stemmer).search(list(data.queries.values()), depth)
+    bm25 = BM25(data.passages, stemmer, tokenizer)
+    rows, scores = bm25.search(list(data.queries.values()), depth)
     return {
         qid: {
             data.pids[row]: float(s)

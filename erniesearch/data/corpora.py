@@ -111,7 +111,7 @@ class PidIndex(Mapping[str, int]):
         return iter(self.pids)
 
     def __getitem__(self, pid: str) -> int:
-        value = np.uint64(hash_pid(pid))  # of the array's type: another would convert the array
+        value = np.uint64(hash_text(pid))  # of the array's type: another would convert the array
         row = self._walk(pid, value, int(self._hashes.searchsorted(value)))
         if row < 0:
             raise KeyError(pid)
@@ -127,7 +127,7 @@ class PidIndex(Mapping[str, int]):
 
     def rows(self, pids: Sequence[str]) -> np.ndarray:
         """Row of each pid, ``[len(pids)]``; -1 where the corpus does not have it."""
-        values = np.fromiter(map(hash_pid, pids), np.uint64, len(pids))
+        values = np.fromiter(map(hash_text, pids), np.uint64, len(pids))
         positions = np.minimum(self._hashes.searchsorted(values), len(self) - 1)
         rows = np.where(self._hashes[positions] == values, self._rows[positions], -1)
         hits = np.flatnonzero(rows >= 0)
@@ -144,9 +144,9 @@ def rows_of(index_of: Mapping[str, int], pids: Sequence[str]) -> np.ndarray:
     return np.array([index_of.get(pid, -1) for pid in pids], dtype=np.int64)
 
 
-def hash_pid(pid: str) -> int:
-    """64 bits of the pid, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(pid.encode(), digest_size=8).digest(), "little")
+def hash_text(text: str) -> int:
+    """64 bits of a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Corpus:
@@ -209,7 +209,7 @@ def _write_columns(path: Path, use_titles: bool, folder: Path, size: int) -> np.
             title = text_field(record, "title", path, number, "") if use_titles else ""
             text = f"{title} {text}".strip() if title else text
             writer.add((pid, text), len(text) + len(pid))
-            hashes.append(hash_pid(pid))
+            hashes.append(hash_text(pid))
     if not hashes:
         raise UserError(f"{path}: the corpus is empty")
     return np.frombuffer(hashes, dtype=np.uint64)
@@ -222,7 +222,7 @@ def _refuse_duplicates(
     repeated = np.sort(order[1:][hashes[1:] == hashes[:-1]])
     for row in repeated.tolist():
         pid = pids[row]
-        value = np.uint64(hash_pid(pid))
+        value = np.uint64(hash_text(pid))
         low, high = hashes.searchsorted(value), hashes.searchsorted(value, side="right")
         for earlier in order[low:high].tolist():
             if earlier < row and pids[earlier] == pid:

@@ -32,7 +32,7 @@ class VectorIndex:
         Raises:
             UserError: if FAISS is not installed.
         """
-        _require_faiss()
+        require_faiss()
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(np.ascontiguousarray(vectors, dtype=np.float32))
         return cls(index, pids)
@@ -57,7 +57,7 @@ class VectorIndex:
         Raises:
             UserError: for a missing or inconsistent folder.
         """
-        _require_faiss()
+        require_faiss()
         for name in ("index", "docid"):
             if not (folder / name).is_file():
                 raise UserError(f"index folder {folder}: no file '{name}'")
@@ -68,6 +68,7 @@ class VectorIndex:
         return cls(index, pids)
 
 
-def _require_faiss() -> None:
+def require_faiss() -> None:
+    """Raises UserError where FAISS is not installed."""
     if faiss is None:
         raise UserError("FAISS is not installed: pip install 'erniesearch[cpu]' (or [gpu])")

@@ -16,7 +16,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search
 from erniesearch.retrieval.evaluate import bm25_run
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.index import VectorIndex, require_faiss
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
 
 BLOCK = 256
@@ -114,12 +114,13 @@ def make_runs(systems: Systems, data: RetrievalData) -> dict[str, Run]:
     runs = {names[path]: read(path) for path in systems.runs}
     if systems.model is None:
         return runs
-    reranks = systems.kind or read_folder(systems.model).kind
-    if reranks in ("dual_encoder", "student"):
+    kind = systems.kind or read_folder(systems.model).kind
+    if kind in ("dual_encoder", "student"):
         base = runs[names[systems.model]] = _search(systems.model, systems, data)
         rerankers: tuple[str, ...] = systems.rerank
     else:
-        label = {"bm25": "BM25"}.get(systems.first_stage, systems.first_stage)
+        label = "BM25" if systems.first_stage == "bm25" else systems.first_stage
+        label += ", first stage" if label in runs else ""
         base = runs[label] = _first_stage(systems, data, read)
         rerankers = (systems.model, *systems.rerank)
     for folder in rerankers:
@@ -158,6 +159,7 @@ def _first_stage(systems: Systems, data: RetrievalData, read: _RunReader) -> Run
 
 
 def _search(folder: str, systems: Systems, data: RetrievalData) -> Run:
+    require_faiss()  # before hours of encoding
     retriever = load_retriever(folder, **systems.loading)
     console.print(f"{folder}: encoding {len(data.pids)} passages, {len(data.queries)} queries")
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)

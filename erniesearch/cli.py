@@ -30,7 +30,8 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
+    """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 75 for
+    a training that stopped on request and can be continued."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see --help")
         return _load(name)(argv[len(name.split()) :])
     except (UserError, jsonargparse.ArgumentError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
+        # Every rank meets the same mistake.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             message = " ".join(str(error).split())
             sys.stderr.write(f"erniesearch: error: {message}\n")
         return 2

@@ -83,13 +83,16 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
             "ERNIESEARCH_ROOT": str(ROOT), "MASTER_ADDR": "127.0.0.1",
+            "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",  # two nodes cannot share a GPU
         }  # fmt: skip
 
     def start(self) -> None:
         """Start the daemons and wait until both nodes are idle."""
         at = f"{self.folder}/munge"
-        self._start("munged", "munged", "--force", "--foreground", f"--socket={at}.socket",
-                    *(f"--{name}-file={at}.{name}" for name in ("key", "pid", "log", "seed")))  # fmt: skip
+        files = [f"--{name}-file={at}.{name}" for name in ("key", "pid", "log", "seed")]
+        self._start(
+            "munged", "munged", "--force", "--foreground", f"--socket={at}.socket", *files
+        )
         self.wait_until("munged", lambda: (self.folder / "munge.socket").exists())
         self._start("ctld", "slurmctld", "-D")
         for name in NODES:

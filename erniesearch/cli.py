@@ -17,9 +17,14 @@ Joint training of cross-encoder, late interaction and dual-encoder (ERNIE-Search
 commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
   train                one stage in this process; start it with deepspeed, torchrun or srun
+  encode               passages or queries to vectors on disk; start it as train
+  index                vectors on disk to a FAISS index of any kind
   search               ask the index of a finished run
+  serve                answer queries over HTTP, with a page that shows the three rankings
   report               print the table of a finished run again
   data pydocs          write the embedded docstring corpus in BEIR layout
+  init encoder         a small untrained encoder with a vocabulary of the corpus's own
+  convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
@@ -61,9 +66,14 @@ def main(argv: list[str] | None = None) -> int:
 COMMANDS = {
     "run": "train:run_command",
     "train": "train:train_command",
+    "encode": "encode:encode_command",
+    "index": "index:index_command",
     "search": "search:search_command",
+    "serve": "serve:serve_command",
     "report": "search:report_command",
     "data pydocs": "data:pydocs_command",
+    "init encoder": "init:encoder_command",
+    "convert paddle": "convert:paddle_command",
 }
 
 

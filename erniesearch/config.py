@@ -12,6 +12,9 @@ import yaml
 
 from erniesearch.errors import UserError, nearest
 
+MAX_TOKENS = 8192
+"""Tokens that are kept of a passage (``erniesearch.data.tokens``)."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -24,7 +27,8 @@ class DataConfig:
     max_query_length: int = 32
     """Longest query in tokens, [CLS] and [SEP] included; longer ones are truncated."""
     max_passage_length: int = 128
-    """Longest passage in tokens, [CLS] and [SEP] included; longer ones are truncated."""
+    """Longest passage in tokens, [CLS] and [SEP] included, at most 8192; longer ones are
+    truncated."""
     use_titles: bool = True
     """Put a passage's title before its text, separated by a space."""
 
@@ -157,7 +161,10 @@ class MineConfig:
     """Negatives kept per query, best first."""
     denoise_margin: float | None = 0.0
     """Drop a candidate whose teacher score exceeds the positive's score minus this margin; null
-    does not ask the teacher. Negative margins keep more."""
+    sets no such limit. Negative margins keep more."""
+    denoise_threshold: float | None = None
+    """Drop a candidate whose teacher score exceeds this number, whatever the positive's is; null
+    sets no such limit. With both null the teacher is not asked."""
     max_queries: int | None = None
     """Mine for this many training queries, drawn with the run's seed; the cascade trains on those
     alone. Null takes all."""
@@ -236,6 +243,9 @@ class EvaluationConfig:
     """Texts per forward pass."""
     bm25_stemmer: str | None = "english"
     """Snowball stemmer of the BM25 row, or null for none."""
+    bm25_tokenizer: Literal["words", "jieba"] = "words"
+    """How BM25 splits text, in the table and for BM25 negatives: words of letters and digits
+    without English stop words, or jieba for Chinese (extra zh)."""
 
 
 @dataclass(frozen=True)
@@ -357,8 +367,9 @@ def validate(config: RunConfig) -> RunConfig:
         require(getattr(config.objective, key) > 0, f"objective.{key}",
                 getattr(config.objective, key), "above 0")  # fmt: skip
     for key in ("max_query_length", "max_passage_length"):
-        require(getattr(config.data, key) >= 3, f"data.{key}", getattr(config.data, key),
-                "3 or more: [CLS], one word, [SEP]")  # fmt: skip
+        length = getattr(config.data, key)
+        require(3 <= length <= MAX_TOKENS, f"data.{key}", length,
+                f"3 or more ([CLS], one word, [SEP]) and at most {MAX_TOKENS}")  # fmt: skip
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
             config.student.late_interaction_dim, "1 or more")  # fmt: skip

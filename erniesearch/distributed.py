@@ -60,10 +60,10 @@ def _read_slurm() -> None:
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
-def initialize(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Join the process group and return this rank's device.
+def read_launcher() -> torch.device:
+    """Settle rank and number of processes from the launcher's variables; returns the device.
 
-    The group is made here, before DeepSpeed looks, so that one time-out and one backend hold.
+    Work without collectives needs no more than this.
 
     Raises:
         UserError: for more local ranks than GPUs, or a Slurm job without MASTER_ADDR.
@@ -83,8 +83,19 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        return device
+    return torch.device("cpu")
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    The group is made here, before DeepSpeed looks, so that one time-out and one backend hold.
+
+    Raises:
+        UserError: as :func:`read_launcher`.
+    """
+    device = read_launcher()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device

@@ -177,4 +177,8 @@ def _cross_encoder(folder: Path, config: RunConfig) -> None:
         "activation_fn": "torch.nn.modules.linear.Identity",
         "version": ST_VERSION,
     }
+    content["erniesearch"] = {  # query and passage are cut by themselves, before they are joined
+        "max_query_length": config.data.max_query_length,
+        "max_passage_length": config.data.max_passage_length,
+    }
     _dump(path, content)

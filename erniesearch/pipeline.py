@@ -15,9 +15,12 @@ from rich.console import Console
 
 from erniesearch import __version__, launcher, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
+from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import RetrievalData, load_beir, with_split
+from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
+from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
 from erniesearch.training.process import hold_lock
@@ -53,7 +56,10 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
+    check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
     check_inputs(config, data)
+    if any(name in TRAINING_STAGES for name in names):
+        open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)
         for name in names:

@@ -181,6 +181,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     settings["files"] = data_hash(config)
     if stage == "bm25":
         settings["stemmer"] = config.evaluation.bm25_stemmer
+        settings["tokenizer"] = config.evaluation.bm25_tokenizer
     else:
         settings["models"] = models_hash(config)
         settings["objective"] = asdict(config.objective)

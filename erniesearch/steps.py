@@ -1,22 +1,26 @@
-"""What the pipeline does in its own process: BM25, mining, evaluation; and search in its result."""
+"""What the pipeline does in its own process: BM25, mining, evaluation."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from erniesearch import stages
-from erniesearch.config import TRAINING_STAGES, RunConfig, StudentConfig, TeacherConfig
+from erniesearch.config import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
-from erniesearch.data.formats import RetrievalData, Run, load_beir, write_negatives, write_trec_run
-from erniesearch.errors import UserError
+from erniesearch.data.corpora import rows_of
+from erniesearch.data.formats import RetrievalData, Run, write_negatives, write_trec_run
 from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
-from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import mine_negatives
+from erniesearch.retrieval.mine import mine_negatives, told
+from erniesearch.retrieval.trained import (
+    make_retriever,
+    make_scorer,
+    trained_student,
+    trained_teacher,
+)
 from erniesearch.training.stage import part_settings
 
 BM25_NEGATIVES = 32
@@ -28,7 +32,7 @@ def make_bm25_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any
     relevant = data.relevant()
     negatives = bm25_negatives(
         data.queries, relevant, data.pids, data.passages, BM25_NEGATIVES,
-        config.evaluation.bm25_stemmer,
+        config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer,
     )  # fmt: skip
     write_negatives(stages.RunFolder(config.run_dir).negatives("bm25"), negatives, relevant)
     return {"queries": len(negatives)}
@@ -39,21 +43,16 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
-    if settings.denoise_margin is not None and stages.teacher_source(config, "mine"):
-        scorer = _scorer(config, teacher)
-    mined = mine_negatives(data, _retriever(config, student), scorer, settings, config.seed)
+    wanted = settings.denoise_margin is not None or settings.denoise_threshold is not None
+    if wanted and stages.teacher_source(config, "mine"):
+        scorer = make_scorer(config, teacher)
+    mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
     write_negatives(
         stages.RunFolder(config.run_dir).negatives("mined"), mined.negatives, data.relevant()
     )
-    console.print(
-        f"mined for {len(mined.negatives)} queries: {mined.num_candidates} candidates,"
-        f" {mined.num_denoised} dropped by the teacher"
-    )
-    return {
-        "queries": len(mined.negatives),
-        "candidates": mined.num_candidates,
-        "denoised": mined.num_denoised,
-    }
+    facts = mined.statistics()
+    console.print(told(facts))
+    return facts
 
 
 def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:
@@ -104,17 +103,20 @@ class _TableMaker:
         console.print(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:
-        stemmer = self.config.evaluation.bm25_stemmer
-        self.add("BM25", "bm25", evaluate.bm25_run(self.data, self.depth, stemmer))
+        settings = self.config.evaluation
+        run = evaluate.bm25_run(
+            self.data, self.depth, settings.bm25_stemmer, settings.bm25_tokenizer
+        )
+        self.add("BM25", "bm25", run)
 
     def add_student(self, stage: str | None, label: str) -> None:
         final = stage is not None and stage == stages.final_student(self.config)
-        retriever = _retriever(self.config, _trained_student(self.config, stage))
+        retriever = make_retriever(self.config, trained_student(self.config, stage))
         if final:
             vectors = retriever.vectors(self.held_out.passages, "passage")
             VectorIndex.build(vectors, self.held_out.pids).save(self.folder.index)
-            index_of = self.held_out.index_of
-            vectors = vectors[[index_of[pid] for pid in self.data.pids]]
+            if self.data.pids is not self.held_out.pids:  # a part of the corpus
+                vectors = vectors[rows_of(self.held_out.index_of, self.data.pids)]
         else:
             vectors = retriever.vectors(self.data.passages, "passage")
         index = VectorIndex.build(vectors, self.data.pids)
@@ -130,73 +132,7 @@ class _TableMaker:
         if stages.trains_late_interaction(self.config):
             run = search.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
             self.add("late interaction, reranking", "late_interaction", run)
-        if teacher := _trained_teacher(self.config):
-            scorer = _scorer(self.config, teacher)
+        if teacher := trained_teacher(self.config):
+            scorer = make_scorer(self.config, teacher)
             run = search.rerank_cross_encoder(scorer, data, self.final_run, depth)
             self.add("cross-encoder, reranking", "cross_encoder", run)
-
-
-def interactive_search(
-    config: RunConfig, query: str, depth: int, rerank: str, rerank_depth: int
-) -> None:
-    """Print the best passages of a query from a finished run's index.
-
-    Raises:
-        UserError: if the run has no index, or no model of the kind asked for.
-    """
-    folder = stages.RunFolder(config.run_dir)
-    final = stages.final_student(config)
-    if final is None or not folder.model(final, "student").is_dir():
-        raise UserError(f"{config.run_dir}: the run has no trained student")
-    teacher = _trained_teacher(config)
-    if rerank == "late_interaction" and not stages.trains_late_interaction(config):
-        raise UserError(f"{config.run_dir}: the run trained no late-interaction head")
-    if rerank == "cross_encoder" and teacher is None:
-        raise UserError(f"{config.run_dir}: the run trained no cross-encoder")
-    index = VectorIndex.load(folder.index)
-    data = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
-    data = replace(data, queries={"query": query})
-    retriever = _retriever(config, _trained_student(config, final))
-    run = search.dense_run(retriever, index, data.queries, max(depth, rerank_depth))
-    if rerank == "late_interaction":
-        run = search.rerank_late_interaction(retriever, data, run, rerank_depth)
-    elif rerank == "cross_encoder" and teacher is not None:
-        run = search.rerank_cross_encoder(_scorer(config, teacher), data, run, rerank_depth)
-    index_of = data.index_of
-    out = Console(highlight=False)
-    for position, pid in enumerate(search.top(run["query"], depth), 1):
-        text = data.passages[index_of[pid]]
-        shown = text if len(text) <= 240 else text[:240].rsplit(" ", 1)[0] + " …"
-        out.print(f"{position:2d}. [bold]{escape(pid)}[/]  {run['query'][pid]:.3f}")
-        out.print(f"    {escape(shown)}")
-
-
-def _trained_student(config: RunConfig, stage: str | None) -> StudentConfig:
-    """Settings that load a stage's student; the pretrained one for None."""
-    if stage is None:
-        return config.student
-    path = stages.RunFolder(config.run_dir).model(stage, "student")
-    return replace(config.student, path=str(path), revision=None)
-
-
-def _trained_teacher(config: RunConfig) -> TeacherConfig | None:
-    """Settings that load the last cross-encoder; None if the run trains none."""
-    stage = stages.final_teacher(config)
-    if stage is None:
-        return None
-    path = stages.RunFolder(config.run_dir).model(stage, "teacher")
-    return replace(config.teacher, path=str(path), revision=None)
-
-
-def _retriever(config: RunConfig, settings: StudentConfig) -> Retriever:
-    return Retriever(
-        settings, config.data.max_query_length, config.data.max_passage_length,
-        config.evaluation.batch_size, seed=config.seed,
-    )  # fmt: skip
-
-
-def _scorer(config: RunConfig, settings: TeacherConfig) -> PairScorer:
-    return PairScorer(
-        settings, config.data.max_query_length, config.data.max_passage_length,
-        config.evaluation.batch_size,
-    )  # fmt: skip

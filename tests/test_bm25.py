@@ -1,14 +1,26 @@
 """BM25 against its formula, and the hard negatives taken from it."""
 
+import json
 import math
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS
+from conftest import ROOT, WORDS, ConfigMaker
 
-from erniesearch.data.bm25 import BM25, bm25_negatives
+from erniesearch import pipeline
+from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer
+from erniesearch.data.corpora import open_corpus
+from erniesearch.data.formats import (
+    RetrievalData,
+    load_beir,
+    read_negatives,
+    write_negatives,
+)
 from erniesearch.errors import UserError
+from erniesearch.retrieval.evaluate import bm25_run, per_query_metrics
 
 RNG = np.random.default_rng(0)
 PASSAGES = [" ".join(RNG.choice(WORDS, size=RNG.integers(3, 20))) for _ in range(40)]
@@ -74,3 +86,103 @@ def test_passages_without_a_common_word_are_no_negatives() -> None:
     passages = ["red apple pie", "red brick wall", "blue ocean wave"]
     negatives = bm25_negatives({"q": "red apple"}, {"q": ["a"]}, ["a", "b", "c"], passages, 3)
     assert negatives == {"q": ["b"]}
+
+
+CHINESE = [
+    "范廷颂于1940年在河内大修道院完成神学学业。",
+    "越南民主共和国建都河内，很多神职人员逃至南方。",
+    "由于范廷颂被软禁，他无法到所属堂区工作。",
+    "BM25 是一种检索函数。",
+]
+
+
+def test_chinese_is_found_by_words_and_not_by_whole_clauses() -> None:
+    pytest.importorskip("rjieba", reason="extra zh is not installed")
+    query = ["范廷颂在哪里完成神学？"]
+    _, scores = BM25(CHINESE, tokenizer="words").search(query, 4)
+    assert not scores.any()  # a clause without spaces counts as one word
+    positions, scores = BM25(CHINESE, tokenizer="jieba").search(query, 4)
+    assert positions[0, 0] == 0
+    assert scores[0, 0] > scores[0, 1] > 0
+
+
+def test_chinese_tokenizer_keeps_words_and_drops_punctuation() -> None:
+    pytest.importorskip("rjieba", reason="extra zh is not installed")
+    tokens = set(BM25(CHINESE, tokenizer="jieba")._tokenize(CHINESE).vocab)
+    assert {"河内", "神学", "1940", "bm25", "在"} <= tokens  # words of one character too
+    assert not tokens & set("，。、 ")
+
+
+def test_punctuation_alone_finds_nothing() -> None:
+    pytest.importorskip("rjieba", reason="extra zh is not installed")
+    _, scores = BM25(CHINESE, tokenizer="jieba").search(["？！「」"], 4)
+    assert not scores.any()
+
+
+def test_english_inside_chinese_is_stemmed() -> None:
+    pytest.importorskip("rjieba", reason="extra zh is not installed")
+    passages = ["他喜欢 running 和 edits", "他喜欢苹果"]
+    positions, scores = BM25(passages, "english", "jieba").search(["run edit"], 1)
+    assert positions[0, 0] == 0
+    assert scores[0, 0] > 0
+
+
+def test_missing_segmenter_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    with pytest.raises(UserError, match=r"rjieba: pip install 'erniesearch\[zh\]'"):
+        check_analyzer(None, "jieba")
+    check_analyzer(None, "words")
+
+
+@pytest.fixture(scope="module")
+def cmrc() -> RetrievalData:
+    """The questions of CMRC 2018 and 14,200 passages of the Chinese Wikipedia."""
+    pytest.importorskip("rjieba", reason="extra zh is not installed")
+    path = ROOT.parent / "shared" / "data" / "cmrc2018-chunk"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here")
+    return load_beir(path, "dev")
+
+
+def test_chinese_questions_find_their_passages(cmrc: RetrievalData) -> None:
+    """Whole clauses as words reach an MRR@10 of 0.14."""
+    run = bm25_run(cmrc, 10, None, "jieba")
+    assert per_query_metrics(run, cmrc.qrels)["MRR@10"].mean() > 0.8
+
+
+def test_chinese_negatives_survive_the_file(cmrc: RetrievalData, tmp_path: Path) -> None:
+    relevant = dict(list(cmrc.relevant().items())[:200])
+    pids, passages = list(cmrc.pids), list(cmrc.passages)
+    text_of = dict(zip(pids, passages, strict=True))
+    negatives = bm25_negatives(cmrc.queries, relevant, pids, passages, 8, None, "jieba")
+    for qid, found in negatives.items():
+        assert len(found) == 8
+        assert not set(found) & set(relevant[qid])
+    # Titles are part of the text: neighbours from the positive's own article are found first.
+    first = [text_of[found[0]].split(" ")[0] for found in negatives.values()]
+    own = [text_of[relevant[qid][0]].split(" ")[0] for qid in negatives]
+    assert np.mean([a == b for a, b in zip(first, own, strict=True)]) > 0.5
+    write_negatives(tmp_path / "negatives.jsonl", negatives, relevant)
+    assert read_negatives(tmp_path / "negatives.jsonl") == negatives
+
+
+def test_line_separators_inside_a_text_are_no_line_ends(tmp_path: Path) -> None:
+    """Chinese web text holds U+2028, U+0085 and ideographic spaces."""
+    texts = ["第一行\u2028第二行\u0085第三行", "全角\u3000空格：「引号」……"]
+    lines = [{"_id": f"段{i}", "title": "标题·一", "text": t} for i, t in enumerate(texts)]
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), "utf-8")
+    corpus = open_corpus(file, use_titles=True)
+    pids, passages = list(corpus.pids), list(corpus.passages)
+    assert list(pids) == ["段0", "段1"]
+    assert list(passages) == [f"标题·一 {text}" for text in texts]
+
+
+def test_missing_segmenter_stops_the_pipeline_before_it_starts(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    config = make_config(stage="interaction", negatives="bm25", bm25_tokenizer="jieba")
+    with pytest.raises(UserError, match="bm25_tokenizer: jieba needs the package rjieba"):
+        pipeline.run(config)
+    assert not Path(config.run_dir).exists()

@@ -136,7 +136,8 @@ def test_more_distractors_than_passages_are_refused(data: RetrievalData) -> None
     judged = {pid for grades in data.qrels.values() for pid in grades}
     most = len(data.pids) - len(judged)
     whole = evaluation_subset(data, EvaluationConfig(num_distractors=most), seed=1)
-    assert whole.pids == data.pids
+    assert whole.pids == list(data.pids)
+    assert evaluation_subset(data, EvaluationConfig(), seed=1).passages is data.passages  # no copy
     with pytest.raises(UserError, match=rf"num_distractors is {most + 1}, the corpus has {most} "):
         evaluation_subset(data, EvaluationConfig(num_distractors=most + 1), seed=1)
 

@@ -150,8 +150,8 @@ def write_small(root: Path) -> Path:
 
 def test_beir_layout_is_read(tmp_path: Path) -> None:
     data = load_beir(write_small(tmp_path / "data"), "train")
-    assert data.pids == ["a", "7", "c"]
-    assert data.passages == ["Title body", "größer", "no title"]
+    assert list(data.pids) == ["a", "7", "c"]
+    assert list(data.passages) == ["Title body", "größer", "no title"]
     assert data.queries == {"x": "one", "y": "two"}
     assert data.qrels == {"x": {"a": 2, "7": 1}, "y": {"c": 0}}
     assert data.index_of == {"a": 0, "7": 1, "c": 2}
@@ -161,7 +161,7 @@ def test_beir_layout_is_read(tmp_path: Path) -> None:
 
 def test_titles_can_be_left_out(tmp_path: Path) -> None:
     data = load_beir(write_small(tmp_path / "data"), "train", use_titles=False)
-    assert data.passages == ["body", "größer", "no title"]
+    assert list(data.passages) == ["body", "größer", "no title"]
 
 
 def test_qrels_header_is_optional(tmp_path: Path) -> None:

@@ -100,8 +100,11 @@ def test_objectives_know_tensors_and_no_models() -> None:
 
 
 def test_nothing_outside_is_unpickled() -> None:
+    """Paddle's weight files are pickles; their reader resolves the names of arrays only, which
+    tests/test_pdparams.py checks."""
     for path in SOURCES:
-        assert not imported(path) & {"pickle", "dill", "cloudpickle", "joblib"}, path.name
+        if path.name != "pdparams.py":
+            assert not imported(path) & {"pickle", "dill", "cloudpickle", "joblib"}, path.name
         assert "torch.load(" not in path.read_text(), path.name
 
 

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import get_type_hints
 
 import jsonargparse
@@ -32,11 +31,7 @@ def parse_config(
         UserError: for unknown keys (nearest named), wrong types and impossible values.
     """
     parser.add_class_arguments(RunConfig)
-    for flag in ("--local_rank", "--local-rank"):  # launchers add it; LOCAL_RANK says the same
-        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
-        if flag in argv:
-            del argv[argv.index(flag) : argv.index(flag) + 2]
-    argv = _file_first(argv)
+    argv = _file_first(drop_local_rank(argv))
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):
@@ -51,6 +46,27 @@ def parse_config(
         raise UserError("no configuration: give --config FILE (see configs/)")
     settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
+
+
+def drop_local_rank(argv: list[str]) -> list[str]:
+    """Without ``--local_rank``, which launchers add; LOCAL_RANK says the same."""
+    for flag in ("--local_rank", "--local-rank"):
+        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    return argv
+
+
+def require_positive(settings: jsonargparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1; None passes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be 1 or more")
 
 
 def _file_first(argv: list[str]) -> list[str]:
@@ -77,17 +93,3 @@ def name_accelerator() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def load_run_config(run_dir: str) -> RunConfig:
-    """The config that a run folder recorded.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --run names the folder of a finished run")
-    parser = config_parser("search", "")
-    config, _ = parse_config(parser, ["--config", str(path), "--run_dir", run_dir])
-    return config

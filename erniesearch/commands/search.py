@@ -1,11 +1,16 @@
 """``search`` and ``report``: ask a finished run."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import load_run_config, name_accelerator
+from erniesearch.commands.parsing import name_accelerator
 from erniesearch.errors import UserError
+
+if TYPE_CHECKING:
+    from erniesearch.retrieval.result import SearchResult
 
 
 def search_command(argv: list[str]) -> int:
@@ -29,13 +34,43 @@ def search_command(argv: list[str]) -> int:
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} {getattr(settings, name)}: must be 1 or more")
     name_accelerator()
-    from erniesearch.steps import interactive_search
+    from erniesearch.retrieval.system import SearchSystem
 
-    interactive_search(
-        load_run_config(settings.run), settings.query, settings.depth, settings.rerank,
-        settings.rerank_depth,
+    reranks = settings.rerank != "none"
+    system = SearchSystem.from_run(settings.run, settings.rerank == "cross_encoder")
+    if reranks and settings.rerank not in system.models:
+        raise UserError(
+            f"--rerank {settings.rerank}: {settings.run} trained no such model; it has"
+            f" {', '.join(system.models)}"
+        )
+    result = system.search(
+        settings.query, settings.depth,
+        settings.rerank_depth if settings.rerank == "late_interaction" else 0,
+        settings.rerank_depth if settings.rerank == "cross_encoder" else 0,
     )  # fmt: skip
+    _show(result)
     return 0
+
+
+def _show(result: "SearchResult") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    if result.query_truncated:
+        sys.stderr.write(
+            f"the query has {result.query_tokens} tokens, of which the models read the first"
+            f" {result.query_tokens_read}\n"
+        )
+    out = Console(highlight=False)
+    for position, hit in enumerate(result.hits, 1):
+        scores = "  ".join(
+            f"{model.replace('_', '-')} {score:.3f}"
+            for model, score in hit.scores.items()
+            if score is not None
+        )
+        shown = hit.text if len(hit.text) <= 240 else hit.text[:240].rsplit(" ", 1)[0] + " …"
+        out.print(f"{position:2d}. [bold]{escape(hit.pid)}[/]  {scores}", soft_wrap=True)
+        out.print(f"    {escape(shown)}")
 
 
 def report_command(argv: list[str]) -> int:

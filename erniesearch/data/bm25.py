@@ -1,10 +1,17 @@
 """BM25 by bm25s: the lexical baseline, and the first hard negatives."""
 
+import importlib
+from collections.abc import Sequence
+from typing import Literal
+
 import bm25s
 import numpy as np
 import Stemmer
 
+from erniesearch.data.corpora import take
 from erniesearch.errors import UserError
+
+Tokenizer = Literal["words", "jieba"]
 
 
 class BM25:
@@ -13,18 +20,30 @@ class BM25:
     Args:
         passages: the corpus.
         stemmer: name of a Snowball stemmer, or None.
+        tokenizer: "words" splits at everything that is no letter or digit, drops words of one
+            character and English stop words; "jieba" segments Chinese and drops punctuation only,
+            since the weights of frequent words are small anyway.
 
     Raises:
-        UserError: for an unknown stemmer.
+        UserError: for an unknown stemmer, or if the segmenter is not installed.
     """
 
-    def __init__(self, passages: list[str], stemmer: str | None = None) -> None:
+    def __init__(
+        self, passages: Sequence[str], stemmer: str | None = None, tokenizer: Tokenizer = "words"
+    ) -> None:
+        check_analyzer(stemmer, tokenizer)
         self.stemmer = _stemmer(stemmer)
+        self.tokenizer = tokenizer
         self.size = len(passages)
         self.retriever = bm25s.BM25()
-        self.retriever.index(self._tokenize(passages), show_progress=False)
+        self.retriever.index(self._tokenize(list(passages)), show_progress=False)
 
     def _tokenize(self, texts: list[str]) -> bm25s.tokenization.Tokenized:
+        if self.tokenizer == "jieba":
+            return bm25s.tokenize(
+                [_segment(text) for text in texts], token_pattern=r"\S+", stopwords=None,
+                stemmer=self.stemmer, show_progress=False,
+            )  # fmt: skip
         return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
 
     def search(self, queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +55,30 @@ class BM25:
             self._tokenize(queries), k=min(depth, self.size), show_progress=False, n_threads=1
         )
         return positions.astype(np.int64), scores
+
+
+def check_analyzer(stemmer: str | None, tokenizer: Tokenizer) -> None:
+    """Whether both are there; asked before anything is trained.
+
+    Raises:
+        UserError: for an unknown stemmer, or if the segmenter is not installed.
+    """
+    _stemmer(stemmer)
+    if tokenizer == "jieba":
+        try:
+            importlib.import_module("rjieba")
+        except ImportError:
+            raise UserError(
+                "evaluation.bm25_tokenizer: jieba needs the package rjieba: pip install"
+                " 'erniesearch[zh]'"
+            ) from None
+
+
+def _segment(text: str) -> str:
+    """Words between spaces, punctuation left out."""
+    import rjieba
+
+    return " ".join(w for w in rjieba.cut(text) if any(map(str.isalnum, w)))
 
 
 def _stemmer(name: str | None) -> object:
@@ -53,21 +96,19 @@ def _stemmer(name: str | None) -> object:
 def bm25_negatives(
     queries: dict[str, str],
     relevant: dict[str, list[str]],
-    pids: list[str],
-    passages: list[str],
+    pids: Sequence[str],
+    passages: Sequence[str],
     num_negatives: int,
     stemmer: str | None = None,
+    tokenizer: Tokenizer = "words",
 ) -> dict[str, list[str]]:
     """Best BM25 passages of each query that its qrels do not call relevant, best first."""
     deepest = num_negatives + max(len(found) for found in relevant.values())
     qids = list(relevant)
-    positions, scores = BM25(passages, stemmer).search([queries[q] for q in qids], deepest)
+    bm25 = BM25(passages, stemmer, tokenizer)
+    positions, scores = bm25.search([queries[q] for q in qids], deepest)
     negatives = {}
     for qid, row, row_scores in zip(qids, positions, scores, strict=True):
-        wrong = [
-            pids[i]
-            for i, s in zip(row, row_scores, strict=True)
-            if s > 0 and pids[i] not in relevant[qid]
-        ]
-        negatives[qid] = wrong[:num_negatives]
+        found = take(pids, row[row_scores > 0])
+        negatives[qid] = [pid for pid in found if pid not in relevant[qid]][:num_negatives]
     return negatives

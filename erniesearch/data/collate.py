@@ -1,4 +1,4 @@
-"""Groups to tensors: each text tokenised once, padded to the longest of the batch."""
+"""Groups to tensors, padded to the longest of the batch; passages come tokenised from the store."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.data.formats import RetrievalData
-from erniesearch.data.sampler import Group, GroupSampler
+from erniesearch.data.sampler import Group, StepSampler
+from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
 
 
@@ -80,7 +81,7 @@ class GroupCollator:
         max_query_length: int,
         max_passage_length: int,
     ) -> None:
-        self.passages = data.passages
+        self.passages = open_tokens(data.passages, tokenizer)
         self.queries = [data.queries[qid] for qid in qids]
         self.tokenizer = tokenizer
         self.max_query_length = max_query_length
@@ -91,9 +92,7 @@ class GroupCollator:
             self.tokenizer, [self.queries[g.query] for g in groups], self.max_query_length
         )
         index = np.concatenate([g.passages for g in groups])
-        passage_ids, passage_mask = encode_texts(
-            self.tokenizer, [self.passages[i] for i in index], self.max_passage_length
-        )
+        passage_ids, passage_mask = self.passages.tensors(index, self.max_passage_length)
         relevant = np.full((len(groups), max(len(g.relevant) for g in groups)), -1)
         for row, group in zip(relevant, groups, strict=True):
             row[: len(group.relevant)] = group.relevant
@@ -122,7 +121,7 @@ class SpanCollator:
     ) -> None:
         if mask_words and tokenizer.mask_token_id is None:
             raise UserError("weights.mlm is above 0, but the tokenizer has no mask token")
-        self.passages = data.passages
+        self.passages = open_tokens(data.passages, tokenizer)
         self.tokenizer = tokenizer
         self.lengths = (max_query_length, max_passage_length)
         self.seed = seed
@@ -131,9 +130,7 @@ class SpanCollator:
 
     def __call__(self, groups: list[Group], step: int = 0, micro_step: int = 0) -> Batch:
         index = np.array([g.passages[0] for g in groups])
-        ids = self.tokenizer(
-            [self.passages[i] for i in index], add_special_tokens=False, verbose=False
-        )["input_ids"]
+        ids = self.passages[index]
         # One generator per passage: the batch does not depend on how ranks share it out.
         rngs = [np.random.default_rng([self.seed, 2, step, int(i)]) for i in index]
         spans = [
@@ -156,11 +153,11 @@ class SpanCollator:
             mlm_labels[row, : len(labels)] = torch.from_numpy(labels)
         return replace(batch, mlm_ids=mlm_ids, mlm_labels=mlm_labels)
 
-    def _span(self, rng: np.random.Generator, tokens: list[int], max_length: int) -> list[int]:
+    def _span(self, rng: np.random.Generator, tokens: np.ndarray, max_length: int) -> list[int]:
         # At most two thirds of the passage, so that the two spans seldom coincide.
         length = max(1, min(max_length - 2, 2 * len(tokens) // 3))
         start = int(rng.integers(max(1, len(tokens) - length + 1)))
-        words = tokens[start : start + length]
+        words = tokens[start : start + length].tolist()
         return [self.tokenizer.cls_token_id, *words, self.tokenizer.sep_token_id]
 
     def _pad(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -193,7 +190,7 @@ class StepBatches(torch.utils.data.Dataset[Batch]):
 
     def __init__(
         self,
-        sampler: GroupSampler,
+        sampler: StepSampler,
         collator: GroupCollator | SpanCollator,
         steps: int,
         accumulation_steps: int,

@@ -6,12 +6,14 @@ qrels/SPLIT.tsv query-id <tab> corpus-id <tab> score, with that header
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from erniesearch.errors import UserError, nearest
+from erniesearch.data.corpora import ArrowColumn, PidIndex, open_corpus
+from erniesearch.data.records import read_jsonl, text_field
+from erniesearch.errors import UserError
 from erniesearch.stages import write_atomically
 
 Run = dict[str, dict[str, float]]
@@ -20,20 +22,24 @@ Run = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """A collection in memory.
+    """A collection.
 
     ``pids`` and ``passages`` are parallel, ``passages`` with titles already joined; ``queries``
-    maps qid to text; ``qrels`` maps qid to {pid: grade} for one split.
+    maps qid to text; ``qrels`` maps qid to {pid: grade} for one split. ``load_beir`` gives
+    memory-mapped columns (``erniesearch.data.corpora``), a part of a collection comes as lists;
+    ``take(passages, rows)`` reads several texts of either.
     """
 
-    pids: list[str]
-    passages: list[str]
+    pids: Sequence[str]
+    passages: Sequence[str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
 
-    @property
-    def index_of(self) -> dict[str, int]:
-        """Position of each pid in ``pids``."""
+    @cached_property
+    def index_of(self) -> Mapping[str, int]:
+        """Position of each pid in ``pids``; ``rows_of(index_of, pids)`` looks many up at once."""
+        if isinstance(self.pids, ArrowColumn):
+            return PidIndex(self.pids)
         return {pid: i for i, pid in enumerate(self.pids)}
 
     def relevant(self) -> dict[str, list[str]]:
@@ -42,89 +48,21 @@ class RetrievalData:
         return {q: pids for q, pids in found.items() if pids}
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for every line that is not blank.
-
-    Raises:
-        UserError: for a missing file, bytes that are not UTF-8, or a line that is no JSON object.
-    """
-    try:
-        handle = path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with handle:
-        for number, raw in enumerate(handle, 1):
-            if not raw.strip():
-                continue
-            try:
-                value = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                problem = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{path}:{number}: not valid JSON: {problem}") from None
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{path}:{number}: expected a JSON object, found {type(value).__name__}"
-                )
-            yield number, value
-
-
-def _text(record: dict[str, Any], key: str, path: Path, number: int, default: str | None) -> str:
-    value = record.get(key, default)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise UserError(f"{path}:{number}: no key '{key}'{nearest(key, record)}")
-    if key == "_id" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{path}:{number}: '{key}' must be text, found {type(value).__name__}")
-    if key == "_id" and (not value or any(c.isspace() for c in value)):
-        raise UserError(
-            f"{path}:{number}: id {value!r} is empty or has white space: a TREC run cannot hold it"
-        )
-    return value
-
-
-def read_corpus(path: Path, use_titles: bool) -> tuple[list[str], list[str]]:
-    """Passage ids and texts (title, space, text), in file order.
-
-    Raises:
-        UserError: also for duplicate ids and an empty corpus.
-    """
-    seen: dict[str, int] = {}
-    passages = []
-    for number, record in read_jsonl(path):
-        pid = _text(record, "_id", path, number, None)
-        if pid in seen:
-            raise UserError(f"{path}:{number}: duplicate id '{pid}', first on line {seen[pid]}")
-        seen[pid] = number
-        text = _text(record, "text", path, number, None)
-        title = _text(record, "title", path, number, "") if use_titles else ""
-        passages.append(f"{title} {text}".strip() if title else text)
-    if not seen:
-        raise UserError(f"{path}: the corpus is empty")
-    return list(seen), passages
-
-
 def read_queries(path: Path) -> dict[str, str]:
     """Query texts by id, in file order."""
     queries: dict[str, str] = {}
     for number, record in read_jsonl(path):
-        qid = _text(record, "_id", path, number, None)
+        qid = text_field(record, "_id", path, number)
         if qid in queries:
             raise UserError(f"{path}:{number}: duplicate query id '{qid}'")
-        queries[qid] = _text(record, "text", path, number, None)
+        queries[qid] = text_field(record, "text", path, number)
     if not queries:
         raise UserError(f"{path}: no queries")
     return queries
 
 
 def read_qrels(
-    path: Path, queries: dict[str, str], known_pids: dict[str, int]
+    path: Path, queries: dict[str, str], known_pids: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
     """Grades by query and passage.
 
@@ -166,7 +104,7 @@ def read_qrels(
 
 
 def load_beir(root: str | Path, split: str, use_titles: bool = True) -> RetrievalData:
-    """Read a folder in BEIR layout.
+    """Read a folder in BEIR layout; the corpus stays on disk, memory-mapped.
 
     Raises:
         UserError: naming the file, the line and the remedy.
@@ -174,9 +112,9 @@ def load_beir(root: str | Path, split: str, use_titles: bool = True) -> Retrieva
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; data.path must hold corpus.jsonl, queries.jsonl")
-    pids, passages = read_corpus(root / "corpus.jsonl", use_titles)
+    corpus = open_corpus(root / "corpus.jsonl", use_titles)
     queries = read_queries(root / "queries.jsonl")
-    return with_split(RetrievalData(pids, passages, queries, {}), root, split)
+    return with_split(RetrievalData(corpus.pids, corpus.passages, queries, {}), root, split)
 
 
 def with_split(data: RetrievalData, root: str | Path, split: str) -> RetrievalData:

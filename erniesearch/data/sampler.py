@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from erniesearch.data.corpora import rows_of
 from erniesearch.data.formats import RetrievalData
 from erniesearch.errors import UserError
 
@@ -40,7 +41,55 @@ def check_group_fits(data: RetrievalData, num_negatives: int) -> None:
         )
 
 
-class GroupSampler:
+class StepSampler:
+    """The order of the queries: a shuffled pass over all of them, then another.
+
+    Args:
+        num_queries: queries are the numbers below it.
+        global_batch: queries per update over all ranks and micro-steps.
+        seed: the run's seed.
+    """
+
+    def __init__(self, num_queries: int, global_batch: int, seed: int) -> None:
+        self.num_queries = num_queries
+        self.global_batch = global_batch
+        self.seed = seed
+
+    def queries(self, step: int) -> np.ndarray:
+        """Indices of the queries of an update, ``[global_batch]``: never the same twice within a
+        pass."""
+        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        epochs, offsets = np.divmod(positions, self.num_queries)
+        return np.array(
+            [
+                _permutation(self.seed, int(e), self.num_queries)[o]
+                for e, o in zip(epochs, offsets, strict=True)
+            ]
+        )
+
+    def group(self, step: int, position: int, query: int) -> Group:
+        """The group of ``query`` at ``position`` of the global batch of ``step``."""
+        raise NotImplementedError
+
+    def micro_batch(
+        self, step: int, micro_step: int, rank: int, queries_per_rank: int, world_size: int
+    ) -> list[Group]:
+        """This rank's groups of a micro-step; the ranks' slices lie side by side in the step."""
+        start = (micro_step * world_size + rank) * queries_per_rank
+        queries = self.queries(step)[start : start + queries_per_rank]
+        return [self.group(step, start + i, int(query)) for i, query in enumerate(queries)]
+
+
+class PassageSampler(StepSampler):
+    """Every passage of a corpus is its own query, alone in its group (post-training)."""
+
+    def group(self, step: int, position: int, query: int) -> Group:
+        """The passage itself."""
+        row = np.array([query])
+        return Group(query, row, row)
+
+
+class GroupSampler(StepSampler):
     """Groups for every step of a stage.
 
     A query's hard negatives are drawn without replacement from its list; a list that is too short
@@ -73,20 +122,18 @@ class GroupSampler:
             relevant = {q: pids for q, pids in relevant.items() if q in negatives}
             if not relevant:
                 raise UserError("the hard negatives name no query of the training split")
-        index_of = data.index_of
         self.qids = list(relevant)
-        self.relevant = [np.array([index_of[p] for p in relevant[q]]) for q in self.qids]
+        super().__init__(len(self.qids), global_batch, seed)
+        self.relevant = _rows(data, [relevant[q] for q in self.qids])
         self.negatives: list[np.ndarray] | None = None
         if negatives is not None:
-            self.negatives = [
-                np.array([index_of[p] for p in _known(negatives[q], index_of) if p not in set(own)])
-                .astype(np.int64)
+            wrong = [
+                [pid for pid in dict.fromkeys(negatives[q]) if pid not in own]  # none twice
                 for q, own in relevant.items()
-            ]  # fmt: skip
+            ]
+            self.negatives = _rows(data, wrong)
         self.num_passages = len(data.pids)
         self.num_negatives = num_negatives
-        self.global_batch = global_batch
-        self.seed = seed
         self.easy_steps = easy_steps
         check_group_fits(data, num_negatives)
 
@@ -96,18 +143,6 @@ class GroupSampler:
         if self.negatives is None:
             return len(self.qids)
         return sum(len(found) < self.num_negatives for found in self.negatives)
-
-    def queries(self, step: int) -> np.ndarray:
-        """Indices of the queries of an update, ``[global_batch]``: a shuffled pass over all
-        queries, then another, never the same twice within a pass."""
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        epochs, offsets = np.divmod(positions, len(self.qids))
-        return np.array(
-            [
-                _permutation(self.seed, int(e), len(self.qids))[o]
-                for e, o in zip(epochs, offsets, strict=True)
-            ]
-        )
 
     def group(self, step: int, position: int, query: int) -> Group:
         """The group of ``query`` at ``position`` of the global batch of ``step``."""
@@ -126,23 +161,18 @@ class GroupSampler:
             chosen = np.concatenate([chosen, drawn[np.sort(first)][:missing]])
         return Group(query, np.concatenate([[positive], chosen]).astype(np.int64), relevant)
 
-    def micro_batch(
-        self, step: int, micro_step: int, rank: int, queries_per_rank: int, world_size: int
-    ) -> list[Group]:
-        """This rank's groups of a micro-step; the ranks' slices lie side by side in the step."""
-        start = (micro_step * world_size + rank) * queries_per_rank
-        queries = self.queries(step)[start : start + queries_per_rank]
-        return [self.group(step, start + i, int(query)) for i, query in enumerate(queries)]
-
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(size)
 
 
-def _known(pids: list[str], index_of: dict[str, int]) -> list[str]:
-    pids = list(dict.fromkeys(pids))  # a passage listed twice must not enter a group twice
-    for pid in pids:
-        if pid not in index_of:
-            raise UserError(f"hard negatives name passage '{pid}', which the corpus does not have")
-    return pids
+def _rows(data: RetrievalData, lists: list[list[str]]) -> list[np.ndarray]:
+    """Corpus rows of every list of pids, looked up all at once."""
+    pids = [pid for found in lists for pid in found]
+    rows = rows_of(data.index_of, pids)
+    if unknown := np.flatnonzero(rows < 0).tolist():
+        raise UserError(
+            f"hard negatives name passage '{pids[unknown[0]]}', which the corpus does not have"
+        )
+    return np.split(rows, np.cumsum([len(found) for found in lists])[:-1])

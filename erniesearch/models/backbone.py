@@ -71,7 +71,7 @@ def _load(loader: Callable[..., Any], path: str, **options: Any) -> Any:
 
 
 def load_tokenizer(settings: StudentConfig | TeacherConfig) -> PreTrainedTokenizerBase:
-    """The checkpoint's fast tokenizer, padding on the right."""
+    """The checkpoint's fast tokenizer, padding and truncating on the right."""
     tokenizer = _load(
         AutoTokenizer.from_pretrained, settings.path, revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
@@ -79,7 +79,7 @@ def load_tokenizer(settings: StudentConfig | TeacherConfig) -> PreTrainedTokeniz
     for token in ("cls_token_id", "sep_token_id", "pad_token_id"):
         if getattr(tokenizer, token, None) is None:
             raise UserError(f"model '{settings.path}': its tokenizer has no {token[:-3]}")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 

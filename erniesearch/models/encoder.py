@@ -38,17 +38,27 @@ class StudentEncoder(nn.Module):
     Args:
         settings: ``settings.path`` is a pretrained encoder, or a folder written by :meth:`save`.
         masked_lm: also load the language-model head (post-training).
+        head: safetensors file of the late-interaction projection, where it is not in
+            ``settings.path``.
+        passage_path: folder of an untied passage tower, where it is not in ``settings.path``.
     """
 
     query_tower: PreTrainedModel
     passage_tower: PreTrainedModel
 
-    def __init__(self, settings: StudentConfig, masked_lm: bool = False) -> None:
+    def __init__(
+        self,
+        settings: StudentConfig,
+        masked_lm: bool = False,
+        head: Path | None = None,
+        passage_path: Path | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.masked_lm: PreTrainedModel | None = None
         folder = Path(settings.path)
-        own = folder / "passage_tower"
+        own = passage_path or folder / "passage_tower"
+        head = head or folder / HEAD_FILE
         passage_settings = settings
         if not settings.tied and own.is_dir():
             passage_settings = replace(settings, path=str(own))
@@ -60,11 +70,11 @@ class StudentEncoder(nn.Module):
         self.query_tower = self.passage_tower if settings.tied else load_encoder(settings)
         self.hidden_size = int(self.query_tower.config.hidden_size)
         self.projection = nn.Linear(self.hidden_size, settings.late_interaction_dim, bias=False)
-        if (folder / HEAD_FILE).is_file():
-            weight = load_file(folder / HEAD_FILE)["linear.weight"]
+        if head.is_file():
+            weight = load_file(head)["linear.weight"]
             if weight.shape != self.projection.weight.shape:
                 raise UserError(
-                    f"{folder / HEAD_FILE}: shape {tuple(weight.shape)}, but"
+                    f"{head}: shape {tuple(weight.shape)}, but"
                     f" student.late_interaction_dim and hidden size make"
                     f" {tuple(self.projection.weight.shape)}"
                 )

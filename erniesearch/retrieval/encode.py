@@ -1,6 +1,9 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config import StudentConfig, TeacherConfig
 from erniesearch.data.collate import encode_texts
+from erniesearch.data.corpora import take
+from erniesearch.data.tokens import TokenStore
+from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
@@ -20,13 +26,29 @@ def default_device() -> torch.device:
 
 
 def length_sorted_batches(
-    texts: list[str], batch_size: int
+    texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Positions and texts, longest first, so that a batch pads little."""
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    for start in range(0, len(order), batch_size):
-        positions = order[start : start + batch_size]
-        yield positions, [texts[i] for i in positions]
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    for positions in _longest_first(lengths, batch_size):
+        yield positions, take(texts, positions)
+
+
+def _longest_first(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    order = np.argsort(-lengths, kind="stable")
+    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """Passages ``start`` to ``end`` of a token store, in place of their texts."""
+
+    store: TokenStore
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
 
 
 class Retriever:
@@ -34,6 +56,10 @@ class Retriever:
 
     Args:
         settings: ``settings.path`` is a pretrained encoder or a stage's student.
+        prompts: text put before every query or passage.
+        precision: ``bf16`` computes in bfloat16; what is returned is fp32 (vectors) or fp16.
+        head, passage_path: as in :class:`StudentEncoder`.
+        only: the side whose tower this is, when the other one lies elsewhere.
     """
 
     def __init__(
@@ -44,37 +70,84 @@ class Retriever:
         batch_size: int = 32,
         device: torch.device | None = None,
         seed: int = 0,
+        *,
+        prompts: dict[Side, str] | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        head: Path | None = None,
+        passage_path: Path | None = None,
+        only: Side | None = None,
     ) -> None:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
-        self.student = StudentEncoder(settings).to(self.device).eval()
+        student = StudentEncoder(settings, head=head, passage_path=passage_path)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.student = student.to(self.device, dtype).eval()
+        self.precision: Literal["fp32", "bf16"] = precision
         self.lengths = {"query": max_query_length, "passage": max_passage_length}
+        self.prompts = prompts or {}
+        self.only = only
         self.batch_size = batch_size
 
-    @torch.inference_mode()
-    def vectors(self, texts: list[str], side: Side) -> np.ndarray:
+    def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), hidden]``, fp32."""
         out = np.empty((len(texts), self.student.hidden_size), dtype=np.float32)
-        for positions, part in length_sorted_batches(texts, self.batch_size):
-            ids, mask = self._tensors(part, side)
-            out[positions] = self.student(ids, mask, side, tokens=False).vectors.cpu().numpy()
+        for positions, batch in self.vector_batches(texts, side):
+            out[positions] = batch.cpu().numpy()
+        return out
+
+    def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
+        """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
+        out: list[Tensor] = [torch.empty(0)] * len(texts)
+        for positions, batch in self.token_batches(texts, side):
+            for position, row in zip(positions, batch, strict=True):
+                out[position] = row.half().cpu()
         return out
 
     @torch.inference_mode()
-    def tokens(self, texts: list[str], side: Side) -> list[Tensor]:
-        """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
-        out: list[Tensor] = [torch.empty(0)] * len(texts)
-        for positions, part in length_sorted_batches(texts, self.batch_size):
-            ids, mask = self._tensors(part, side)
-            encoded = self.student(ids, mask, side, vectors=False).tokens
-            for position, row, row_mask in zip(positions, encoded, mask, strict=True):
-                out[position] = row[row_mask].half().cpu()
-        return out
+    def vector_batches(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Positions in ``texts`` and their vectors ``[batch, hidden]``, fp32, batch by batch."""
+        for positions, ids, mask in self._inputs(texts, side):
+            yield positions, self.student(ids, mask, side, tokens=False).vectors
 
-    def _tensors(self, texts: list[str], side: Side) -> tuple[Tensor, Tensor]:
-        ids, mask = encode_texts(self.tokenizer, texts, self.lengths[side])
-        return ids.to(self.device), mask.to(self.device)
+    @torch.inference_mode()
+    def token_batches(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        """Positions in ``texts`` and each one's token vectors ``[num_tokens, dim]``, batch by
+        batch, in the compute precision."""
+        for positions, ids, mask in self._inputs(texts, side):
+            encoded = self.student(ids, mask, side, vectors=False).tokens
+            yield positions, [row[real] for row, real in zip(encoded, mask, strict=True)]
+
+    def _inputs(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Positions, token ids and mask of each batch, longest texts first."""
+        if self.only and side != self.only:
+            raise UserError(
+                f"model '{self.student.settings.path}' is the {self.only} tower of an untied model:"
+                f" give the folder's name without _{self.only} to load both"
+            )
+        for positions, ids, mask in self._token_ids(texts, side):
+            yield positions, ids.to(self.device), mask.to(self.device)
+
+    def _token_ids(
+        self, texts: Sequence[str] | StoredTokens, side: Side
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        prompt = self.prompts.get(side, "")
+        if isinstance(texts, StoredTokens):
+            assert not prompt  # its tokens are not in the store
+            lengths = texts.store.lengths[texts.start : texts.end].astype(np.int64)
+            for positions in _longest_first(lengths, self.batch_size):
+                rows = texts.start + positions
+                yield positions, *texts.store.tensors(rows, self.lengths[side])
+        else:
+            for positions, part in length_sorted_batches(texts, self.batch_size):
+                part = [prompt + text for text in part] if prompt else part
+                yield positions, *encode_texts(self.tokenizer, part, self.lengths[side])
 
 
 class PairScorer:

@@ -1,13 +1,14 @@
 """Metrics by ir-measures, with bootstrap intervals over queries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ir_measures
 import numpy as np
 from ir_measures import RR, R, nDCG
 
 from erniesearch.config import EvaluationConfig
-from erniesearch.data.bm25 import BM25
+from erniesearch.data.bm25 import BM25, Tokenizer
+from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData, Run
 from erniesearch.errors import UserError
 
@@ -58,26 +59,27 @@ def evaluation_subset(data: RetrievalData, settings: EvaluationConfig, seed: int
         qids = [qids[i] for i in sorted(rng.permutation(len(qids))[: settings.max_queries])]
     qrels = {qid: data.qrels[qid] for qid in qids}
     queries = {qid: data.queries[qid] for qid in qids}
-    keep = np.ones(len(data.pids), dtype=bool)
-    if settings.num_distractors is not None:
-        judged = {pid for grades in qrels.values() for pid in grades}
-        keep = np.array([pid in judged for pid in data.pids])
-        others = np.flatnonzero(~keep)
-        if settings.num_distractors > len(others):
-            raise UserError(
-                f"evaluation.num_distractors is {settings.num_distractors}, the corpus has"
-                f" {len(others)} passages besides the judged ones: lower it, or null for all"
-            )
-        keep[rng.permutation(others)[: settings.num_distractors]] = True
+    if settings.num_distractors is None:
+        return replace(data, queries=queries, qrels=qrels)
+    keep = np.zeros(len(data.pids), dtype=bool)
+    keep[rows_of(data.index_of, [pid for grades in qrels.values() for pid in grades])] = True
+    others = np.flatnonzero(~keep)
+    if settings.num_distractors > len(others):
+        raise UserError(
+            f"evaluation.num_distractors is {settings.num_distractors}, the corpus has"
+            f" {len(others)} passages besides the judged ones: lower it, or null for all"
+        )
+    keep[rng.permutation(others)[: settings.num_distractors]] = True
     rows = np.flatnonzero(keep)
-    return RetrievalData(
-        [data.pids[i] for i in rows], [data.passages[i] for i in rows], queries, qrels
-    )
+    return RetrievalData(take(data.pids, rows), take(data.passages, rows), queries, qrels)
 
 
-def bm25_run(data: RetrievalData, depth: int, stemmer: str | None) -> Run:
+def bm25_run(
+    data: RetrievalData, depth: int, stemmer: str | None, tokenizer: Tokenizer = "words"
+) -> Run:
     """BM25 over the same passages; passages that share no word with the query are left out."""
-    rows, scores = BM25(data.passages, stemmer).search(list(data.queries.values()), depth)
+    bm25 = BM25(data.passages, stemmer, tokenizer)
+    rows, scores = bm25.search(list(data.queries.values()), depth)
     return {
         qid: {
             data.pids[row]: float(s)

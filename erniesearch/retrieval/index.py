@@ -1,8 +1,16 @@
-"""A FAISS folder as Pyserini reads it: ``index`` and ``docid`` (one id a line)."""
+"""A FAISS folder as Pyserini reads it: ``index`` and ``docid`` (one id a line).
 
+An index in parts has ``shard-00``, ``shard-01`` and so on, each such a folder; a search asks all
+of them.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -14,60 +22,195 @@ try:
 except ImportError:  # an extra: faiss-cpu and faiss-gpu provide the same module
     faiss = None  # type: ignore[assignment]
 
+Result = TypeVar("Result")
+
+
+class DocIds(Sequence[str]):
+    """The lines of ``docid`` files one after the other, mapped and not read: 8 bytes an id."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.files = [np.memmap(p, np.uint8, "r") if p.stat().st_size else None for p in paths]
+        self.ends = [_line_ends(file) for file in self.files]
+        self.starts = np.cumsum([0, *map(len, self.ends)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> list[str]: ...
+    def __getitem__(self, item: int | slice) -> str | list[str]:
+        if isinstance(item, slice):
+            return [self[i] for i in range(*item.indices(len(self)))]
+        row = item + len(self) if item < 0 else item
+        if not 0 <= row < len(self):
+            raise IndexError(item)
+        number = bisect_right(self.starts, row) - 1
+        row -= self.starts[number]
+        file, ends = self.files[number], self.ends[number]
+        assert file is not None
+        return bytes(file[ends[row - 1] + 1 if row else 0 : ends[row]]).decode()
+
+
+def _line_ends(file: np.memmap | None, block: int = 1 << 24) -> np.ndarray:
+    if file is None:
+        return np.empty(0, dtype=np.int64)
+    found = [np.flatnonzero(file[i : i + block] == 10) + i for i in range(0, len(file), block)]
+    return np.concatenate(found)
+
 
 @dataclass
 class VectorIndex:
-    """Exact inner-product search over passage vectors.
+    """Search over passage vectors, exact or not as its FAISS indexes are.
 
-    ``pids[i]`` is the passage of the index's row i.
+    ``pids[i]`` is the passage of row i; the rows of ``parts`` are counted on from one to the next.
     """
 
-    index: Any
-    pids: list[str]
+    parts: list[Any]
+    pids: Sequence[str]
 
     @classmethod
-    def build(cls, vectors: np.ndarray, pids: list[str]) -> "VectorIndex":
-        """Index ``[num_passages, hidden]`` vectors (FAISS Flat, inner product).
+    def build(cls, vectors: np.ndarray, pids: Sequence[str]) -> "VectorIndex":
+        """Index ``[num_passages, hidden]`` vectors in memory (FAISS Flat, inner product).
 
         Raises:
             UserError: if FAISS is not installed.
         """
-        _require_faiss()
+        require_faiss()
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-        return cls(index, pids)
+        return cls([index], pids)
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a vector."""
+        return int(self.parts[0].d)
 
     def search(self, vectors: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores of the best passages, both ``[num_queries, min(depth, size)]``."""
-        scores, rows = self.index.search(
-            np.ascontiguousarray(vectors, dtype=np.float32), min(depth, len(self.pids))
-        )
-        return rows, scores
+        """Rows and scores of the best passages, both ``[num_queries, min(depth, size)]``.
+
+        Equal scores are in the order of rows. An index of metric l2 gives the negative squared
+        distance. Where an approximate index finds too few, rows are -1 and scores -inf.
+
+        Raises:
+            UserError: for vectors of another size.
+        """
+        if vectors.shape[1] != self.dim:
+            raise UserError(
+                f"the index holds vectors of {self.dim} dimensions, the query has"
+                f" {vectors.shape[1]}: search with the model that encoded the passages"
+            )
+        queries = np.ascontiguousarray(vectors, dtype=np.float32)
+        rows_of_part, scores_of_part, start = [], [], 0
+        for part in self.parts:
+            scores, rows = part.search(queries, min(depth, part.ntotal))
+            if part.metric_type == faiss.METRIC_L2:
+                scores = -scores
+            rows_of_part.append(np.where(rows >= 0, rows + start, -1))
+            scores_of_part.append(np.where(rows >= 0, scores, -np.inf))
+            start += part.ntotal
+        rows = np.concatenate(rows_of_part, axis=1)
+        scores = np.concatenate(scores_of_part, axis=1)
+        order = np.lexsort((rows, -scores), axis=1)[:, :depth]
+        return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
     def save(self, folder: Path) -> None:
         """Write ``index`` and ``docid``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(self.index, str(folder / "index"))
+        assert len(self.parts) == 1
+        write_index(self.parts[0], folder)
         write_atomically(folder / "docid", "".join(f"{pid}\n" for pid in self.pids))
 
     @classmethod
-    def load(cls, folder: Path) -> "VectorIndex":
-        """Read a folder written by :meth:`save`.
+    def load(
+        cls,
+        folder: Path,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        gpu: bool = False,
+    ) -> "VectorIndex":
+        """Read a folder of one index or of several parts.
+
+        Args:
+            nprobe: lists that an IVF index visits; None keeps what the index was saved with.
+            ef_search: breadth of an HNSW search; None likewise.
+            gpu: search on all GPUs, each with a share of the vectors.
 
         Raises:
-            UserError: for a missing or inconsistent folder.
+            UserError: for a missing or inconsistent folder, and settings the index does not have.
         """
-        _require_faiss()
-        for name in ("index", "docid"):
-            if not (folder / name).is_file():
-                raise UserError(f"index folder {folder}: no file '{name}'")
-        index = faiss.read_index(str(folder / "index"))
-        pids = (folder / "docid").read_text(encoding="utf-8").splitlines()
-        if index.ntotal != len(pids):
-            raise UserError(f"{folder}: {index.ntotal} vectors but {len(pids)} ids in docid")
-        return cls(index, pids)
+        require_faiss()
+        folders = sorted(folder.glob("shard-*")) or [folder]
+        for path in folders:
+            for name in ("index", "docid"):
+                if not (path / name).is_file():
+                    raise UserError(f"index folder {path}: no file '{name}'")
+        parts = [
+            faiss_call(partial(faiss.read_index, str(path / "index")), str(path / "index"))
+            for path in folders
+        ]
+        pids = DocIds([path / "docid" for path in folders])
+        for path, part, ids in zip(folders, parts, pids.ends, strict=True):
+            if part.ntotal != len(ids):
+                raise UserError(f"{path}: {part.ntotal} vectors but {len(ids)} ids in docid")
+        for part in parts:
+            tune(part, nprobe, ef_search)
+        if gpu:
+            require_gpu()
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard = True
+            parts = [
+                faiss_call(partial(faiss.index_cpu_to_all_gpus, part, options), "--gpu")
+                for part in parts
+            ]
+        return cls(parts, pids)
 
 
-def _require_faiss() -> None:
+def tune(index: Any, nprobe: int | None, ef_search: int | None) -> None:
+    """Set what a search in ``index`` visits; None changes nothing.
+
+    Raises:
+        UserError: if the index has no such setting.
+    """
+    for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
+        if value is None:
+            continue
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError:
+            kind = {"nprobe": "IVF", "efSearch": "HNSW"}[name]
+            raise UserError(f"{name} {value}: the index is no {kind} index, leave it out") from None
+
+
+def write_index(index: Any, folder: Path) -> None:
+    """Write ``folder/index`` aside, sync and rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / ".index.tmp"
+    faiss_call(partial(faiss.write_index, index, str(aside)), str(folder))
+    with aside.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(aside, folder / "index")
+
+
+def faiss_call(work: Callable[[], Result], what: str) -> Result:
+    """``work()``, with FAISS's complaint as a :class:`UserError` about ``what``."""
+    try:
+        return work()
+    except RuntimeError as error:
+        lines = " ".join(str(error).split())
+        reason = lines.rsplit("failed: ", 1)[-1] if "failed: " in lines else lines
+        raise UserError(f"{what}: FAISS says: {reason}") from None
+
+
+def require_faiss() -> None:
+    """Raises: UserError: if FAISS is not installed."""
     if faiss is None:
         raise UserError("FAISS is not installed: pip install 'erniesearch[cpu]' (or [gpu])")
+
+
+def require_gpu() -> None:
+    """Raises: UserError: if FAISS was built without GPUs, or there is none."""
+    require_faiss()
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        raise UserError("--gpu: this FAISS has no GPU: pip install 'erniesearch[gpu]' on a machine"
+                        " with one, or leave it out")  # fmt: skip

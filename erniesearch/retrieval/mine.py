@@ -2,26 +2,117 @@
 
 A candidate that the teacher scores above the positive (minus a margin) is more likely an
 unlabelled answer than a negative (RocketQA's denoising, with the positive as the threshold, since
-a listwise-trained teacher's scores have no absolute scale).
+a listwise-trained teacher's scores have no absolute scale; a teacher that has one can be given an
+absolute threshold too). A candidate with a positive's text under another id is no negative either.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from erniesearch.config import MineConfig
+from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData
+from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
+
+QUERIES_PER_BLOCK = 1024
+"""Queries searched and denoised at a time; memory does not depend on how many there are."""
+SPARE = 8
+"""Candidates retrieved beyond the depth, in place of copies of the positive."""
+
+
+@dataclass(frozen=True)
+class MinedQuery:
+    """What was found for one query, hardest first, and what was dropped.
+
+    ``scores`` are the dual-encoder's of ``negatives``, ``positive_scores`` those of the relevant
+    passages that the search found; the teacher's are empty if it was not asked, and otherwise
+    parallel to ``negatives`` and ``positives``.
+    """
+
+    qid: str
+    positives: list[str]
+    negatives: list[str]
+    scores: list[float]
+    positive_scores: list[float]
+    num_candidates: int
+    num_duplicates: int
+    num_denoised: int = 0
+    teacher_scores: list[float] = field(default_factory=list)
+    teacher_positive_scores: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Mined:
-    """Negatives by query (hardest first) and counts for the report."""
+    """The queries in the order of the qrels."""
 
-    negatives: dict[str, list[str]]
-    num_candidates: int
-    num_denoised: int
+    queries: list[MinedQuery]
+
+    @property
+    def negatives(self) -> dict[str, list[str]]:
+        """Negatives by query, hardest first."""
+        return {query.qid: query.negatives for query in self.queries}
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates in the window, relevant passages and their copies left out."""
+        return sum(query.num_candidates for query in self.queries)
+
+    @property
+    def num_denoised(self) -> int:
+        """Candidates that the teacher dropped."""
+        return sum(query.num_denoised for query in self.queries)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts, and histograms of the scores of negatives and positives."""
+        queries = self.queries
+        facts: dict[str, Any] = {
+            "queries": len(queries),
+            "queries_without_negatives": sum(not query.negatives for query in queries),
+            "candidates": self.num_candidates,
+            "negatives": sum(len(query.negatives) for query in queries),
+            "dropped_as_positives": sum(len(query.positive_scores) for query in queries),
+            "dropped_as_duplicates": sum(query.num_duplicates for query in queries),
+            "dropped_by_teacher": self.num_denoised,
+            "dual_encoder_scores": _histograms(
+                [query.scores for query in queries], [query.positive_scores for query in queries]
+            ),
+        }
+        if any(query.teacher_positive_scores for query in queries):
+            facts["teacher_scores"] = _histograms(
+                [query.teacher_scores for query in queries],
+                [query.teacher_positive_scores for query in queries],
+            )
+        return facts
+
+
+def told(facts: dict[str, Any]) -> str:
+    """The statistics in a sentence."""
+    text = (
+        f"mined for {facts['queries']} queries: {facts['candidates']} candidates,"
+        f" {facts['dropped_as_duplicates']} copies of positives left out,"
+        f" {facts['dropped_by_teacher']} dropped by the teacher, {facts['negatives']} kept"
+    )
+    for name in ("dual_encoder", "teacher"):
+        if scores := facts.get(f"{name}_scores"):
+            means = (scores[kind]["mean"] for kind in ("positives", "negatives"))
+            numbers = ["none" if mean is None else f"{mean:.3f}" for mean in means]
+            text += f"; {name.replace('_', '-')} scores: positives {numbers[0]}, negatives"
+            text += f" {numbers[1]} on average"
+    return text
+
+
+def drawn_queries(data: RetrievalData, settings: MineConfig, seed: int) -> list[str]:
+    """The queries to mine for: those with a relevant passage, or ``max_queries`` of them."""
+    qids = list(data.relevant())
+    if settings.max_queries is not None and settings.max_queries < len(qids):
+        drawn = np.random.default_rng([seed, 7]).permutation(len(qids))[: settings.max_queries]
+        qids = [qids[i] for i in sorted(drawn)]
+    return qids
 
 
 def mine_negatives(
@@ -31,61 +122,136 @@ def mine_negatives(
     settings: MineConfig,
     seed: int,
 ) -> Mined:
-    """Retrieve ``settings.depth`` candidates per training query and filter them.
+    """Index the passages, retrieve ``settings.depth`` candidates per training query and filter.
 
     Relevant passages never become negatives. Queries that keep none stay in the result with an
     empty list (the sampler fills their groups with random passages).
     """
-    relevant = data.relevant()
-    qids = list(relevant)
-    if settings.max_queries is not None and settings.max_queries < len(qids):
-        drawn = np.random.default_rng([seed, 7]).permutation(len(qids))[: settings.max_queries]
-        qids = [qids[i] for i in sorted(drawn)]
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    query_vectors = retriever.vectors([data.queries[qid] for qid in qids], "query")
-    deepest = settings.depth + max(len(relevant[qid]) for qid in qids)
-    rows, _ = index.search(query_vectors, deepest)
-    candidates = {
-        qid: [r for r in query_rows if data.pids[r] not in set(relevant[qid])][
-            settings.skip_top : settings.depth
+    miner = Miner(data, retriever, index, scorer, settings)
+    blocks = query_blocks(drawn_queries(data, settings, seed))
+    return Mined([query for block in blocks for query in miner.mine(block)])
+
+
+def query_blocks(qids: list[str]) -> Iterator[list[str]]:
+    """Consecutive blocks of queries; the same whoever works on them."""
+    return (qids[i : i + QUERIES_PER_BLOCK] for i in range(0, len(qids), QUERIES_PER_BLOCK))
+
+
+class Miner:
+    """Finds negatives for blocks of queries.
+
+    Args:
+        index: over the passages of ``data``, encoded by ``retriever``.
+        scorer: the teacher; None drops nothing.
+        always_score: ask the teacher also if the settings let it drop nothing.
+    """
+
+    def __init__(
+        self,
+        data: RetrievalData,
+        retriever: Retriever,
+        index: VectorIndex,
+        scorer: PairScorer | None,
+        settings: MineConfig,
+        always_score: bool = False,
+    ) -> None:
+        self.data, self.retriever, self.index = data, retriever, index
+        self.settings = settings
+        limits = (settings.denoise_margin, settings.denoise_threshold)
+        self.scorer = scorer if always_score or any(x is not None for x in limits) else None
+        self.relevant = data.relevant()
+        most = max(len(pids) for pids in self.relevant.values())
+        self.depth = settings.depth + most + SPARE
+
+    def mine(self, qids: list[str]) -> list[MinedQuery]:
+        """Negatives for these queries, in their order."""
+        vectors = self.retriever.vectors([self.data.queries[qid] for qid in qids], "query")
+        rows, scores = self.index.search(vectors, self.depth)
+        found = [
+            self._window(qid, query_rows, query_scores)
+            for qid, query_rows, query_scores in zip(qids, rows, scores, strict=True)
         ]
-        for qid, query_rows in zip(qids, rows.tolist(), strict=True)
-    }
-    num_candidates = sum(map(len, candidates.values()))
-    num_denoised = 0
-    if scorer is not None and settings.denoise_margin is not None:
-        kept = _denoise(data, relevant, candidates, scorer, settings)
-        num_denoised = num_candidates - sum(map(len, kept.values()))
-        candidates = kept
-    negatives = {
-        qid: [data.pids[row] for row in rows_kept[: settings.num_negatives]]
-        for qid, rows_kept in candidates.items()
-    }
-    return Mined(negatives, num_candidates, num_denoised)
+        if self.scorer is not None:
+            found = self._denoised(found, self.scorer)
+        return [self._cut(query) for query in found]
+
+    def _window(self, qid: str, rows: np.ndarray, scores: np.ndarray) -> MinedQuery:
+        """The candidates from ``skip_top`` to ``depth`` that are neither relevant nor copies."""
+        relevant = self.relevant[qid]
+        texts = {_plain(text) for text in self._texts(relevant)}
+        real = rows >= 0
+        pids = [self.index.pids[row] for row in rows[real].tolist()]
+        score_of = dict(zip(pids, scores[real].tolist(), strict=True))
+        others = [pid for pid in pids if pid not in set(relevant)]
+        kept = [pid for pid, text in zip(others, self._texts(others), strict=True)
+                if _plain(text) not in texts]  # fmt: skip
+        window = kept[self.settings.skip_top : self.settings.depth]
+        return MinedQuery(
+            qid, relevant, window, [score_of[pid] for pid in window],
+            [score_of[pid] for pid in relevant if pid in score_of],
+            len(window), len(others) - len(kept),
+        )  # fmt: skip
+
+    def _denoised(self, found: list[MinedQuery], scorer: PairScorer) -> list[MinedQuery]:
+        """Drop what the teacher scores above the best positive minus the margin, or above the
+        threshold."""
+        pids = [[*query.positives, *query.negatives] for query in found]
+        scores = scorer.scores(
+            [self.data.queries[query.qid] for query, own in zip(found, pids, strict=True)
+             for _ in own],
+            self._texts([pid for own in pids for pid in own]),
+        ).tolist()  # fmt: skip
+        out, start = [], 0
+        for query, own in zip(found, pids, strict=True):
+            middle, end = start + len(query.positives), start + len(own)
+            positives, candidates = scores[start:middle], scores[middle:end]
+            start = end
+            limit = np.inf
+            if self.settings.denoise_margin is not None:
+                limit = max(positives) - self.settings.denoise_margin
+            if self.settings.denoise_threshold is not None:
+                limit = min(limit, self.settings.denoise_threshold)
+            keep = [i for i, score in enumerate(candidates) if score <= limit]
+            out.append(
+                MinedQuery(
+                    query.qid, query.positives, [query.negatives[i] for i in keep],
+                    [query.scores[i] for i in keep], query.positive_scores, query.num_candidates,
+                    query.num_duplicates, len(candidates) - len(keep),
+                    [candidates[i] for i in keep], positives,
+                )
+            )  # fmt: skip
+        return out
+
+    def _cut(self, query: MinedQuery) -> MinedQuery:
+        most = self.settings.num_negatives
+        for values in (query.negatives, query.scores, query.teacher_scores):
+            del values[most:]
+        return query
+
+    def _texts(self, pids: Sequence[str]) -> list[str]:
+        rows = rows_of(self.data.index_of, pids)
+        if (rows < 0).any():
+            missing = pids[int(np.argmin(rows))]
+            raise UserError(
+                f"passage '{missing}' of the index is not in the collection: index the same corpus"
+            )
+        return take(self.data.passages, rows)
 
 
-def _denoise(
-    data: RetrievalData,
-    relevant: dict[str, list[str]],
-    candidates: dict[str, list[int]],
-    scorer: PairScorer,
-    settings: MineConfig,
-) -> dict[str, list[int]]:
-    """Drop candidates that the teacher scores above the best positive minus the margin."""
-    assert settings.denoise_margin is not None
-    index_of = data.index_of
-    pairs = [
-        (qid, row)
-        for qid, rows in candidates.items()
-        for row in [*(index_of[pid] for pid in relevant[qid]), *rows]
-    ]
-    scores = scorer.scores(
-        [data.queries[qid] for qid, _ in pairs], [data.passages[row] for _, row in pairs]
-    )
-    score_of = dict(zip(pairs, scores.tolist(), strict=True))
-    kept = {}
-    for qid, rows in candidates.items():
-        threshold = max(score_of[qid, index_of[pid]] for pid in relevant[qid])
-        threshold -= settings.denoise_margin
-        kept[qid] = [row for row in rows if score_of[qid, row] <= threshold]
-    return kept
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _histograms(negatives: list[list[float]], positives: list[list[float]]) -> dict[str, Any]:
+    """Counts of both kinds in twenty bins of equal width, and their means."""
+    values = {
+        name: np.array([score for scores in lists for score in scores])
+        for name, lists in (("negatives", negatives), ("positives", positives))
+    }
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=20)
+    facts: dict[str, Any] = {"bin_edges": [round(edge, 6) for edge in edges.tolist()]}
+    for name, scores in values.items():
+        mean = round(float(scores.mean()), 6) if len(scores) else None
+        facts[name] = {"mean": mean, "counts": np.histogram(scores, edges)[0].tolist()}
+    return facts

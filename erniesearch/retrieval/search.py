@@ -17,6 +17,7 @@ def dense_run(retriever: Retriever, index: VectorIndex, queries: dict[str, str],
         qid: {
             index.pids[row]: float(score)
             for row, score in zip(query_rows, query_scores, strict=True)
+            if row >= 0
         }
         for qid, query_rows, query_scores in zip(queries, rows, scores, strict=True)
     }
@@ -27,35 +28,54 @@ def top(scores: dict[str, float], depth: int) -> list[str]:
     return sorted(scores, key=lambda pid: (-scores[pid], pid))[:depth]
 
 
-def rerank_late_interaction(retriever: Retriever, data: RetrievalData, run: Run, depth: int) -> Run:
-    """Re-score the top ``depth`` of each query by MaxSim; the rest follows in the old order."""
-    candidates = {qid: top(scores, depth) for qid, scores in run.items()}
+def late_interaction_scores(
+    retriever: Retriever,
+    data: RetrievalData,
+    queries: dict[str, str],
+    candidates: dict[str, list[str]],
+) -> Run:
+    """MaxSim of each query with its candidates' pids; every passage is encoded once."""
     needed = sorted({pid for pids in candidates.values() for pid in pids})
     index_of = data.index_of
     encoded = retriever.tokens([data.passages[index_of[pid]] for pid in needed], "passage")
     tokens_of = dict(zip(needed, encoded, strict=True))
-    queries = retriever.tokens([data.queries[qid] for qid in run], "query")
-    new_scores: Run = {}
-    for qid, query in zip(run, queries, strict=True):
-        pids = candidates[qid]
+    query_tokens = retriever.tokens([queries[qid] for qid in candidates], "query")
+    scores: Run = {}
+    for (qid, pids), query in zip(candidates.items(), query_tokens, strict=True):
         passages, mask = _pad([tokens_of[pid] for pid in pids])
-        scores = maxsim(query.float()[None], passages, None, mask)[0]
-        new_scores[qid] = dict(zip(pids, scores.tolist(), strict=True))
-    return _merge(run, new_scores)
+        row = maxsim(query.float()[None], passages, None, mask)[0]
+        scores[qid] = dict(zip(pids, row.tolist(), strict=True))
+    return scores
+
+
+def cross_encoder_scores(
+    scorer: PairScorer,
+    data: RetrievalData,
+    queries: dict[str, str],
+    candidates: dict[str, list[str]],
+) -> Run:
+    """The cross-encoder's score of each query with its candidates' pids."""
+    index_of = data.index_of
+    pairs = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
+    values = scorer.scores(
+        [queries[qid] for qid, _ in pairs], [data.passages[index_of[pid]] for _, pid in pairs]
+    )
+    scores: Run = {qid: {} for qid in candidates}
+    for (qid, pid), value in zip(pairs, values.tolist(), strict=True):
+        scores[qid][pid] = value
+    return scores
+
+
+def rerank_late_interaction(retriever: Retriever, data: RetrievalData, run: Run, depth: int) -> Run:
+    """Re-score the top ``depth`` of each query by MaxSim; the rest follows in the old order."""
+    candidates = {qid: top(scores, depth) for qid, scores in run.items()}
+    return _merge(run, late_interaction_scores(retriever, data, data.queries, candidates))
 
 
 def rerank_cross_encoder(scorer: PairScorer, data: RetrievalData, run: Run, depth: int) -> Run:
     """Re-score the top ``depth`` of each query by the cross-encoder; the rest follows."""
-    index_of = data.index_of
-    pairs = [(qid, pid) for qid, scores in run.items() for pid in top(scores, depth)]
-    scores = scorer.scores(
-        [data.queries[qid] for qid, _ in pairs],
-        [data.passages[index_of[pid]] for _, pid in pairs],
-    )
-    new_scores: Run = {qid: {} for qid in run}
-    for (qid, pid), score in zip(pairs, scores.tolist(), strict=True):
-        new_scores[qid][pid] = score
-    return _merge(run, new_scores)
+    candidates = {qid: top(scores, depth) for qid, scores in run.items()}
+    return _merge(run, cross_encoder_scores(scorer, data, data.queries, candidates))
 
 
 def _merge(run: Run, reranked: Run) -> Run:

@@ -6,15 +6,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch.utils.tensorboard import SummaryWriter
+
+from erniesearch.progress import SECONDS_BETWEEN_LINES, progress_bar
 
 
 class Monitor:
@@ -33,12 +27,7 @@ class Monitor:
         self.console = Console(stderr=True)
         self.name, self.steps, self.start_step = name, steps, start_step
         self.started = self.printed = time.monotonic()
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=self.console,
-            disable=not self.console.is_terminal,
-        )  # fmt: skip
+        self.progress = progress_bar(self.console)
         self.task = self.progress.add_task(name, total=steps, completed=start_step, note="")
 
     def __enter__(self) -> "Monitor":
@@ -80,7 +69,8 @@ class Monitor:
         note = f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
         self.progress.update(self.task, completed=step, note=note)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self.printed > 20 or step == self.steps):
+        due = now - self.printed > SECONDS_BETWEEN_LINES or step == self.steps
+        if not self.console.is_terminal and due:
             self.printed = now
             left = (now - self.started) / (step - self.start_step) * (self.steps - step)
             self.console.print(

@@ -16,7 +16,7 @@ from erniesearch.config import (
 )
 from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.formats import RetrievalData, read_negatives
-from erniesearch.data.sampler import GroupSampler, check_group_fits
+from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
     check_same_vocabulary,
@@ -128,19 +128,16 @@ def build_batches(
     """This rank's batches of the stage."""
     stage: StageConfig = getattr(config.stages, name)
     world_size = distributed.world_size()
+    sampler: StepSampler
     collator: GroupCollator | SpanCollator
     lengths = (config.data.max_query_length, config.data.max_passage_length)
-    sampler = build_sampler(config, name, data, world_size)
     if name == "post_train":
+        sampler = PassageSampler(len(data.pids), _global_batch(stage, world_size), config.seed)
         collator = SpanCollator(data, tokenizer, *lengths, config.seed, stage.weights.mlm > 0)
     else:
+        sampler = build_sampler(config, name, data, world_size)
         collator = GroupCollator(data, sampler.qids, tokenizer, *lengths)
-    if distributed.is_main() and stage.negatives != "random" and sampler.num_short:
-        Console(stderr=True).print(
-            f"{name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
-            f" {stage.num_negatives} hard negatives; random passages fill their groups",
-            highlight=False,
-        )
+        _tell_short_lists(name, stage, sampler)
     return StepBatches(
         sampler, collator, stage.steps, stage.accumulation_steps, distributed.rank(),
         stage.queries_per_rank, world_size,
@@ -152,11 +149,6 @@ def build_sampler(
 ) -> GroupSampler:
     """The stage's sampler over the whole global batch."""
     stage: StageConfig = getattr(config.stages, name)
-    global_batch = stage.queries_per_rank * stage.accumulation_steps * world_size
-    if name == "post_train":
-        # Every passage is its own query; only its position in the corpus is used.
-        data = replace(data, qrels={pid: {pid: 1} for pid in data.pids})
-        return GroupSampler(data, None, 0, global_batch, config.seed)
     negatives = None
     if stage.negatives != "random" and stage.num_negatives:
         path = stages.RunFolder(config.run_dir).negatives(stage.negatives)
@@ -166,8 +158,21 @@ def build_sampler(
                 " `erniesearch run`, which makes them"
             )
         negatives = read_negatives(path)
-    return GroupSampler(data, negatives, stage.num_negatives, global_batch, config.seed,
-                        stage.easy_steps)  # fmt: skip
+    return GroupSampler(data, negatives, stage.num_negatives, _global_batch(stage, world_size),
+                        config.seed, stage.easy_steps)  # fmt: skip
+
+
+def _global_batch(stage: StageConfig, world_size: int) -> int:
+    return stage.queries_per_rank * stage.accumulation_steps * world_size
+
+
+def _tell_short_lists(name: str, stage: StageConfig, sampler: GroupSampler) -> None:
+    if distributed.is_main() and stage.negatives != "random" and sampler.num_short:
+        Console(stderr=True).print(
+            f"{name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
+            f" {stage.num_negatives} hard negatives; random passages fill their groups",
+            highlight=False,
+        )
 
 
 def learning_rate_factor(stage: StageConfig, step: int) -> float:

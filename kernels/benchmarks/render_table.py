@@ -47,8 +47,25 @@ def timing_table(name: str, report: dict[str, Any]) -> list[str]:
                 f"| {both['median_s'] * 1e3:.1f} ({both['q1_s'] * 1e3:.1f} to "
                 f"{both['q3_s'] * 1e3:.1f}) | {result['peak_bytes'] / 1e6:.1f} |"
             )
-        lines.append("")
+        lines += ["", *ratios(measured["results"]), ""]
     return lines
+
+
+def ratios(results: dict[str, Any]) -> list[str]:
+    """Ours against the fastest other implementation, forward and backward together."""
+    seconds = {
+        name: result["forward_backward"]["median_s"]
+        for name, result in results.items()
+        if "error" not in result
+    }
+    ours = [name for name in seconds if name.startswith("erniesearch")]
+    fastest = min((name for name in seconds if name not in ours), key=lambda name: seconds[name])
+    peak = results[fastest]["peak_bytes"]
+    return [
+        f"{name} takes {seconds[name] / seconds[fastest]:.3f} of the time of the fastest other "
+        f"({fastest}) and {results[name]['peak_bytes'] / peak:.3f} of its memory."
+        for name in ours
+    ]
 
 
 def compiled_table(report: dict[str, Any]) -> list[str]:
@@ -72,18 +89,20 @@ def compiled_table(report: dict[str, Any]) -> list[str]:
             f"| {entry['shared_bytes'] / 1024:.0f} | {entry['HGMMA']} | {entry['HMMA']} "
             f"| {entry['loop_instructions']} |"
         )
-        for problem, times in entry.get("predicted_h200", {}).items():
+        for case, times in entry.get("predicted_h200", {}).items():
             predictions.append(
-                f"| {entry['name'].split('/')[-1]} | {problem} | {times['overlapped_ms']} "
-                f"| {times['serial_ms']} |"
+                f"| {case} | {entry['name'].split('/')[0]} | {times['tensor_ms']} "
+                f"| {times['issue_ms']} | {times['l2_ms']} | {times['memory_ms']} "
+                f"| {times['overlapped_ms']} | {times['serial_ms']} |"
             )
     lines += [
         "",
-        "Predicted forward on an H200 (model: `aot_report.py`; never measured):",
+        "Predicted on an H200, in milliseconds (model: `aot_report.py`; never measured). "
+        "*overlapped*: the largest part; *serial*: the sum of tensor, issue and L2.",
         "",
-        "| form | problem | overlapped, ms | serial, ms |",
-        "|---|---|---|---|",
-        *predictions,
+        "| case | kernel | tensor | issue | L2 | memory | overlapped | serial |",
+        "|---|---|---|---|---|---|---|---|",
+        *sorted(predictions),
         "",
     ]
     return lines

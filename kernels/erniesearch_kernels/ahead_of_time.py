@@ -91,7 +91,8 @@ class Compiled:
     spill_bytes: int
     shared_bytes: int
     instructions: dict[str, int]  # of the whole kernel, by mnemonic
-    loop: dict[str, int]  # of the innermost loop around the matrix products, by mnemonic
+    loop: dict[str, int]  # of the shortest loop around most matrix products, by mnemonic
+    inner_loop: dict[str, int]  # of a loop inside it that also has matrix products, if any
 
     def count(self, mnemonic: str) -> int:
         return self.instructions.get(mnemonic, 0)
@@ -200,12 +201,14 @@ def compile_for(configuration: Configuration, capability: int) -> Compiled:
         )
     resources = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     lines = _instructions(code)
+    loop, inner_loop = _matrix_loops(lines, _labels(code))
     return Compiled(
         registers=resources["REG"],
         spill_bytes=resources["LOCAL"] + resources["STACK"],
         shared_bytes=kernel.metadata.shared,
         instructions=dict(Counter(name for _, name, _ in lines)),
-        loop=dict(Counter(_matrix_loop(lines, _labels(code)))),
+        loop=dict(Counter(loop)),
+        inner_loop=dict(Counter(inner_loop)),
     )
 
 
@@ -229,18 +232,26 @@ def _labels(code: str) -> dict[str, int]:
     return found
 
 
-def _matrix_loop(lines: list[tuple[int, str, str]], labels: dict[str, int]) -> list[str]:
-    """Mnemonics of the shortest loop that holds most matrix products (or FFMAs)."""
-    best: tuple[int, int] = (0, 0)
-    body: list[str] = []
+def _matrix_loops(
+    lines: list[tuple[int, str, str]], labels: dict[str, int]
+) -> tuple[list[str], list[str]]:
+    """Mnemonics of the shortest loop that holds most matrix products (or FFMAs), and of the
+    largest loop inside it that holds some (the loop over heads; empty if there is none)."""
+    loops = []
     for address, name, rest in lines:
         target = re.search(r"\((\.L_\w+)\)", rest)
-        if name != "BRA" or target is None or labels.get(target[1], address) >= address:
-            continue
-        begin = labels[target[1]]
-        inside = [n for a, n, _ in lines if begin <= a <= address]
-        products = sum(n in ("HGMMA", "HMMA") for n in inside)
-        products = products * 1000 + sum(n == "FFMA" for n in inside)
-        if (products, -len(inside)) > best:
-            best, body = (products, -len(inside)), inside
-    return body
+        begin = labels.get(target[1], address) if name == "BRA" and target else address
+        if begin < address:
+            inside = [n for a, n, _ in lines if begin <= a <= address]
+            products = sum(n in ("HGMMA", "HMMA") for n in inside)
+            weight = products * 1000 + sum(n == "FFMA" for n in inside)
+            loops.append((weight, -len(inside), begin, address, inside))
+    if not loops:
+        return [], []
+    _, _, first, last, body = max(loops)
+    nested = [
+        inside
+        for weight, _, begin, end, inside in loops
+        if weight >= 1000 and first <= begin and end <= last and (begin, end) != (first, last)
+    ]
+    return body, max(nested, key=len, default=[])

@@ -337,8 +337,10 @@ def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> di
     """Tile shape of all kernels here: query tokens by passage tokens."""
     if dtype == torch.float32:
         # Without tensor cores, loads that run ahead cost registers that spill.
-        rows = 32 if block_d <= 128 else 16
-        columns = 16 if backward else rows
+        if backward:
+            rows, columns = 32 if block_d <= 64 else 16, 16
+        else:
+            rows = columns = 32 if block_d <= 128 else 16
         return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
     columns = 64 if block_d <= 128 else 32
     return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}

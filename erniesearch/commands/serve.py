@@ -1,0 +1,54 @@
+"""``serve``: a finished run as an HTTP service."""
+
+from jsonargparse import ArgumentParser
+
+from erniesearch.commands.parsing import name_accelerator
+from erniesearch.errors import UserError
+
+
+def serve_command(argv: list[str]) -> int:
+    """``erniesearch serve --run DIR``."""
+    parser = ArgumentParser(
+        prog="erniesearch serve",
+        description="Answer queries over HTTP: /search, /explain, /health, and a page at /.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1",
+        help="Address to listen on; 0.0.0.0 lets other machines ask.",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=8080, help="0 takes any free port.")
+    parser.add_argument(
+        "--late_interaction_depth", type=int | None, default=None,
+        help="Passages that late interaction scores, and the most a request may ask for; 0 leaves"
+        " it out. null means 100, or 0 if the run trained none.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cross_encoder_depth", type=int | None, default=None,
+        help="The same for the cross-encoder; null means 20, or 0 if the run trained none.",
+    )  # fmt: skip
+    settings = parser.parse_args(argv)
+    if not 0 <= settings.port <= 65535:
+        raise UserError(f"--port {settings.port}: must be 0 to 65535")
+    for name in ("late_interaction_depth", "cross_encoder_depth"):
+        depth = getattr(settings, name)
+        if depth is not None and depth < 0:
+            raise UserError(f"--{name} {depth}: must be 0 or more")
+    name_accelerator()
+    from erniesearch.retrieval.system import SearchSystem
+
+    try:
+        from erniesearch.serve.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+            raise
+        raise UserError(
+            f"the package {error.name} is not installed: pip install 'erniesearch[serve]'"
+        ) from None
+    serve(
+        lambda: SearchSystem.from_run(settings.run, settings.cross_encoder_depth != 0),
+        settings.host, settings.port,
+        settings.late_interaction_depth, settings.cross_encoder_depth,
+    )  # fmt: skip
+    return 0

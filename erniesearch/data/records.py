@@ -1,0 +1,83 @@
+"""JSON lines and their fields; every odd line is named by file and line."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from erniesearch.errors import UserError, nearest
+
+
+def read_jsonl(
+    path: Path, show: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) for every line that is not blank; ``show`` is told now and then
+    how many bytes are read.
+
+    Raises:
+        UserError: for a missing file, bytes that are not UTF-8, or a line that is no JSON object.
+    """
+    try:
+        handle = path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    position = 0
+    with handle:
+        for number, raw in enumerate(handle, 1):
+            position += len(raw)
+            if show and number % 4096 == 0:
+                show(position)
+            if raw.strip():
+                yield number, parse_line(raw, path, number)
+
+
+def parse_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object on one line.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        problem = getattr(error, "msg", "nested too deeply")
+        raise UserError(f"{path}:{number}: not valid JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def text_field(
+    record: dict[str, Any], key: str, path: Path, number: int, default: str | None = None
+) -> str:
+    """A field that must be text (``default`` where it is absent or null); ``_id`` may be a whole
+    number.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    value = record.get(key, default)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(f"{path}:{number}: no key '{key}'{nearest(key, record)}")
+    if key == "_id" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{path}:{number}: '{key}' must be text, found {type(value).__name__}")
+    if key == "_id" and (not value or any(c.isspace() for c in value)):
+        raise UserError(
+            f"{path}:{number}: id {value!r} is empty or has white space: a TREC run cannot hold it"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}:{number}: '{key}' has half of a surrogate pair (\\ud800 to \\udfff), which no"
+            " UTF-8 text can hold: remove or complete it"
+        ) from None
+    return value

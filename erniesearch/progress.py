@@ -1,0 +1,77 @@
+"""How far long work is: a bar on a terminal, a line every 20 seconds elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 20
+
+
+def progress_bar(console: Console) -> Progress:
+    """Description, bar, count, times and a note; nothing where the console is no terminal."""
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+class Meter:
+    """Counts ``unit`` up to ``total`` and says how many a second and how long it will take.
+
+    Args:
+        shown: False counts without a word (ranks other than 0).
+    """
+
+    def __init__(self, name: str, unit: str, total: int, shown: bool = True) -> None:
+        self.name, self.unit, self.total, self.shown = name, unit, total, shown
+        self.done = 0
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bar = progress_bar(self.console)
+        self.bar.disable = self.bar.disable or not shown
+        self.task = self.bar.add_task(name, total=total, note="")
+        self.started = self.printed = time.monotonic()
+
+    def __enter__(self) -> "Meter":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self.started, 1e-9)
+
+    def advance(self, number: int) -> None:
+        """Count ``number`` more."""
+        self.done += number
+        rate = self.rate
+        self.bar.update(self.task, completed=self.done, note=f"{rate:,.0f} {self.unit}/s")
+        now = time.monotonic()
+        if (
+            self.shown
+            and not self.console.is_terminal
+            and (now - self.printed > SECONDS_BETWEEN_LINES or self.done == self.total)
+        ):
+            self.printed = now
+            left = (self.total - self.done) / max(rate, 1e-9)
+            self.console.print(
+                f"{self.name} {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f} {self.unit}/s"
+                f"  {left:,.0f} s left"
+            )

@@ -1,0 +1,184 @@
+"""Encode a collection shard by shard, on as many ranks as there are.
+
+Shard k is done by rank k mod W. What a shard holds depends on its rows alone, so that neither the
+number of ranks nor a restart changes a byte; ranks exchange nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from erniesearch import distributed, stages
+from erniesearch.data.corpora import open_corpus
+from erniesearch.data.formats import read_qrels, read_queries
+from erniesearch.data.tokens import open_tokens
+from erniesearch.errors import UserError
+from erniesearch.models.encoder import Side
+from erniesearch.progress import Meter
+from erniesearch.retrieval.embeddings import (
+    DTYPES,
+    Dtype,
+    Manifest,
+    What,
+    claim,
+    is_whole,
+    shard_path,
+    write_shard,
+)
+from erniesearch.retrieval.encode import Retriever, StoredTokens
+from erniesearch.retrieval.load import Precision, load_retriever, read_folder
+
+SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
+"""Rows of a shard by default: some hundred megabytes, which one rank holds in memory."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What to encode: parallel ids and texts, and a hash of the files they come from."""
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+    fingerprint: str
+
+
+def read_collection(root: Path, side: Side, split: str | None, use_titles: bool) -> Collection:
+    """The passages of a folder in BEIR layout, or its queries.
+
+    Args:
+        split: only queries of this qrels file; None takes all. Passages belong to every split.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    corpus = root / "corpus.jsonl"
+    if side == "passage":
+        if split is not None:
+            raise UserError("--split selects queries: leave it out, or give --side query")
+        opened = open_corpus(corpus, use_titles)
+        kind = "titles" if use_titles else "texts"
+        return Collection(opened.pids, opened.passages, f"{stages.hash_files([corpus])}-{kind}")
+    files = [root / "queries.jsonl"]
+    queries = read_queries(files[0])
+    if split is not None:
+        files.append(root / "qrels" / f"{split}.tsv")
+        qrels = read_qrels(files[1], queries, open_corpus(corpus, use_titles).index_of)
+        queries = {qid: queries[qid] for qid in qrels}
+    return Collection(list(queries), list(queries.values()), stages.hash_files(files))
+
+
+def model_hash(path: Path) -> str:
+    """One hash of a model folder's weights, settings and vocabulary."""
+    kinds = (".json", ".safetensors", ".txt", ".model")
+    return stages.hash_files(file for file in path.rglob("*") if file.suffix in kinds)
+
+
+def encode_collection(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    side: Side = "passage",
+    split: str | None = None,
+    use_titles: bool = True,
+    what: What | None = None,
+    dtype: Dtype = "fp16",
+    precision: Precision = "auto",
+    batch_size: int = 64,
+    shard_size: int | None = None,
+    max_length: int | None = None,
+    pooling: str | None = None,
+) -> None:
+    """Encode this rank's shards of a collection; those already there are left as they are.
+
+    Raises:
+        UserError: for a model or collection that does not load, or an ``out`` that holds other
+            embeddings.
+    """
+    device = distributed.read_launcher()
+    found = read_folder(model, pooling)  # type: ignore[arg-type]
+    what = what or ("vectors" if found.has_vectors else "tokens")
+    if not (found.has_vectors if what == "vectors" else found.has_tokens):
+        raise UserError(f"model '{model}' is a {found.kind.replace('_', '-')}: it makes no {what}")
+    if found.only and found.only != side:
+        raise UserError(f"model '{model}' is the {found.only} tower: --side {found.only}")
+    collection = read_collection(Path(data), side, split, use_titles)
+    retriever = load_retriever(
+        model, batch_size=batch_size, device=device, pooling=pooling,  # type: ignore[arg-type]
+        max_query_length=max_length if side == "query" else None,
+        max_passage_length=max_length if side == "passage" else None, precision=precision,
+    )  # fmt: skip
+    sources = [Path(found.settings.path), *filter(None, [found.head, found.passage_path])]
+    dim = retriever.student.hidden_size
+    manifest = Manifest(
+        what=what, side=side, dtype=dtype,
+        dim=dim if what == "vectors" else found.settings.late_interaction_dim,
+        rows=len(collection.ids), shard_size=shard_size or SHARD_SIZES[what],
+        max_length=retriever.lengths[side], precision=retriever.precision,
+        model=":".join(model_hash(s if s.is_dir() else s.parent) for s in sources)
+        + f":{found.settings.pooling}:{found.settings.normalize}",
+        data=collection.fingerprint,
+        source={"model": str(Path(model).absolute()), "data": str(Path(data).absolute())},
+    )  # fmt: skip
+    claim(Path(out), manifest)
+    _encode_shards(retriever, collection, Path(out), manifest)
+
+
+def _encode_shards(
+    retriever: Retriever, collection: Collection, folder: Path, manifest: Manifest
+) -> None:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    mine = range(rank, manifest.num_shards, world_size)
+    todo = [k for k in mine if not is_whole(folder, manifest, k)]
+    rows = sum(end - start for start, end in map(manifest.bounds, todo))
+    stored = manifest.side == "passage" and not retriever.prompts.get("passage") and rows > 0
+    store = open_tokens(collection.texts, retriever.tokenizer) if stored else None
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    unit = "passages" if manifest.side == "passage" else "queries"
+    if rank == 0:
+        console.print(
+            f"encode: {manifest.rows:,} {unit} to {manifest.what} of {manifest.dim} in"
+            f" {manifest.dtype}, {manifest.num_shards} shards on {world_size} ranks;"
+            f" rank 0 has {len(mine)}, {len(mine) - len(todo)} are there"
+        )
+    with Meter("encode, rank 0", unit, rows, shown=rank == 0 and rows > 0) as meter:
+        for k in todo:
+            start, end = manifest.bounds(k)
+            texts = StoredTokens(store, start, end) if store else collection.texts[start:end]
+            if manifest.what == "vectors":
+                encoded, offsets = _vectors(retriever, texts, manifest, meter), None
+            else:
+                encoded, offsets = _tokens(retriever, texts, manifest, meter)
+            if not torch.isfinite(encoded).all():
+                raise UserError(
+                    f"{shard_path(folder, k)}: values that {manifest.dtype} cannot hold: --dtype"
+                    " bf16 or fp32, or a model without overflows"
+                )
+            write_shard(folder, manifest, k, collection.ids[start:end], encoded, offsets)
+    if rank == 0 and rows:
+        console.print(f"encode: rank 0 done, {meter.rate:,.1f} {unit}/s")
+
+
+def _vectors(
+    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
+) -> Tensor:
+    out = torch.empty(len(texts), manifest.dim, dtype=DTYPES[manifest.dtype])
+    for positions, batch in retriever.vector_batches(texts, manifest.side):
+        out[torch.from_numpy(positions)] = batch.to(out.dtype).cpu()
+        meter.advance(len(positions))
+    return out
+
+
+def _tokens(
+    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
+) -> tuple[Tensor, Tensor]:
+    parts: list[Tensor] = [torch.empty(0)] * len(texts)
+    for positions, batch in retriever.token_batches(texts, manifest.side):
+        for position, vectors in zip(positions, batch, strict=True):
+            parts[position] = vectors.to(DTYPES[manifest.dtype]).cpu()
+        meter.advance(len(positions))
+    lengths = torch.tensor([0, *map(len, parts)])
+    return torch.cat(parts), lengths.cumsum(0)

@@ -1,0 +1,72 @@
+"""A run folder's models, ready to encode and to score."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+from erniesearch import stages
+from erniesearch.config import (
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    check_yaml,
+    from_dict,
+    validate,
+)
+from erniesearch.errors import UserError
+from erniesearch.retrieval.encode import PairScorer, Retriever
+
+
+def load_run_config(run_dir: str | Path) -> RunConfig:
+    """The config that a run recorded; ``run_dir`` is the folder as it is named now.
+
+    Raises:
+        UserError: if there is none, or one that no run has written.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --run names the folder of a finished run")
+    check_yaml(path)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"run_dir": str(run_dir)}
+    try:
+        settings = parser.parse_object(content)
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    return validate(from_dict(RunConfig, settings.as_dict()))
+
+
+def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:
+    """Settings that load a stage's student; the pretrained one for None."""
+    if stage is None:
+        return config.student
+    path = stages.RunFolder(config.run_dir).model(stage, "student")
+    return replace(config.student, path=str(path), revision=None)
+
+
+def trained_teacher(config: RunConfig) -> TeacherConfig | None:
+    """Settings that load the last cross-encoder; None if the run trains none."""
+    stage = stages.final_teacher(config)
+    if stage is None:
+        return None
+    path = stages.RunFolder(config.run_dir).model(stage, "teacher")
+    return replace(config.teacher, path=str(path), revision=None)
+
+
+def make_retriever(config: RunConfig, settings: StudentConfig) -> Retriever:
+    """A student with the run's lengths and batch size."""
+    return Retriever(
+        settings, config.data.max_query_length, config.data.max_passage_length,
+        config.evaluation.batch_size, seed=config.seed,
+    )  # fmt: skip
+
+
+def make_scorer(config: RunConfig, settings: TeacherConfig) -> PairScorer:
+    """A cross-encoder with the run's lengths and batch size."""
+    return PairScorer(
+        settings, config.data.max_query_length, config.data.max_passage_length,
+        config.evaluation.batch_size,
+    )  # fmt: skip

@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, jsonargparse.ArgumentError) as error:
         # Every rank meets the same mistake.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            message = " ".join(str(error).split())
-            sys.stderr.write(f"erniesearch: error: {message}\n")
+            sys.stderr.write(f"erniesearch: error: {_one_line(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -75,6 +74,13 @@ COMMANDS = {
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",
 }
+
+
+def _one_line(message: str) -> str:
+    """Without line breaks, terminal controls, or the bulk of an odd value."""
+    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+                      for c in " ".join(message.split()))  # fmt: skip
+    return message if len(message) <= 1000 else f"{message[:600]} … {message[-300:]}"
 
 
 def _load(name: str) -> Callable[[list[str]], int]:

@@ -90,9 +90,7 @@ class Cluster:
         """Start the daemons and wait until both nodes are idle."""
         at = f"{self.folder}/munge"
         files = [f"--{name}-file={at}.{name}" for name in ("key", "pid", "log", "seed")]
-        self._start(
-            "munged", "munged", "--force", "--foreground", f"--socket={at}.socket", *files
-        )
+        self._start("munged", "munged", "--force", "--foreground", f"--socket={at}.socket", *files)
         self.wait_until("munged", lambda: (self.folder / "munge.socket").exists())
         self._start("ctld", "slurmctld", "-D")
         for name in NODES:

@@ -18,6 +18,7 @@ from erniesearch.training.checkpoint import find_checkpoints
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]
 
@@ -72,8 +73,8 @@ def test_time_limit_requeues_and_the_trace_is_exact(
     whole_run(file, tmp_path / "short")
     lines = (RunFolder(tmp_path / "short").stage("cascade") / "metrics.jsonl").read_text()
     seconds = sorted(json.loads(x)["speed"]["seconds"] for x in lines.splitlines())
-    # Longer than one start may last, whatever this machine's speed.
-    steps = ("--stages.cascade.steps", str(round(45 / seconds[len(seconds) // 2])))
+    # More than fits before the first warning, whatever this machine's speed.
+    steps = ("--stages.cascade.steps", str(round(32 / seconds[len(seconds) // 2])))
     job = cluster.submit(
         tmp_path, "--time=1", "--signal=B:USR1@2", "--job-name=limit",
         str(scripts / "stage.sbatch"), "cascade", str(file), *steps,
@@ -84,7 +85,8 @@ def test_time_limit_requeues_and_the_trace_is_exact(
     starts = int(done["Restarts"])
     assert starts >= 1
     updates = [int(x) for x in re.findall(r"stage cascade stopped after update (\d+), saved", log)]
-    assert len(updates) == starts == log.count("stopped on request: back to the queue")
+    # Where a start takes most of the minute, a warning may come before any update.
+    assert 1 <= len(updates) <= starts == log.count("stopped on request: back to the queue")
     assert updates == sorted(set(updates))
     assert "Traceback" not in log
 
@@ -151,6 +153,21 @@ def test_mistake_is_not_requeued(cluster: Cluster, scripts: Path, tmp_path: Path
     assert (done["ExitCode"], done["Restarts"]) == ("2:0", "0")
     log = (tmp_path / f"odd-{job}.log").read_text()
     assert log.count("unknown key 'sed' (did you mean 'seed'?)") == 1
+
+
+def test_encoding_uses_both_nodes(
+    cluster: Cluster, scripts: Path, tiny_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    job = cluster.submit(
+        tmp_path, "--job-name=enc", str(scripts / "encode.sbatch"), "--model", str(tiny_model),
+        "--pooling", "mean", "--data", str(tiny_data), "--shard_size", "16", "--max_length", "16",
+    )  # fmt: skip
+    done = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED")
+    log = (tmp_path / f"enc-{job}.log").read_text()
+    assert done["JobState"] == "COMPLETED", log[-5000:]
+    folder = tmp_path / "runs" / f"enc-{job}" / "embeddings"
+    assert len(list(folder.glob("embeddings-*.safetensors"))) == 4  # 60 passages
+    assert "Traceback" not in log
 
 
 def test_pipeline_uses_both_nodes_and_continues_after_a_warning(

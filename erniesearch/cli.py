@@ -40,7 +40,8 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake."""
+    """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 75 for
+    a training that stopped on request and can be continued."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see --help")
         return _load(name)(argv[len(name.split()) :])
     except (UserError, jsonargparse.ArgumentError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
-            message = " ".join(str(error).split())
-            sys.stderr.write(f"erniesearch: error: {message}\n")
+        # Every rank meets the same mistake.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            sys.stderr.write(f"erniesearch: error: {_one_line(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -83,6 +84,13 @@ COMMANDS = {
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",
 }
+
+
+def _one_line(message: str) -> str:
+    """Without line breaks, terminal controls, or the bulk of an odd value."""
+    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+                      for c in " ".join(message.split()))  # fmt: skip
+    return message if len(message) <= 1000 else f"{message[:600]} … {message[-300:]}"
 
 
 def _load(name: str) -> Callable[[list[str]], int]:

@@ -291,7 +291,11 @@ def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -428,6 +432,7 @@ def from_dict(cls: type, content: dict[str, Any]) -> Any:
         if is_dataclass(hints[f.name])
         else content[f.name]
         for f in fields(cls)
-        if f.name in content
+        # A section that stands there empty is None, and has its defaults.
+        if f.name in content and not (is_dataclass(hints[f.name]) and content[f.name] is None)
     }
     return cls(**values)

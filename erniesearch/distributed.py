@@ -209,6 +209,15 @@ def gather_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
     return padded.index_put((all_mask,), packed), all_mask
 
 
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds on any rank; the same answer on all."""
+    if world_size() == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Average scalars over ranks in one collective; for logging only."""
     if not values:

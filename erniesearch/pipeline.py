@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,23 @@ import torch
 import transformers
 from rich.console import Console
 
-from erniesearch import __version__, stages, steps
+from erniesearch import __version__, launcher, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import RetrievalData, load_beir, with_split
 from erniesearch.data.tokens import open_tokens
-from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.export import export_all, write_cards
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
-from erniesearch.training.process import hold_lock, pipeline_token
+from erniesearch.training.process import hold_lock
 from erniesearch.training.stage import check_inputs
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine", "cascade",
          "export", "evaluate")  # fmt: skip
 STAGE_NAMES = (*TRAINING_STAGES, "mine")
 console = Console(stderr=True, highlight=False)
-
-
-class StageFailed(RuntimeError):
-    """A training process ended with an error that it has already printed."""
-
-    def __init__(self, stage: str, status: int) -> None:
-        super().__init__(f"stage {stage} failed with exit status {status}")
-        self.status = status
 
 
 def run(config: RunConfig, only: list[str] | None = None) -> None:
@@ -51,6 +41,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     Raises:
         UserError: for bad input, before anything is trained.
         StageFailed: when a training process fails.
+        Preempted: when this process is asked to stop.
     """
     names = planned(config)
     if only:
@@ -59,7 +50,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
                 raise UserError(f"--only {name}: this run has {', '.join(names)}")
         names = [name for name in names if name in only]
     folder = stages.RunFolder(config.run_dir)
-    world_size = num_processes(config)
+    world_size = launcher.num_processes(config)
     # The steps in this process take every core, unless the user says how many.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
@@ -93,7 +84,7 @@ def _run_step(
     _check_upstream(config, name, world_size, folder)
     console.rule(f"[bold]{name}[/]", align="left")
     if name in TRAINING_STAGES:
-        _launch(config, name, world_size)
+        launcher.launch(config, name, world_size)
         return
     stages.claim(folder.stage(name), expected)
     facts: dict[str, Any]
@@ -153,11 +144,6 @@ def planned(config: RunConfig) -> list[str]:
     return [name for name in ORDER if name in enabled | {"export", "evaluate"}]
 
 
-def num_processes(config: RunConfig) -> int:
-    """Ranks per stage: as configured, else one per GPU, else 2."""
-    return config.training.num_processes or torch.cuda.device_count() or 2
-
-
 def _write_record(config: RunConfig, root: Path) -> None:
     """Resolved config, versions and commit into the run folder."""
     stages.write_atomically(root / "config.yaml", to_yaml(config))
@@ -171,21 +157,3 @@ def _write_record(config: RunConfig, root: Path) -> None:
         "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     stages.write_atomically(root / "environment.json", json.dumps(versions, indent=2) + "\n")
-
-
-def _launch(config: RunConfig, name: str, world_size: int) -> None:
-    """Train a stage through the DeepSpeed launcher."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(config.training.threads_per_process),
-        "TOKENIZERS_PARALLELISM": "false",
-        "ERNIESEARCH_PIPELINE": pipeline_token(),
-    }
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(world_size), "--master_port", str(free_port()),
-        "--quiet", "--no_local_rank", "--module", "erniesearch.cli",
-        "train", "--config", str(Path(config.run_dir) / "config.yaml"), "--stage", name,
-    ]  # fmt: skip
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status:
-        raise StageFailed(name, status)

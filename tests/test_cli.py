@@ -338,6 +338,13 @@ def test_only_the_first_rank_speaks(
     assert capsys.readouterr().err == ""
 
 
+def test_odd_values_do_not_fill_or_control_the_terminal(refused: Refused) -> None:
+    message = refused(None, "train\x1b[31m\n" + "x" * 5000)
+    assert message.startswith("unknown command 'train\N{REPLACEMENT CHARACTER}[31m xxx")
+    assert message.endswith("see --help")
+    assert len(message) < 1000
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"]])
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0

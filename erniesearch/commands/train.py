@@ -1,10 +1,12 @@
 """``run`` and ``train``: a whole pipeline, one stage."""
 
+import os
 import sys
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
 from erniesearch.config import TRAINING_STAGES
 from erniesearch.errors import UserError, nearest
+from erniesearch.training import preemption
 
 
 def run_command(argv: list[str]) -> int:
@@ -21,11 +23,14 @@ def run_command(argv: list[str]) -> int:
     )  # fmt: skip
     config, settings = parse_config(parser, argv)
     name_accelerator()
-    from erniesearch import pipeline
+    from erniesearch import launcher, pipeline
 
     try:
-        pipeline.run(config, settings.only.split(",") if settings.only else None)
-    except pipeline.StageFailed as error:
+        with preemption.listening(launcher.stop):
+            pipeline.run(config, settings.only.split(",") if settings.only else None)
+    except preemption.Preempted as stop:
+        return _stopped(stop)
+    except launcher.StageFailed as error:
         if error.status != 2:  # a user's mistake has been told already
             sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
         return 2 if error.status == 2 else 1
@@ -48,13 +53,22 @@ def train_command(argv: list[str]) -> int:
         hint = nearest(settings.stage, TRAINING_STAGES)
         raise UserError(f"--stage {settings.stage}: one of {', '.join(TRAINING_STAGES)}{hint}")
     name_accelerator()
-    import torch.distributed as dist
+    with preemption.listening():  # before the slow imports
+        import torch.distributed as dist
 
-    from erniesearch.training.loop import train_stage
+        from erniesearch.training.loop import train_stage
 
-    try:
-        train_stage(config, settings.stage)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            train_stage(config, settings.stage)
+        except preemption.Preempted as stop:
+            return _stopped(stop)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     return 0
+
+
+def _stopped(stop: preemption.Preempted) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"erniesearch: {stop}; run the same command again to continue\n")
+    return preemption.EXIT_STATUS

@@ -75,7 +75,7 @@ def read_qrels(
         raise UserError(f"{path}: no such file{there}")
     qrels: dict[str, dict[str, int]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error.reason}") from None
     for number, line in enumerate(lines, 1):

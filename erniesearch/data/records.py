@@ -1,9 +1,11 @@
 """JSON lines and their fields; every odd line is named by file and line."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from erniesearch.errors import UserError, nearest
 
@@ -39,12 +41,16 @@ def parse_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     Raises:
         UserError: naming file and line.
     """
+    if number == 1:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        problem = getattr(error, "msg", "nested too deeply")
+    except RecursionError:
+        raise UserError(f"{path}:{number}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # a syntax error, or a number of thousands of digits
+        problem = getattr(error, "msg", str(error).split(";")[0])
         raise UserError(f"{path}:{number}: not valid JSON: {problem}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
@@ -69,9 +75,10 @@ def text_field(
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{path}:{number}: '{key}' must be text, found {type(value).__name__}")
-    if key == "_id" and (not value or any(c.isspace() for c in value)):
+    if key == "_id" and (not value or any(c.isspace() or category(c) == "Cc" for c in value)):
         raise UserError(
-            f"{path}:{number}: id {value!r} is empty or has white space: a TREC run cannot hold it"
+            f"{path}:{number}: id {value!r} is empty or has white space or control characters: a"
+            " TREC run cannot hold it"
         )
     try:
         value.encode("utf-8")

@@ -16,6 +16,7 @@ from erniesearch.config import RunConfig, StageConfig
 from erniesearch.data.collate import Batch, StepBatches
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
+from erniesearch.training import preemption
 from erniesearch.training.checkpoint import load_latest, save_checkpoint
 from erniesearch.training.engine import build_engine, gathered_state
 from erniesearch.training.monitor import Monitor
@@ -30,6 +31,7 @@ def train_stage(config: RunConfig, name: str) -> None:
 
     Raises:
         UserError: for anything wrong with the input, before the first step.
+        Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
     """
     stage: StageConfig = getattr(config.stages, name)
     if stage.steps == 0:
@@ -117,9 +119,13 @@ def run_steps(
                     }
                     monitor.log(done, means, rates, speed)
                 began, logged, num_tokens = time.monotonic(), done, 0
-            if done == stage.steps or (training.save_every and done % training.save_every == 0):
+            last = done == stage.steps
+            stop = distributed.any_rank(preemption.requested(), device) and not last
+            if last or stop or (training.save_every and done % training.save_every == 0):
                 state = {"running_accuracy": engine.module.running_accuracy}
                 save_checkpoint(engine, folder / "checkpoints", done, state)
+            if stop:
+                raise preemption.Preempted(f"stage {name} stopped after update {done}, saved")
 
 
 def _save_model(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,115 @@
+"""SIGUSR1 and SIGTERM: all ranks save at the same update, end with 75, and continue exactly."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ConfigMaker, losses_of, run_python, start
+from test_pipeline import orphans
+from test_resume import wait_for_step
+
+from erniesearch.config import to_yaml
+from erniesearch.errors import UserError
+from erniesearch.launcher import num_processes
+from erniesearch.stages import RunFolder
+from erniesearch.training import preemption
+from erniesearch.training.checkpoint import find_checkpoints
+
+STEPS = 60
+
+
+def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The training processes, in rank order."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "--stage" in child.cmdline() and "deepspeed.launcher" not in " ".join(child.cmdline())
+    ]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+@pytest.mark.distributed
+def test_one_signalled_rank_stops_all_at_the_same_update(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """A signal to one rank, then one to the pipeline; each time the run continues."""
+    for name in ("whole", "stopped"):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(
+            to_yaml(make_config(run_dir=tmp_path / name, steps=STEPS, num_processes=2,
+                                queries_per_rank=2, schedule="linear"))
+        )  # fmt: skip
+    train = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29751",
+             "launch/train.py", "--stage", "cascade", "--config")  # fmt: skip
+    status, output = run_python(*train, str(tmp_path / "whole.yaml"))
+    assert status == 0, output[-3000:]
+
+    stage = RunFolder(tmp_path / "stopped").stage("cascade")
+    process = start(*train, str(tmp_path / "stopped.yaml"))
+    wait_for_step(stage, 3)
+    ranks_below(process)[1].send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output[-3000:]
+    assert "Traceback" not in output
+    seen = len(losses_of(stage))
+    assert f"stage cascade stopped after update {seen}, saved" in output
+    assert 3 <= seen < STEPS
+    assert find_checkpoints(stage / "checkpoints")[-1].name == f"step-{seen:06d}"
+    assert not (stage / "done.json").exists()
+
+    run = ("-m", "erniesearch.cli", "run", str(tmp_path / "stopped.yaml"))
+    process = start(*run)
+    wait_for_step(stage, seen + 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output[-3000:]
+    assert "Traceback" not in output
+    assert "run the same command again to continue" in output
+    assert orphans(tmp_path / "stopped") == []
+    assert len(losses_of(stage)) > seen
+    status, output = run_python(*run)
+    assert status == 0, output[-3000:]
+    traces = [
+        losses_of(RunFolder(tmp_path / name).stage("cascade")) for name in ("whole", "stopped")
+    ]
+    assert [line["step"] for line in traces[0]] == list(range(1, STEPS + 1))
+    assert traces[0] == traces[1]
+
+
+def test_handlers_come_back_and_the_request_is_noted() -> None:
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    calls = []
+    with preemption.listening(lambda: calls.append(1)):
+        assert not preemption.requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert preemption.requested()
+    assert calls == [1]
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    with preemption.listening():
+        assert not preemption.requested()
+
+
+@pytest.mark.parametrize(
+    ("per_node", "tasks", "expected"), [(0, "4(x2)", 8), (0, "1", 2), (3, "4(x2)", 6)]
+)
+def test_slurm_says_how_many_ranks(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, per_node: int, tasks: str,
+    expected: int,
+) -> None:  # fmt: skip
+    for name, value in (("JOB_ID", "7"), ("JOB_NUM_NODES", "2"), ("TASKS_PER_NODE", tasks)):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    config = make_config(num_processes=per_node)
+    assert num_processes(config) == expected
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2,1")
+    if not per_node:
+        with pytest.raises(UserError, match="2,1 tasks per node"):
+            num_processes(config)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")  # a task of the job: srun is not for it to start
+    assert num_processes(config) == (per_node or 2)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jsonargparse
 
 from erniesearch import __version__
-from erniesearch.errors import UserError, nearest
+from erniesearch.errors import RankError, UserError, nearest
 
 USAGE = """usage: erniesearch COMMAND [options]
 
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see --help")
         return _load(name)(argv[len(name.split()) :])
     except (UserError, jsonargparse.ArgumentError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
+        # Every rank meets the same mistake; one of them tells it.
+        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
             message = " ".join(str(error).split())
             sys.stderr.write(f"erniesearch: error: {message}\n")
         return 2

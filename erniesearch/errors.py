@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A :class:`UserError` that one rank alone has met: that rank prints it, whichever it is."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
-from erniesearch.training.checkpoint import check_complete, find_checkpoints
+from erniesearch.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.distributed
 

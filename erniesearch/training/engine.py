@@ -51,10 +51,16 @@ def zero_section(training: TrainingConfig) -> dict[str, Any]:
 
 
 def build_engine(
-    model: JointModel, training: TrainingConfig, stage: StageConfig, device: torch.device
+    model: JointModel,
+    training: TrainingConfig,
+    stage: StageConfig,
+    queries_per_rank: int,
+    device: torch.device,
+    universal: bool = False,
 ) -> tuple["deepspeed.DeepSpeedEngine", dict[str, float]]:
     """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``.
 
+    ``universal`` says that checkpoints will be loaded in DeepSpeed's universal form.
     Also returns the peak learning rate of each parameter group by name.
     """
     # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a
@@ -74,13 +80,14 @@ def build_engine(
         optimizer=optimizer,
         dist_init_required=False,
         config={
-            "train_micro_batch_size_per_gpu": stage.queries_per_rank,
+            "train_micro_batch_size_per_gpu": queries_per_rank,
             "gradient_accumulation_steps": stage.accumulation_steps,
             "gradient_clipping": training.max_grad_norm,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": use_bf16(training.precision, device)},
             "steps_per_print": 1 << 31,
+            "checkpoint": {"load_universal": universal},
         },
     )
     return engine, peaks

@@ -16,10 +16,11 @@ from erniesearch.config import RunConfig, StageConfig
 from erniesearch.data.collate import Batch, StepBatches
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
-from erniesearch.training.checkpoint import load_latest, save_checkpoint
-from erniesearch.training.engine import build_engine, gathered_state
+from erniesearch.training.checkpoint import Checkpointer
+from erniesearch.training.engine import build_engine, gathered_state, zero_section
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline
+from erniesearch.training.resume import find_resume, load_checkpoint
 from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
 
 
@@ -48,8 +49,13 @@ def train_stage(config: RunConfig, name: str) -> None:
         batches = build_batches(config, name, data, tokenizer)
         if config.training.activation_checkpointing:
             model.enable_activation_checkpointing()
-        engine, peaks = build_engine(model, config.training, stage, device)
-        start_step, state = load_latest(engine, folder / "checkpoints")
+        resume = find_resume(folder / "checkpoints", zero_section(config.training).get("stage", 0))
+        engine, peaks = build_engine(
+            model, config.training, stage,
+            stages.queries_per_rank(config, name, distributed.world_size()), device,
+            universal=resume is not None and resume.universal,
+        )  # fmt: skip
+        start_step, state = load_checkpoint(engine, resume)
         model.running_accuracy = dict(state.get("running_accuracy", {}))
         run_steps(config, name, engine, peaks, batches, start_step, folder, device)
         _save_model(engine, folder / "model", tokenizer)
@@ -82,6 +88,9 @@ def run_steps(
         DataLoader(Subset(batches, todo), batch_size=None, num_workers=training.num_workers)
     )
     monitor = Monitor(folder, name, start_step, stage.steps) if distributed.is_main() else None
+    checkpoints = Checkpointer(
+        engine, folder / "checkpoints", training.keep_checkpoints, training.async_save
+    )
     engine.train()
     began, logged, num_tokens = time.monotonic(), start_step, 0
     with monitor or nullcontext():
@@ -119,7 +128,10 @@ def run_steps(
                 began, logged, num_tokens = time.monotonic(), done, 0
             if done == stage.steps or (training.save_every and done % training.save_every == 0):
                 state = {"running_accuracy": engine.module.running_accuracy}
-                save_checkpoint(engine, folder / "checkpoints", done, state)
+                if monitor:
+                    monitor.sync()
+                checkpoints.save(done, state)
+        checkpoints.wait()
 
 
 def _save_model(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -143,7 +143,7 @@ def build_batches(
         )
     return StepBatches(
         sampler, collator, stage.steps, stage.accumulation_steps, distributed.rank(),
-        stage.queries_per_rank, world_size,
+        stages.queries_per_rank(config, name, world_size), world_size,
     )  # fmt: skip
 
 
@@ -152,7 +152,8 @@ def build_sampler(
 ) -> GroupSampler:
     """The stage's sampler over the whole global batch."""
     stage: StageConfig = getattr(config.stages, name)
-    global_batch = stage.queries_per_rank * stage.accumulation_steps * world_size
+    per_rank = stages.queries_per_rank(config, name, world_size)
+    global_batch = per_rank * stage.accumulation_steps * world_size
     if name == "post_train":
         # Every passage is its own query; only its position in the corpus is used.
         data = replace(data, qrels={pid: {pid: 1} for pid in data.pids})

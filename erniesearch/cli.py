@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jsonargparse
 
 from erniesearch import __version__
-from erniesearch.errors import RankError, UserError, nearest
+from erniesearch.errors import RankFailed, UserError, nearest
 
 USAGE = """usage: erniesearch COMMAND [options]
 
@@ -19,6 +19,7 @@ commands:
   train                one stage in this process; start it with deepspeed, torchrun or srun
   search               ask the index of a finished run
   report               print the table of a finished run again
+  export-checkpoint    model folders from a stage's checkpoint, without a GPU
   data pydocs          write the embedded docstring corpus in BEIR layout
 
 `erniesearch COMMAND --help` explains every option; --version prints the version.
@@ -47,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see --help")
         return _load(name)(argv[len(name.split()) :])
     except (UserError, jsonargparse.ArgumentError) as error:
-        # Every rank meets the same mistake; one of them tells it.
-        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            message = " ".join(str(error).split())
-            sys.stderr.write(f"erniesearch: error: {message}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
+            _tell(error)
         return 2
+    except RankFailed as error:
+        _tell(error)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -62,8 +64,14 @@ COMMANDS = {
     "train": "train:train_command",
     "search": "search:search_command",
     "report": "search:report_command",
+    "export-checkpoint": "checkpoint:export_checkpoint_command",
     "data pydocs": "data:pydocs_command",
 }
+
+
+def _tell(error: Exception) -> None:
+    message = " ".join(str(error).split())
+    sys.stderr.write(f"erniesearch: error: {message}\n")
 
 
 def _load(name: str) -> Callable[[list[str]], int]:

@@ -12,8 +12,9 @@ class UserError(ValueError):
     """
 
 
-class RankError(UserError):
-    """A :class:`UserError` that one rank alone has met: that rank prints it, whichever it is."""
+class RankFailed(RuntimeError):
+    """One rank cannot go on, and nothing in the input is to blame: a process that died, a full
+    disk. Its message is one line too; that rank prints it and exits with status 1."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
@@ -91,22 +90,3 @@ def build_engine(
         },
     )
     return engine, peaks
-
-
-def gathered_state(engine: "deepspeed.DeepSpeedEngine") -> dict[str, torch.Tensor]:
-    """The module's parameters by name on the CPU; with ZeRO-3 the shards are gathered one
-    parameter at a time. Every rank must call it; ranks other than 0 get an empty dict."""
-    main = torch.distributed.get_rank() == 0
-    bf16 = engine.bfloat16_enabled()
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        # Under bf16 the optimizer holds the fp32 weights; frozen parameters have none there.
-        master = safe_get_full_fp32_param(parameter) if bf16 and parameter.requires_grad else None
-        if master is not None:
-            if main:
-                state[name] = master.detach().cpu().clone()
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if main:
-                state[name] = parameter.detach().cpu().clone()
-    return state

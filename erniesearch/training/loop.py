@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,8 +121,9 @@ def run_steps(
             for group in engine.optimizer.param_groups:
                 group["lr"] = peaks[group["name"]] * factor
             done = step + 1
-            update = _update(engine, loader, stage.accumulation_steps, device,
-                             lambda what, done=done: watchdog.at(done, what))  # fmt: skip
+            update = _update(
+                engine, loader, stage.accumulation_steps, device, partial(watchdog.at, done)
+            )
             guard.check(done, update.losses, update.skipped)
             num_tokens += update.num_tokens
             if done % training.log_every == 0 or done == stage.steps:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -38,7 +38,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             self._in_memory.append((Path(path), memory))
             return
         with _HashedFile(Path(path)) as file:
-            torch.save(state_dict, file)
+            torch.save(state_dict, cast(IO[bytes], file))
         self._record(file)
 
     def finish(self) -> tuple[dict[str, FileFacts], str | None]:

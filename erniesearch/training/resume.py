@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from erniesearch import distributed
@@ -78,6 +79,11 @@ def load_checkpoint(
     _, state = engine.load_checkpoint(str(resume.folder), tag=resume.tag)
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    if resume.universal:
+        # It also gives all groups one and the same tensor that counts the steps: a fused
+        # optimizer would count each update once per group.
+        for own in engine.optimizer.optimizer.state.values():
+            own["step"] = torch.as_tensor(own["step"]).clone()
     distributed.barrier()
     if resume.universal and distributed.is_main():
         shutil.rmtree(resume.folder, ignore_errors=True)

@@ -53,7 +53,9 @@ def test_other_numbers_of_ranks_continue_a_run(
     for own, expected in zip(trace, expected_trace, strict=True):
         assert own["learning_rate"] == expected["learning_rate"]
         assert own["loss"] == pytest.approx(expected["loss"], abs=1e-5), own["step"]
-        assert own["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert own.keys() == expected.keys()
+        if zero_stages[0]:  # without ZeRO DeepSpeed does not tell it
+            assert own["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     checkpoints = folders[1] / "checkpoints"
     assert not list(checkpoints.glob("*.tmp"))  # the converted copies are gone
     assert not folders[1].with_name("cascade.stale-1").exists()

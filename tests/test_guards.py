@@ -60,32 +60,34 @@ def test_a_loss_that_is_not_finite_spoils_its_gradient_and_no_other() -> None:
 def test_update_is_skipped_on_all_ranks_and_told(
     make_config: ConfigMaker, tmp_path: Path, kind: str, zero_stages: tuple[int, ...]
 ) -> None:
-    """Only rank 1 meets it, in the second update; the first and the third count."""
-    configs = {
-        zero: make_config(run_dir=tmp_path / f"{zero}", steps=3, queries_per_rank=2,
-                          zero_stage=zero, dropout=0.0, save_every=1, keep_checkpoints=3)
+    """Only rank 1 meets it, in the last update: the model is that of the update before."""
+    runs = {
+        zero: [
+            make_config(run_dir=tmp_path / f"{zero}-{steps}", steps=steps, queries_per_rank=2,
+                        zero_stage=zero, dropout=0.0)
+            for steps in (1, 2)
+        ]
         for zero in zero_stages
     }  # fmt: skip
-    fault = {"kind": kind, "rank": 1, "steps": [2],
-             "jobs": [("cascade", asdict(config)) for config in configs.values()]}  # fmt: skip
+    jobs = [("cascade", asdict(config)) for pair in runs.values() for config in pair]
     file = tmp_path / "fault.json"
-    file.write_text(json.dumps(fault))
+    file.write_text(json.dumps({"kind": kind, "rank": 1, "steps": [2], "jobs": jobs}))
     status, output = run_python(*TWO_RANKS, str(file))
     assert status == 0, output[-3000:]
     cause = "gradient" if kind == "nan_gradient" else "loss"
-    for config in configs.values():
+    for without, config in runs.values():
         stage = RunFolder(config.run_dir).stage("cascade")
-        first, second, third = losses_of(stage)
+        first, second = losses_of(stage)
         assert "skipped_updates" not in first
-        assert second["skipped_updates"] == third["skipped_updates"] == 1
-        assert second["grad_norm"] is None
+        assert second["skipped_updates"] == 1
+        assert second.get("grad_norm") is None
         assert (second["loss"] is None) == (cause == "loss")
-        assert third["grad_norm"] > 0
-        # What one rank wrote equals what the other wrote of replicated weights only if both
-        # skipped; and the second update left no trace in the weights of the third's loss.
         for part in ("student", "teacher"):
-            weights = load_file(stage / "model" / part / "model.safetensors")
-            assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+            weights, before = (
+                load_file(RunFolder(c.run_dir).model("cascade", part) / "model.safetensors")
+                for c in (config, without)
+            )
+            assert all(weights[name].equal(before[name]) for name in before)
         assert f"update 2 was skipped: its {cause} is not finite; {stage}/nonfinite.jsonl" in output
         (line,) = [json.loads(x) for x in (stage / "nonfinite.jsonl").read_text().splitlines()]
         assert line["step"] == 2
@@ -188,10 +190,11 @@ def test_a_rank_that_hangs_ends_the_stage_with_every_ranks_position(
     assert time.monotonic() - began < 150
     (error,) = errors_in(output)
     assert error.startswith("no progress for 0.0666667 minutes (training.timeout_minutes): ")
-    hung, waiting = f"rank {rank} at update 3, forward pass since", f"rank {1 - rank} at update 3, "
-    # Both stand in the forward pass or the waiting one in a later part of the same update.
-    assert hung in error or "ranks 0-1 at update 3, forward pass since" in error
-    assert waiting in error or "ranks 0-1 at update 3" in error
+    # The other waits in the same pass or in a later one of the same update.
+    assert f"rank {rank}: update 3, forward pass since" in error or (
+        "ranks 0-1: update 3, forward pass since" in error
+    )
+    assert f"rank {1 - rank}: update 3, " in error or "ranks 0-1: update 3, " in error
 
 
 def test_positions_of_many_ranks_are_told_together(tmp_path: Path) -> None:
@@ -202,8 +205,8 @@ def test_positions_of_many_ranks_are_told_together(tmp_path: Path) -> None:
                 json.dumps({"position": position, "since": "10:00:00"})
             )
     assert describe(tmp_path, 6) == (
-        "ranks 0-2, 4 at update 8, forward pass since 10:00:00;"
-        " rank 3 at update 7, reading data since 10:00:00; rank 5 at nowhere yet"
+        "ranks 0-2, 4: update 8, forward pass since 10:00:00;"
+        " rank 3: update 7, reading data since 10:00:00; rank 5: nowhere yet"
     )
 
 
@@ -230,7 +233,8 @@ def test_a_killed_rank_is_told_by_the_others(make_config: ConfigMaker, tmp_path:
         ["rank 0 lost its connection to another rank, which ended or was killed; run the same"
          " command again to continue"],
     )  # fmt: skip
-    assert "Traceback (most recent call last)" not in output.split("ChildFailedError")[0]
+    # torchrun itself ends with a traceback of its own.
+    assert "Traceback" not in output.split("torch/distributed/elastic/multiprocessing")[0]
 
 
 def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:

@@ -59,5 +59,5 @@ def test_three_kills(make_config: ConfigMaker, tmp_path: Path, async_save: bool)
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_fifty_kills(make_config: ConfigMaker, tmp_path: Path, zero_stage: int) -> None:
-    figures = kill_and_compare(make_config, tmp_path, 50, 150, 5000, zero_stage=zero_stage)
+    figures = kill_and_compare(make_config, tmp_path, 50, 110, 5000, zero_stage=zero_stage)
     print(figures)  # noqa: T201

@@ -100,7 +100,7 @@ def describe(folder: Path, world_size: int) -> str:
         ranks.setdefault(note["position"], []).append(rank)
         since.setdefault(note["position"], note["since"])
     return "; ".join(
-        f"{'rank' if len(own) == 1 else 'ranks'} {_spans(own)} at {position}"
+        f"{'rank' if len(own) == 1 else 'ranks'} {_spans(own)}: {position}"
         + (f" since {since[position]}" if since[position] else "")
         for position, own in ranks.items()
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jsonargparse
 
 from erniesearch import __version__
-from erniesearch.errors import UserError, nearest
+from erniesearch.errors import RankFailed, UserError, nearest
 
 USAGE = """usage: erniesearch COMMAND [options]
 
@@ -22,6 +22,7 @@ commands:
   serve                answer queries over HTTP, with a page that shows the three rankings
   evaluate             models and TREC runs on any data set in BEIR layout
   export               models of a run for other libraries, with cards; ONNX on request
+  export-checkpoint    model folders from a stage's checkpoint, without a GPU
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
   mine                 hard negatives for a split from an index, dropped by a cross-encoder
@@ -60,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, jsonargparse.ArgumentError) as error:
         # Every rank meets the same mistake.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            sys.stderr.write(f"erniesearch: error: {_one_line(str(error))}\n")
+            _tell(error)
         return 2
+    except RankFailed as error:
+        _tell(error)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -75,6 +79,7 @@ COMMANDS = {
     "serve": "serve:serve_command",
     "evaluate": "evaluate:evaluate_command",
     "export": "export:export_command",
+    "export-checkpoint": "checkpoint:export_checkpoint_command",
     "encode": "encode:encode_command",
     "index": "index:index_command",
     "mine": "mine:mine_command",
@@ -86,11 +91,13 @@ COMMANDS = {
 }
 
 
-def _one_line(message: str) -> str:
-    """Without line breaks, terminal controls, or the bulk of an odd value."""
+def _tell(error: Exception) -> None:
+    """On one line, without terminal controls or the bulk of an odd value."""
     message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
-                      for c in " ".join(message.split()))  # fmt: skip
-    return message if len(message) <= 1000 else f"{message[:600]} … {message[-300:]}"
+                      for c in " ".join(str(error).split()))  # fmt: skip
+    if len(message) > 1000:
+        message = f"{message[:600]} … {message[-300:]}"
+    sys.stderr.write(f"erniesearch: error: {message}\n")
 
 
 def _load(name: str) -> Callable[[list[str]], int]:

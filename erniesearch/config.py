@@ -123,7 +123,10 @@ class StageConfig:
     steps: int = 0
     """Optimizer updates; 0 skips the stage."""
     queries_per_rank: int = 8
-    """Queries per rank and micro-step (B)."""
+    """Queries per rank and micro-step (B), unless batch_size is set."""
+    batch_size: int | None = None
+    """Queries per micro-step over all ranks, shared equally; null means queries_per_rank on each.
+    With it, a run continues on any number of ranks that divides it."""
     accumulation_steps: int = 1
     """Micro-steps per update; cross-batch negatives come from one micro-step."""
     num_negatives: int = 3
@@ -223,6 +226,18 @@ class TrainingConfig:
     """Updates between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 50
     """Updates between two checkpoints; 0 saves none before the end of the stage."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints of a stage that are kept; the older ones are there for when the newest
+    turns out to be damaged."""
+    async_save: bool = False
+    """Copy a checkpoint in memory and write it while the training goes on. Takes memory for one
+    rank's part of the checkpoint; a kill during the write costs that checkpoint alone."""
+    timeout_minutes: float = 30.0
+    """End the stage, with every rank's last step in the message, when a rank has made no progress
+    for this long."""
+    max_nonfinite: int = 10
+    """An update whose loss or gradient is not finite is skipped; end the stage after this many in
+    a row."""
     num_workers: int = 0
     """Data-loading processes per rank; 0 tokenises in the training process."""
     activation_checkpointing: bool = False
@@ -335,6 +350,8 @@ def validate(config: RunConfig) -> RunConfig:
             require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
         for key in ("queries_per_rank", "accumulation_steps"):
             require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
+        require(stage.batch_size is None or stage.batch_size >= 1, f"{prefix}.batch_size",
+                stage.batch_size, "1 or more, or null")  # fmt: skip
         for key in ("student_lr", "head_lr", "teacher_lr"):
             require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
         require(
@@ -382,12 +399,14 @@ def validate(config: RunConfig) -> RunConfig:
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
             config.student.late_interaction_dim, "1 or more")  # fmt: skip
-    for key in ("log_every", "threads_per_process"):
+    for key in ("log_every", "threads_per_process", "keep_checkpoints", "max_nonfinite"):
         require(getattr(config.training, key) >= 1, f"training.{key}",
                 getattr(config.training, key), "1 or more")  # fmt: skip
     for key in ("num_processes", "save_every", "num_workers", "max_grad_norm", "weight_decay"):
         require(getattr(config.training, key) >= 0, f"training.{key}",
                 getattr(config.training, key), "0 or more")  # fmt: skip
+    require(config.training.timeout_minutes > 0, "training.timeout_minutes",
+            config.training.timeout_minutes, "above 0")  # fmt: skip
     mine, evaluation = config.stages.mine, config.evaluation
     require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
             f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip

@@ -8,6 +8,7 @@ SLURM_NTASKS) and, with none of them, runs one process.
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,15 @@ def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's (small) object in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def free_port() -> int:

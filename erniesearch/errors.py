@@ -12,6 +12,11 @@ class UserError(ValueError):
     """
 
 
+class RankFailed(RuntimeError):
+    """One rank cannot go on, and nothing in the input is to blame: a process that died, a full
+    disk. Its message is one line too; that rank prints it and exits with status 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

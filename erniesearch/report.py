@@ -1,6 +1,7 @@
 """The table at the end of a run, for the terminal and for ``summary.md``."""
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -169,5 +170,6 @@ def stage_facts(folder: Path) -> dict[str, float]:
     return {
         "steps": records[-1]["step"],
         "seconds": sum(record["speed"]["seconds"] for record in records),
-        "loss": records[-1]["loss"],
+        # Null where an update was skipped because its loss was not finite.
+        "loss": next((r["loss"] for r in reversed(records) if r["loss"] is not None), math.nan),
     }

@@ -176,11 +176,38 @@ def upstream(config: RunConfig, stage: str) -> list[str]:
     return [name for name in sources if name]
 
 
+def queries_per_rank(config: RunConfig, stage: str, world_size: int) -> int:
+    """Queries of a micro-step on each of ``world_size`` ranks.
+
+    Raises:
+        UserError: if the ranks cannot share ``batch_size`` equally.
+    """
+    settings: StageConfig = getattr(config.stages, stage)
+    if settings.batch_size is None:
+        return settings.queries_per_rank
+    if settings.batch_size % world_size:
+        raise UserError(
+            f"stages.{stage}.batch_size is {settings.batch_size}, which {world_size} ranks cannot"
+            " share equally: start a number of ranks that divides it"
+        )
+    return settings.batch_size // world_size
+
+
+# One partitioning of parameters each: a stage continues after a change within a row.
+ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
+SPEED_ONLY = (
+    "log_every", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
+    "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
+    "activation_checkpointing",
+)  # fmt: skip
+
+
 def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
     """Hash of everything that decides a stage's result: settings, data, and upstream stages.
 
-    ``world_size`` is the number of ranks of a training stage. Settings that change only speed or
-    logging are left out, so that changing them redoes nothing.
+    ``world_size`` is the number of ranks of a training stage; it counts through the size of a
+    micro-step's batch alone, so that other ranks may continue with the same batch. Settings that
+    change only speed or logging are left out, so that changing them redoes nothing.
     """
     settings: dict[str, Any] = {"stage": stage, "seed": config.seed, "data": asdict(config.data)}
     settings["files"] = data_hash(config)
@@ -195,17 +222,20 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     elif stage == "mine":
         settings["settings"] = asdict(config.stages.mine)
     elif stage in TRAINING_STAGES:
-        stage_settings: StageConfig = getattr(config.stages, stage)
-        settings["settings"] = asdict(stage_settings)
-        if stage_settings.negatives == "given":
+        own = asdict(getattr(config.stages, stage))
+        ranks = world_size or 1
+        own["batch_size"] = queries_per_rank(config, stage, ranks) * ranks
+        own.pop("queries_per_rank")
+        settings["settings"] = own
+        if own["negatives"] == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
         training = asdict(config.training)
-        for key in ("log_every", "save_every", "num_workers", "threads_per_process",
-                    "num_processes", "activation_checkpointing"):  # fmt: skip
+        for key in SPEED_ONLY:
             training.pop(key)
+        training["zero_stage"] = ZERO_FAMILY[config.training.zero_stage]
         if config.training.zero_json:
             training["zero_json"] = hash_files([Path(config.training.zero_json)])
-        settings["training"] = training | {"world_size": world_size}
+        settings["training"] = training
     settings["upstream"] = [
         fingerprint(config, name, world_size) for name in upstream(config, stage)
     ]

@@ -397,7 +397,7 @@ def test_process_prints_one_line_and_ends_with_status_2(
         assert "Traceback" not in output
 
 
-def test_incomplete_checkpoint_stops_the_process(config: RunConfig, tmp_path: Path) -> None:
+def test_damaged_checkpoints_alone_stop_the_process(config: RunConfig, tmp_path: Path) -> None:
     """Not even torch's or DeepSpeed's words come between the user and the remedy."""
     weights = LossWeights(de=1.0)
     one = replace(config.stages.cascade, weights=weights)
@@ -413,5 +413,5 @@ def test_incomplete_checkpoint_stops_the_process(config: RunConfig, tmp_path: Pa
     )
     status, _, error = process("train", "--stage", "cascade", "--config", str(file))
     assert_one_line(status, error)
-    assert f"checkpoint {checkpoint} is incomplete: weights.pt is missing; delete" in error
+    assert f"every checkpoint in {checkpoint.parent} is damaged (step-000001: manif" in error
     assert not (folder / "done.json").exists()

@@ -12,9 +12,7 @@ import pytest
 from conftest import ROOT, ConfigMaker, losses_of, start
 from safetensors.torch import load_file
 
-from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
-from erniesearch.training.checkpoint import check_complete, find_checkpoints
 
 pytestmark = pytest.mark.distributed
 
@@ -83,26 +81,3 @@ def test_sigkill_and_resume_is_bit_exact(
         ours, theirs = (load_file(f.model("cascade", part) / "model.safetensors")
                         for f in folders.values())  # fmt: skip
         assert all(ours[name].equal(theirs[name]) for name in theirs)
-
-
-def test_incomplete_checkpoint_is_refused_by_name(make_config: ConfigMaker, tmp_path: Path) -> None:
-    config = make_config(steps=2, save_every=1)
-    job = tmp_path / "job.json"
-    job.write_text(json.dumps([("cascade", asdict(config))]))
-    process = start(str(ROOT / "tests" / "distributed_worker.py"), str(job))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
-    checkpoints = find_checkpoints(RunFolder(config.run_dir).stage("cascade") / "checkpoints")
-    assert [path.name for path in checkpoints] == ["step-000001", "step-000002"]
-    check_complete(checkpoints[0])
-    victim = next(checkpoints[0].glob("*.pt"))
-    content = victim.read_bytes()
-    victim.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=f"damaged: {victim.name} has .* bytes.*delete"):
-        check_complete(checkpoints[0])
-    victim.unlink()
-    with pytest.raises(UserError, match=f"incomplete: {victim.name} is missing"):
-        check_complete(checkpoints[0])
-    (checkpoints[0] / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no readable manifest"):
-        check_complete(checkpoints[0])

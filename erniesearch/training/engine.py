@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
@@ -51,10 +50,16 @@ def zero_section(training: TrainingConfig) -> dict[str, Any]:
 
 
 def build_engine(
-    model: JointModel, training: TrainingConfig, stage: StageConfig, device: torch.device
+    model: JointModel,
+    training: TrainingConfig,
+    stage: StageConfig,
+    queries_per_rank: int,
+    device: torch.device,
+    universal: bool = False,
 ) -> tuple["deepspeed.DeepSpeedEngine", dict[str, float]]:
     """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``.
 
+    ``universal`` says that checkpoints will be loaded in DeepSpeed's universal form.
     Also returns the peak learning rate of each parameter group by name.
     """
     # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a
@@ -74,32 +79,14 @@ def build_engine(
         optimizer=optimizer,
         dist_init_required=False,
         config={
-            "train_micro_batch_size_per_gpu": stage.queries_per_rank,
+            "train_micro_batch_size_per_gpu": queries_per_rank,
             "gradient_accumulation_steps": stage.accumulation_steps,
             "gradient_clipping": training.max_grad_norm,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": use_bf16(training.precision, device)},
             "steps_per_print": 1 << 31,
+            "checkpoint": {"load_universal": universal},
         },
     )
     return engine, peaks
-
-
-def gathered_state(engine: "deepspeed.DeepSpeedEngine") -> dict[str, torch.Tensor]:
-    """The module's parameters by name on the CPU; with ZeRO-3 the shards are gathered one
-    parameter at a time. Every rank must call it; ranks other than 0 get an empty dict."""
-    main = torch.distributed.get_rank() == 0
-    bf16 = engine.bfloat16_enabled()
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        # Under bf16 the optimizer holds the fp32 weights; frozen parameters have none there.
-        master = safe_get_full_fp32_param(parameter) if bf16 and parameter.requires_grad else None
-        if master is not None:
-            if main:
-                state[name] = master.detach().cpu().clone()
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if main:
-                state[name] = parameter.detach().cpu().clone()
-    return state

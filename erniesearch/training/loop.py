@@ -1,69 +1,92 @@
 """One training stage: model, engine, steps, checkpoints, and the finished model."""
 
-import os
-import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
+from rich.console import Console
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
 from erniesearch.config import RunConfig, StageConfig
 from erniesearch.data.collate import Batch, StepBatches
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
-from erniesearch.training import preemption
-from erniesearch.training.checkpoint import load_latest, save_checkpoint
-from erniesearch.training.engine import build_engine, gathered_state
+from erniesearch.training import guards, preemption
+from erniesearch.training.checkpoint import Checkpointer
+from erniesearch.training.engine import build_engine, zero_section
+from erniesearch.training.model_folder import save_model
 from erniesearch.training.monitor import Monitor
-from erniesearch.training.process import claim_folder, exit_with_pipeline
+from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
+from erniesearch.training.resume import find_resume, load_checkpoint
 from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
+from erniesearch.training.watchdog import Watchdog
 
 
 def train_stage(config: RunConfig, name: str) -> None:
-    """Train one stage on all ranks, from its newest checkpoint if there is one.
+    """Train one stage on all ranks, from its newest whole checkpoint if there is one.
 
     Leaves ``stages/NAME/model`` and marks the stage done. Does nothing if it is done already.
 
     Raises:
-        UserError: for anything wrong with the input, before the first step.
+        UserError: for anything wrong with the input, before the first step; for a checkpoint that
+            cannot be written; for losses that stay non-finite.
+        RankFailed: when this rank cannot go on.
         Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
     """
     stage: StageConfig = getattr(config.stages, name)
     if stage.steps == 0:
         raise UserError(f"stage {name} is left out: stages.{name}.steps is 0")
-    device = distributed.initialize()
+    # Twice the watchdog's time: it must bark before the collectives give up.
+    device = distributed.initialize(timedelta(minutes=2 * config.training.timeout_minutes))
     torch.set_num_threads(config.training.threads_per_process)
     exit_with_pipeline()
     folder = stages.RunFolder(config.run_dir).stage(name)
     expected = stages.fingerprint(config, name, distributed.world_size())
     if stages.is_done(folder, expected):
         return
-    lock = claim_folder(folder, expected)
-    try:
-        data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
-        model, tokenizer = build_model(config, name)
-        batches = build_batches(config, name, data, tokenizer)
-        if config.training.activation_checkpointing:
-            model.enable_activation_checkpointing()
-        engine, peaks = build_engine(model, config.training, stage, device)
-        start_step, state = load_latest(engine, folder / "checkpoints")
-        model.running_accuracy = dict(state.get("running_accuracy", {}))
-        run_steps(config, name, engine, peaks, batches, start_step, folder, device)
-        _save_model(engine, folder / "model", tokenizer)
-        if distributed.is_main():
-            stages.mark_done(
-                folder, expected, steps=stage.steps, world_size=distributed.world_size()
-            )
-        distributed.barrier()
-        engine.destroy()
-    finally:
-        if lock:
-            lock.close()
+    with failures_told(folder):
+        lock = claim_folder(folder, expected)
+        try:
+            _train(config, name, folder, device)
+            if distributed.is_main():
+                stages.mark_done(
+                    folder, expected, steps=stage.steps, world_size=distributed.world_size()
+                )
+            distributed.barrier()
+        finally:
+            if lock:
+                lock.close()
+
+
+def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> None:
+    training = config.training
+    data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
+    model, tokenizer = build_model(config, name)
+    batches = build_batches(config, name, data, tokenizer)
+    if training.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    resume = find_resume(folder / "checkpoints", zero_section(training).get("stage", 0))
+    engine, peaks = build_engine(
+        model, training, getattr(config.stages, name),
+        stages.queries_per_rank(config, name, distributed.world_size()), device,
+        universal=resume is not None and resume.universal,
+    )  # fmt: skip
+    start_step, state = load_checkpoint(engine, resume)
+    model.running_accuracy = dict(state.get("running_accuracy", {}))
+    guard = guards.NonFiniteGuard(
+        folder, training.max_nonfinite, batches, data.pids, start_step, state.get("nonfinite", {})
+    )
+    run_steps(config, name, engine, peaks, batches, guard, start_step, folder, device)
+    save_model(engine, folder / "model", tokenizer)
+    engine.destroy()
 
 
 def run_steps(
@@ -72,11 +95,12 @@ def run_steps(
     engine: DeepSpeedEngine,
     peaks: dict[str, float],
     batches: StepBatches,
+    guard: guards.NonFiniteGuard,
     start_step: int,
     folder: Path,
     device: torch.device,
 ) -> None:
-    """The updates from ``start_step`` on, logged and checkpointed under ``folder``."""
+    """The updates from ``start_step`` on, logged, guarded and checkpointed under ``folder``."""
     stage: StageConfig = getattr(config.stages, name)
     training = config.training
     todo = range(start_step * stage.accumulation_steps, len(batches))
@@ -84,31 +108,35 @@ def run_steps(
         DataLoader(Subset(batches, todo), batch_size=None, num_workers=training.num_workers)
     )
     monitor = Monitor(folder, name, start_step, stage.steps) if distributed.is_main() else None
+    names = [key for key, weight in asdict(stage.weights).items() if weight]
+    watch = guards.TermWatch(names, config.objective.competence_gate)
+    checkpoints = Checkpointer(
+        engine, folder / "checkpoints", training.keep_checkpoints, training.async_save
+    )
     engine.train()
     began, logged, num_tokens = time.monotonic(), start_step, 0
-    with monitor or nullcontext():
+    watchdog = Watchdog(folder, 60 * training.timeout_minutes)
+    with monitor or nullcontext(), watchdog:
         for step in range(start_step, stage.steps):
             factor = learning_rate_factor(stage, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = peaks[group["name"]] * factor
-            sums: dict[str, torch.Tensor] = {}
-            for _ in range(stage.accumulation_steps):
-                batch: Batch = next(loader)
-                num_tokens += batch.num_tokens
-                terms = engine(batch.to(device))
-                engine.backward(terms["loss"])
-                engine.step()
-                for key, value in terms.items():
-                    sums[key] = sums.get(key, 0) + value.detach() / stage.accumulation_steps
             done = step + 1
+            update = _update(
+                engine, loader, stage.accumulation_steps, device, partial(watchdog.at, done)
+            )
+            guard.check(done, update.losses, update.skipped)
+            num_tokens += update.num_tokens
             if done % training.log_every == 0 or done == stage.steps:
-                sums["num_tokens"] = torch.tensor(float(num_tokens), device=device)
+                sums = update.terms | {"num_tokens": torch.tensor(float(num_tokens), device=device)}
                 means = distributed.mean_over_ranks(sums)
                 num_tokens = round(means.pop("num_tokens") * distributed.world_size())
                 num_queries = batches.sampler.global_batch * (done - logged)
                 norm = engine.get_global_grad_norm()
                 if norm is not None:
-                    means["grad_norm"] = float(norm)
+                    means["grad_norm"] = float("nan") if update.skipped else float(norm)
+                if guard.total:
+                    means["skipped_updates"] = guard.total
                 seconds = time.monotonic() - began
                 if monitor:
                     rates = {key: peak * factor for key, peak in peaks.items()}
@@ -118,29 +146,60 @@ def run_steps(
                         "tokens_per_second": num_tokens / seconds,
                     }
                     monitor.log(done, means, rates, speed)
+                    for warning in watch.look(done, means):
+                        Console(stderr=True, soft_wrap=True).print(
+                            f"{name}: {warning}", highlight=False
+                        )
                 began, logged, num_tokens = time.monotonic(), done, 0
             last = done == stage.steps
             stop = distributed.any_rank(preemption.requested(), device) and not last
             if last or stop or (training.save_every and done % training.save_every == 0):
-                state = {"running_accuracy": engine.module.running_accuracy}
-                save_checkpoint(engine, folder / "checkpoints", done, state)
+                watchdog.at(done, "saving a checkpoint")
+                if monitor:
+                    monitor.sync()
+                accuracy = engine.module.running_accuracy
+                checkpoints.save(done, {"running_accuracy": accuracy, "nonfinite": guard.state()})
             if stop:
+                checkpoints.wait()
                 raise preemption.Preempted(f"stage {name} stopped after update {done}, saved")
+        watchdog.at(stage.steps, "waiting for the last checkpoint")
+        checkpoints.wait()
 
 
-def _save_model(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write student and teacher as safetensors folders, aside first."""
-    state = gathered_state(engine)
-    if not distributed.is_main():
-        return
-    aside = folder.with_name("model.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in ("student", "teacher"):
-        module = getattr(engine.module, part)
-        if module is not None:
-            prefix = f"{part}."
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            module.save(aside / part, own)
-            tokenizer.save_pretrained(aside / part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+class Update(NamedTuple):
+    """What an update was made of on this rank: mean terms, each micro-step's loss, real tokens,
+    and whether it changed nothing because it was not finite (the same on every rank)."""
+
+    terms: dict[str, torch.Tensor]
+    losses: list[torch.Tensor]
+    num_tokens: int
+    skipped: bool
+
+
+def _update(
+    engine: DeepSpeedEngine,
+    loader: Iterator[Batch],
+    accumulation_steps: int,
+    device: torch.device,
+    progress: Callable[[str], Any],
+) -> Update:
+    """Forward and backward over the micro-steps, and the optimizer's step."""
+    terms: dict[str, torch.Tensor] = {}
+    losses: list[torch.Tensor] = []
+    num_tokens, held = 0, False
+    for micro_step in range(accumulation_steps):
+        progress("reading data")
+        batch = next(loader)
+        num_tokens += batch.num_tokens
+        progress("forward pass")
+        own = engine(batch.to(device))
+        progress("backward pass")
+        engine.backward(guards.spoil_nonfinite(own["loss"]))
+        progress("optimizer's step")
+        if micro_step + 1 == accumulation_steps:
+            held = guards.hold_nonfinite_gradient(engine)
+        engine.step()
+        losses.append(own["loss"].detach())
+        for key, value in own.items():
+            terms[key] = terms.get(key, 0) + value.detach() / accumulation_steps
+    return Update(terms, losses, num_tokens, held or not engine.was_step_applied())

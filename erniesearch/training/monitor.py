@@ -1,6 +1,8 @@
 """What a user sees of a training: progress, metrics.jsonl, TensorBoard."""
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +11,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from erniesearch.progress import SECONDS_BETWEEN_LINES, progress_bar
+from erniesearch.stages import write_atomically
 
 
 class Monitor:
@@ -21,7 +24,7 @@ class Monitor:
     def __init__(self, folder: Path, name: str, start_step: int, steps: int) -> None:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._truncate(start_step)
+        drop_lines_after(self.path, start_step)
         self.handle = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.console = Console(stderr=True)
@@ -44,23 +47,17 @@ class Monitor:
         self.handle.close()
         self.writer.close()
 
-    def _truncate(self, start_step: int) -> None:
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                break  # the line a kill cut short; nothing follows it
-        self.path.write_text("".join(kept), encoding="utf-8")
+    def sync(self) -> None:
+        """Bring what is logged to the disk: a checkpoint must not be ahead of its log."""
+        os.fsync(self.handle.fileno())
 
     def log(
         self, step: int, terms: dict[str, float], rates: dict[str, float], speed: dict[str, float]
     ) -> None:
         """Write one update's figures; ``step`` counts from 1."""
-        line = {"step": step, **terms, "learning_rate": rates, "speed": speed}
+        # JSON has no NaN and no infinity.
+        shown = {key: value if math.isfinite(value) else None for key, value in terms.items()}
+        line = {"step": step, **shown, "learning_rate": rates, "speed": speed}
         self.handle.write(json.dumps(line) + "\n")
         self.handle.flush()
         for prefix, values in (("loss", terms), ("learning_rate", rates), ("speed", speed)):
@@ -78,3 +75,17 @@ class Monitor:
                 f"  {speed['tokens_per_second']:.0f} tokens/s  {left:.0f} s left",
                 highlight=False,
             )
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines log that a killed run left after ``step``."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break  # the line a kill cut short; nothing follows it
+    write_atomically(path, "".join(kept))

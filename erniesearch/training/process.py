@@ -1,14 +1,29 @@
-"""Processes that must not outlive, or write beside, one another."""
+"""Processes that must not outlive, or write beside, one another; and what their deaths are told
+as."""
 
+import errno
 import fcntl
 import os
+import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+
 from erniesearch import distributed, stages
-from erniesearch.errors import UserError
+from erniesearch.errors import RankFailed, UserError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+AGAIN = "run the same command again to continue"
+# What gloo and NCCL say when the process at the other end is gone.
+LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|remote process exited|Socket closed"
+    r"|recvValue failed|sendBytes failed"
+)
 
 
 def claim_folder(folder: Path, expected: str) -> IO[str] | None:
@@ -82,3 +97,34 @@ def pipeline_token() -> str:
     no /proc to watch."""
     started = _start_time(os.getpid())
     return f"{os.getpid()}:{started}" if started else ""
+
+
+@contextmanager
+def failures_told(folder: Path) -> Iterator[None]:
+    """What befalls one rank of a training, and is no mistake in its input, becomes one line.
+
+    Raises:
+        RankFailed: for a full disk, a dead data worker, a lost connection to another rank.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RankFailed(
+            f"{error.filename or folder}: {error.strerror}; make room and {AGAIN}"
+        ) from None
+    except SafetensorError as error:  # has no error number
+        raise RankFailed(f"{folder}: {error}; {AGAIN}") from None
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            raise RankFailed(
+                f"rank {distributed.rank()}: {str(error).split(chr(10))[0]} A worker that is"
+                f" killed often ran out of memory: lower training.num_workers, and {AGAIN}"
+            ) from None
+        if LOST.search(str(error)):
+            raise RankFailed(
+                f"rank {distributed.rank()} lost its connection to another rank, which ended or"
+                f" was killed; {AGAIN}"
+            ) from None
+        raise

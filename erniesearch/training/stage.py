@@ -140,7 +140,9 @@ def build_batches(
     collator: GroupCollator | SpanCollator
     lengths = (config.data.max_query_length, config.data.max_passage_length)
     if name == "post_train":
-        sampler = PassageSampler(len(data.pids), _global_batch(stage, world_size), config.seed)
+        sampler = PassageSampler(
+            len(data.pids), _global_batch(config, name, world_size), config.seed
+        )
         collator = SpanCollator(data, tokenizer, *lengths, config.seed, stage.weights.mlm > 0)
     else:
         sampler = build_sampler(config, name, data, world_size)
@@ -148,7 +150,7 @@ def build_batches(
         _tell_short_lists(name, stage, sampler)
     return StepBatches(
         sampler, collator, stage.steps, stage.accumulation_steps, distributed.rank(),
-        stage.queries_per_rank, world_size,
+        stages.queries_per_rank(config, name, world_size), world_size,
     )  # fmt: skip
 
 
@@ -168,12 +170,15 @@ def build_sampler(
                 " `erniesearch run`, which makes them"
             )
         negatives = read_negatives(path)
-    return GroupSampler(data, negatives, stage.num_negatives, _global_batch(stage, world_size),
-                        config.seed, stage.easy_steps)  # fmt: skip
+    global_batch = _global_batch(config, name, world_size)
+    return GroupSampler(data, negatives, stage.num_negatives, global_batch, config.seed,
+                        stage.easy_steps)  # fmt: skip
 
 
-def _global_batch(stage: StageConfig, world_size: int) -> int:
-    return stage.queries_per_rank * stage.accumulation_steps * world_size
+def _global_batch(config: RunConfig, name: str, world_size: int) -> int:
+    stage: StageConfig = getattr(config.stages, name)
+    per_rank = stages.queries_per_rank(config, name, world_size)
+    return per_rank * stage.accumulation_steps * world_size
 
 
 def _tell_short_lists(name: str, stage: StageConfig, sampler: GroupSampler) -> None:

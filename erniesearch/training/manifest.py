@@ -1,0 +1,106 @@
+"""A checkpoint's manifest: every file's size and sha256, and a checksum of the manifest itself.
+
+{"step": 50, "world_size": 2, "zero_stage": 1,
+ "files": {"mp_rank_00_model_states.pt": {"size": …, "sha256": …}, …}, "sha256": …}
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from erniesearch.stages import write_atomically
+
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    files: dict[str, FileFacts]
+
+    def write(self, checkpoint: Path) -> None:
+        """Write ``manifest.json`` into the checkpoint's folder."""
+        write_atomically(checkpoint / NAME, _render(asdict(self)))
+
+
+class Damaged(Exception):
+    """A checkpoint is not what its manifest says; the message names the first difference."""
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest, checked against its own checksum byte for byte.
+
+    Raises:
+        Damaged: if it is missing or any byte of it has changed.
+    """
+    try:
+        text = (checkpoint / NAME).read_bytes().decode()
+        content = json.loads(text)
+        content.pop("sha256")
+        if _render(content) != text:
+            raise ValueError
+        files = {name: FileFacts(**facts) for name, facts in content.pop("files").items()}
+        return Manifest(files=files, **content)
+    except FileNotFoundError:
+        raise Damaged(f"{NAME} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{NAME} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{NAME} is damaged") from None
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        Damaged: naming the first file that is missing, or has another size or content.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, facts in manifest.files.items():
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != facts.size:
+                raise Damaged(f"{name} has {size} bytes, not {facts.size}")
+            if hash_file(path) != facts.sha256:
+                raise Damaged(f"{name} has other content than was written")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    return manifest
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in blocks."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _render(content: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest}, indent=2) + "\n"

@@ -1,0 +1,114 @@
+"""Continue from a checkpoint, on the ranks that wrote it or on another number of them.
+
+Ranks and ZeRO stage decide how DeepSpeed cuts the optimizer's state. Where they differ from those
+of the checkpoint, rank 0 converts it to DeepSpeed's universal form first, aside; the copy is
+deleted once every rank has read it. Stages 1 and 2 convert into each other, 3 into 3.
+"""
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from erniesearch import distributed
+from erniesearch.errors import UserError
+from erniesearch.training.checkpoint import newest_whole, step_of
+
+if TYPE_CHECKING:
+    import deepspeed
+
+UNIVERSAL = "universal.tmp"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where the engine's state lies: ``folder / tag``, after ``step`` updates."""
+
+    folder: Path
+    tag: str
+    step: int
+    universal: bool
+
+
+def find_resume(folder: Path, zero_stage: int) -> Resume | None:
+    """The newest whole checkpoint in a form that this number of ranks can load; None if there is
+    no checkpoint. Every rank must call it, before its engine is built.
+
+    Raises:
+        UserError: if all checkpoints are damaged, or there is no room for the conversion.
+    """
+    found = newest_whole(folder)
+    if found is None:
+        return None
+    checkpoint, manifest = found
+    same = (manifest.world_size, manifest.zero_stage) == (distributed.world_size(), zero_stage)
+    if same or zero_stage == 0:  # without ZeRO every rank's state is whole
+        return Resume(folder, checkpoint.name, step_of(checkpoint), universal=False)
+    error = None
+    if distributed.is_main():
+        error = _convert(checkpoint, folder / UNIVERSAL / checkpoint.name)
+    error = distributed.gather_objects(error)[0]
+    if error is not None:
+        raise UserError(
+            f"checkpoint {checkpoint} of {manifest.world_size} ranks could not be converted for"
+            f" {distributed.world_size()}: {error}"
+        )
+    return Resume(folder / UNIVERSAL, checkpoint.name, step_of(checkpoint), universal=True)
+
+
+def load_checkpoint(
+    engine: "deepspeed.DeepSpeedEngine", resume: Resume | None
+) -> tuple[int, dict[str, Any]]:
+    """Restore the engine; returns the number of updates done and the saved state (0 and an empty
+    dict without a checkpoint)."""
+    if resume is None:
+        return 0, {}
+    # DeepSpeed's ZeRO-3 gives every group the settings of the first when it reads the universal
+    # form: no group's weight decay and name may come from a checkpoint.
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in engine.optimizer.param_groups
+    ]
+    _, state = engine.load_checkpoint(str(resume.folder), tag=resume.tag)
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if resume.universal:
+        # It also gives all groups one and the same tensor that counts the steps: a fused
+        # optimizer would count each update once per group.
+        for own in engine.optimizer.optimizer.state.values():
+            own["step"] = torch.as_tensor(own["step"]).clone()
+    distributed.barrier()
+    if resume.universal and distributed.is_main():
+        shutil.rmtree(resume.folder, ignore_errors=True)
+    return resume.step, state["erniesearch"]
+
+
+def _convert(checkpoint: Path, out: Path) -> str | None:
+    shutil.rmtree(out.parent, ignore_errors=True)
+    try:
+        with quiet():
+            ds_to_universal.main(
+                Namespace(
+                    input_folder=str(checkpoint), output_folder=str(out), num_extract_workers=1,
+                    num_merge_workers=1, keep_temp_folder=False, strict=True,
+                    inject_missing_state=False,
+                )
+            )  # fmt: skip
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by the latter
+        shutil.rmtree(out.parent, ignore_errors=True)
+        return str(error)
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed's converters print every step and draw progress bars."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -18,6 +18,7 @@ from erniesearch.convert import convert_paddle
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier, load_encoder, load_tokenizer
 from erniesearch.models.paddle_ernie import Overrides
+from erniesearch.retrieval.load import load_retriever
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "pie", "##s"]
 OTHER = Overrides(num_attention_heads=4, hidden_act="relu")
@@ -145,6 +146,18 @@ def test_ernie_searchs_linear_layer_becomes_a_dense_module(tmp_path: Path) -> No
     first = model(**inputs()).last_hidden_state[:, 0]
     found = first @ dense["linear.weight"].T + dense["linear.bias"]
     np.testing.assert_allclose(found.numpy(), first.numpy() @ weight + bias, atol=1e-5)
+
+    # And our own reader applies it.
+    texts = ["red apples", "pie"]
+    retriever = load_retriever(out)
+    assert retriever.dim == 16
+    tokens = retriever.tokenizer(texts, padding=True, return_tensors="pt")
+    pooled = model(**tokens).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(retriever.vectors(texts, "query"), pooled @ weight + bias, atol=1e-5)
+    settings["activation_function"] = "torch.nn.modules.activation.Tanh"
+    (out / "2_Dense/config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"2_Dense/config\.json: a layer after pooling is linear"):
+        load_retriever(out)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -60,6 +61,7 @@ class Retriever:
         precision: ``bf16`` computes in bfloat16; what is returned is fp32 (vectors) or fp16.
         head, passage_path: as in :class:`StudentEncoder`.
         only: the side whose tower this is, when the other one lies elsewhere.
+        dense: folder of a linear layer applied to the pooled vectors.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Retriever:
         head: Path | None = None,
         passage_path: Path | None = None,
         only: Side | None = None,
+        dense: Path | None = None,
     ) -> None:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
@@ -88,10 +91,17 @@ class Retriever:
         self.prompts = prompts or {}
         self.only = only
         self.batch_size = batch_size
+        # In fp32 like the pooled vectors that it reads.
+        self.dense = _load_linear(dense).to(self.device) if dense else None
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a dual-encoder vector."""
+        return self.dense.out_features if self.dense else self.student.hidden_size
 
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
-        """Dual-encoder vectors ``[len(texts), hidden]``, fp32."""
-        out = np.empty((len(texts), self.student.hidden_size), dtype=np.float32)
+        """Dual-encoder vectors ``[len(texts), dim]``, fp32."""
+        out = np.empty((len(texts), self.dim), dtype=np.float32)
         for positions, batch in self.vector_batches(texts, side):
             out[positions] = batch.cpu().numpy()
         return out
@@ -108,9 +118,10 @@ class Retriever:
     def vector_batches(
         self, texts: Sequence[str] | StoredTokens, side: Side
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Positions in ``texts`` and their vectors ``[batch, hidden]``, fp32, batch by batch."""
+        """Positions in ``texts`` and their vectors ``[batch, dim]``, fp32, batch by batch."""
         for positions, ids, mask in self._inputs(texts, side):
-            yield positions, self.student(ids, mask, side, tokens=False).vectors
+            vectors = self.student(ids, mask, side, tokens=False).vectors
+            yield positions, self.dense(vectors.float()) if self.dense else vectors
 
     @torch.inference_mode()
     def token_batches(
@@ -148,6 +159,14 @@ class Retriever:
             for positions, part in length_sorted_batches(texts, self.batch_size):
                 part = [prompt + text for text in part] if prompt else part
                 yield positions, *encode_texts(self.tokenizer, part, self.lengths[side])
+
+
+def _load_linear(module: Path) -> torch.nn.Linear:
+    state = load_file(module / "model.safetensors")
+    size_out, size_in = state["linear.weight"].shape
+    layer = torch.nn.Linear(size_in, size_out, bias="linear.bias" in state)
+    layer.load_state_dict({k.removeprefix("linear."): v.float() for k, v in state.items()})
+    return layer.eval()
 
 
 class PairScorer:

@@ -106,7 +106,7 @@ def encode_collection(
         max_query_length=max_length if side == "query" else None,
         max_passage_length=max_length if side == "passage" else None, precision=precision,
     )  # fmt: skip
-    dim = retriever.student.hidden_size
+    dim = retriever.dim
     manifest = Manifest(
         what=what, side=side, dtype=dtype,
         dim=dim if what == "vectors" else found.settings.late_interaction_dim,

@@ -46,7 +46,7 @@ def load_retriever(
     return Retriever(
         found.settings, lengths["query"], lengths["passage"], batch_size, device,
         prompts=found.prompts, precision=precision, head=found.head,
-        passage_path=found.passage_path, only=found.only,
+        passage_path=found.passage_path, only=found.only, dense=found.dense,
     )  # fmt: skip
 
 

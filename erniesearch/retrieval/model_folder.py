@@ -30,7 +30,8 @@ class ModelFolder:
     """What a model folder says about itself.
 
     ``kind`` ``student`` has both a dual-encoder and a late-interaction head; ``lengths`` are the
-    longest texts in tokens by side, empty where the folder names none.
+    longest texts in tokens by side, empty where the folder names none; ``dense`` is the folder of
+    a linear layer after pooling.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class ModelFolder:
     head: Path | None = None
     passage_path: Path | None = None
     only: Side | None = None
+    dense: Path | None = None
 
     @property
     def has_vectors(self) -> bool:
@@ -149,7 +151,8 @@ def _run_of(folder: Path) -> RunConfig | None:
 
 
 def _sentence_transformers(folder: Path) -> ModelFolder:
-    """A folder of modules: Transformer, then Pooling (and Normalize), or PyLate's Dense."""
+    """A folder of modules: Transformer, then Pooling (and Normalize, or a linear layer), or
+    PyLate's Dense."""
     modules = _json(folder / "modules.json", list)
     try:
         kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
@@ -159,12 +162,13 @@ def _sentence_transformers(folder: Path) -> ModelFolder:
     readers: dict[tuple[str, ...], Callable[[Path, dict[str, Any]], ModelFolder]] = {
         ("Transformer", "Pooling"): _pooled,
         ("Transformer", "Pooling", "Normalize"): _pooled,
+        ("Transformer", "Pooling", "Dense"): _pooled,
         ("Transformer", "Dense"): _late_interaction,
     }
     if tuple(kinds) not in readers:
         raise UserError(
             f"{folder / 'modules.json'}: modules {', '.join(kinds)}; readable are Transformer +"
-            " Pooling (+ Normalize), and Transformer + Dense (late interaction)"
+            " Pooling (+ Normalize or Dense), and Transformer + Dense (late interaction)"
         )
     about = folder / "config_sentence_transformers.json"
     found = readers[tuple(kinds)](paths[1], _json(about, dict) if about.is_file() else {})
@@ -178,7 +182,21 @@ def _sentence_transformers(folder: Path) -> ModelFolder:
     settings = replace(
         found.settings, path=resolve(str(paths[0].absolute())), normalize="Normalize" in kinds
     )
-    return replace(found, settings=settings, lengths=lengths)
+    dense = _linear(paths[2]) if kinds[2:] == ["Dense"] else None
+    return replace(found, settings=settings, lengths=lengths, dense=dense)
+
+
+def _linear(module: Path) -> Path:
+    """A Dense module that is a linear layer and nothing more."""
+    config = _json(module / "config.json", dict)
+    if "Identity" not in str(config.get("activation_function")) or config.get("use_residual"):
+        raise UserError(
+            f"{module / 'config.json'}: a layer after pooling is linear here, without activation"
+            " and residual"
+        )
+    if not (module / "model.safetensors").is_file():
+        raise UserError(f"{module / 'model.safetensors'}: no such file (pickles are not read)")
+    return module
 
 
 def _pooled(module: Path, about: dict[str, Any]) -> ModelFolder:

@@ -19,7 +19,7 @@ from erniesearch.stages import RunFolder
 from erniesearch.training import preemption
 from erniesearch.training.checkpoint import find_checkpoints
 
-STEPS = 60
+STEPS = 40
 
 
 def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:

@@ -17,11 +17,16 @@ Joint training of cross-encoder, late interaction and dual-encoder (ERNIE-Search
 commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
   train                one stage in this process; start it with deepspeed, torchrun or srun
-  encode               passages or queries to vectors on disk; start it as train
-  index                vectors on disk to a FAISS index of any kind
+  report               print the table of a finished run again
   search               ask the index of a finished run
   serve                answer queries over HTTP, with a page that shows the three rankings
-  report               print the table of a finished run again
+  evaluate             models and TREC runs on any data set in BEIR layout
+  export               models of a run for other libraries, with cards; ONNX on request
+  encode               passages or queries to vectors on disk; start it as train
+  index                vectors on disk to a FAISS index of any kind
+  mine                 hard negatives for a split from an index, dropped by a cross-encoder
+  data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
+  data check           lengths, copies, judgements and splits of a data set
   data pydocs          write the embedded docstring corpus in BEIR layout
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
@@ -65,11 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 COMMANDS = {
     "run": "train:run_command",
     "train": "train:train_command",
-    "encode": "encode:encode_command",
-    "index": "index:index_command",
+    "report": "search:report_command",
     "search": "search:search_command",
     "serve": "serve:serve_command",
-    "report": "search:report_command",
+    "evaluate": "evaluate:evaluate_command",
+    "export": "export:export_command",
+    "encode": "encode:encode_command",
+    "index": "index:index_command",
+    "mine": "mine:mine_command",
+    "data import": "data:import_command",
+    "data check": "data:check_command",
     "data pydocs": "data:pydocs_command",
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",

@@ -130,8 +130,11 @@ class StageConfig:
     """Micro-steps per update; cross-batch negatives come from one micro-step."""
     num_negatives: int = 3
     """Hard negatives per query (n); the group has 1 + n passages."""
-    negatives: Literal["random", "bm25", "mined"] = "bm25"
-    """Where hard negatives come from. A query with too few is filled up with random passages."""
+    negatives: Literal["random", "bm25", "mined", "given"] = "bm25"
+    """Where hard negatives come from: drawn at random, BM25, the stage mine, or negatives.jsonl in
+    data.path ({"query_id", "negative_document_ids"} a line, as `erniesearch data import` writes
+    it). A query with too few is filled up with random passages; a query without a line is left
+    out."""
     easy_steps: int = 0
     """For this many first updates draw random negatives instead (curriculum)."""
     student_lr: float = 2e-5
@@ -154,7 +157,7 @@ class MineConfig:
     """Hard negatives by the current dual-encoder, denoised by the teacher."""
 
     enabled: bool = True
-    """False leaves mining out; the cascade then needs negatives: bm25 or random."""
+    """False leaves mining out; the cascade then needs negatives: bm25, given or random."""
     depth: int = 50
     """Candidates retrieved per query."""
     skip_top: int = 0
@@ -368,11 +371,13 @@ def validate(config: RunConfig) -> RunConfig:
                     "0: only post_train masks words")  # fmt: skip
         require(
             not (stage.steps and stage.negatives == "mined" and not config.stages.mine.enabled),
-            f"{prefix}.negatives", "mined", "bm25 or random while stages.mine.enabled is false",
+            f"{prefix}.negatives", "mined",
+            "bm25, given or random while stages.mine.enabled is false",
         )  # fmt: skip
         require(
             stage.negatives != "mined" or name == "cascade",
-            f"{prefix}.negatives", "mined", "bm25 or random: only the cascade follows mining",
+            f"{prefix}.negatives", "mined",
+            "bm25, given or random: only the cascade follows mining",
         )  # fmt: skip
     for key in ("tau_de", "tau_li", "tau_att"):
         require(getattr(config.objective, key) > 0, f"objective.{key}",

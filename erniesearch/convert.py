@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertTokenizer, ErnieConfig, ErnieForSequenceClassification, ErnieModel
 
-from erniesearch import export
 from erniesearch.config import DataConfig, RunConfig, StudentConfig
 from erniesearch.errors import UserError
+from erniesearch.export.layout import cross_encoder_layout, dual_encoder_layout, write_json
 from erniesearch.models.paddle_ernie import (
     CLASSIFIER,
     REDUCE,
@@ -81,12 +81,16 @@ def convert_paddle(
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        data = DataConfig("", max_query_length=max_length, max_passage_length=max_length)
+        query_length = passage_length = max_length
+        if kind == "cross_encoder":  # the texts of a pair share it; one [CLS] is dropped
+            query_length = max_length // 4
+            passage_length = max_length - query_length + 1
+        data = DataConfig("", max_query_length=query_length, max_passage_length=passage_length)
         run = RunConfig("", data, StudentConfig("", pooling="cls"))
         if kind == "cross_encoder":
-            export._cross_encoder(aside, run)
+            cross_encoder_layout(aside, run)
         else:
-            export._dual_encoder(aside, run)
+            dual_encoder_layout(aside, run)
             if reduce:
                 _add_dense(aside, reduce)
         os.replace(aside, out)
@@ -177,9 +181,9 @@ def _add_dense(folder: Path, reduce: dict[str, Tensor]) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     modules.append({"idx": 2, "name": "2", "path": "2_Dense",
                     "type": "sentence_transformers.models.Dense"})  # fmt: skip
-    export._dump(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     size_in, size_out = reduce["weight"].shape
-    export._dump(
+    write_json(
         folder / "2_Dense" / "config.json",
         {"in_features": size_in, "out_features": size_out, "bias": "bias" in reduce,
          "activation_function": "torch.nn.modules.linear.Identity"},

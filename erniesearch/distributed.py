@@ -87,17 +87,21 @@ def read_launcher() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def initialize(
+    timeout: timedelta = timedelta(minutes=30), backend: str | None = None
+) -> torch.device:
     """Join the process group and return this rank's device.
 
-    The group is made here, before DeepSpeed looks, so that one time-out and one backend hold.
+    The group is made here, before DeepSpeed looks, so that one time-out and one backend hold:
+    NCCL on GPUs and gloo on CPUs, unless ``backend`` says otherwise.
 
     Raises:
         UserError: as :func:`read_launcher`.
     """
     device = read_launcher()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=timeout)
     return device
 
 

@@ -19,7 +19,7 @@ from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import RetrievalData, load_beir, with_split
 from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
-from erniesearch.export import export_all
+from erniesearch.export import export_all, write_cards
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
@@ -96,6 +96,7 @@ def _run_step(
         facts = {"folders": [str(path) for path in export_all(config)]}
     else:
         facts = steps.evaluate_run(config, held_out)
+        write_cards(config, Report.load(folder.root).for_card())
     stages.mark_done(folder.stage(name), expected, **facts)
 
 
@@ -109,6 +110,24 @@ def _check_upstream(
                 f"step {name} builds on {source}, which is not done with these settings: run it"
                 f" too (--only {source},{name}), or leave --only out"
             )
+
+
+def export_run(config: RunConfig, onnx: bool) -> list[Path]:
+    """Export a run again (``erniesearch export``); the cards get the evaluation's results if they
+    belong to the models that are there now.
+
+    Raises:
+        UserError: if there is nothing to export, or another process writes in the run's folder.
+    """
+    folder = stages.RunFolder(config.run_dir)
+    with hold_lock(folder.root / ".lock", "`erniesearch run`"):
+        marker = folder.stage("evaluate") / "done.json"
+        results = None
+        if marker.is_file() and stages.is_done(
+            marker.parent, stages.fingerprint(config, "evaluate", num_processes(config))
+        ):
+            results = Report.load(folder.root).for_card()
+        return export_all(config, onnx, results)
 
 
 def planned(config: RunConfig) -> list[str]:

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from erniesearch.errors import UserError
-from erniesearch.retrieval.evaluate import METRICS, Estimate
+from erniesearch.retrieval.evaluate import Estimate
 from erniesearch.stages import write_atomically
 
 
@@ -64,10 +66,6 @@ class Report:
         ]  # fmt: skip
         return cls(rows=rows, **content)
 
-    def _cells(self, row: Row) -> list[str]:
-        return [f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in
-                (row.metrics[name] for name in METRICS)]  # fmt: skip
-
     @property
     def caption(self) -> str:
         """What was measured on what."""
@@ -79,9 +77,11 @@ class Report:
 
     def table(self) -> str:
         """The rows as a Markdown table."""
-        lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
-        lines += [f"| {row.name} | " + " | ".join(self._cells(row)) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
+        return markdown_table(self.rows)
+
+    def for_card(self) -> str:
+        """Caption and table, for a model card."""
+        return f"{self.caption}.\n\n{self.table()}"
 
     def markdown(self) -> str:
         """The summary: table, stages, machine, where the files are."""
@@ -105,15 +105,42 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        table = Table(title=self.caption, title_style="", title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("", no_wrap=True, min_width=max(len(row.name) for row in self.rows))
-        for name in METRICS:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in self.rows:
-            estimates = [row.metrics[name] for name in METRICS]
-            cells = (f"{e.mean:.3f} ±{(e.high - e.low) / 2:.3f}" for e in estimates)
-            table.add_row(row.name, *cells)
-        console.print(table)
+        show_table(console, self.caption, self.rows)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Mean and interval of every metric of the rows, as a Markdown table."""
+    names = list(rows[0].metrics)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in row.metrics.values()]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def show_table(console: Console, title: str, rows: list[Row]) -> None:
+    """Print mean and half the interval of every metric of the rows."""
+    cells = {
+        row.name: [f"{e.mean:.3f} ±{(e.high - e.low) / 2:.3f}" for e in row.metrics.values()]
+        for row in rows
+    }
+    show_cells(console, title, list(rows[0].metrics), cells)
+
+
+def show_cells(
+    console: Console, title: str, columns: list[str], cells: dict[str, list[str]]
+) -> None:
+    """Print a table with named rows under a title; no cell is shortened."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in cells.items():
+        table.add_row(escape(name), *row)
+    unbounded = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(escape(title), soft_wrap=True)
+    console.print(table, crop=False)
 
 
 def describe_machine() -> dict[str, object]:

@@ -147,6 +147,11 @@ def data_hash(config: RunConfig) -> str:
     return hash_files([root / "corpus.jsonl", root / "queries.jsonl", *root.glob("qrels/*.tsv")])
 
 
+def given_negatives(config: RunConfig) -> Path:
+    """The hard negatives that came with the data."""
+    return Path(config.data.path) / "negatives.jsonl"
+
+
 def models_hash(config: RunConfig) -> list[Any]:
     """Model settings, with the contents of those that are folders."""
     described: list[Any] = [asdict(config.student), asdict(config.teacher)]
@@ -167,7 +172,7 @@ def upstream(config: RunConfig, stage: str) -> list[str]:
     if stage in TRAINING_STAGES:
         settings: StageConfig = getattr(config.stages, stage)
         if settings.num_negatives and settings.negatives != "random":
-            sources.append("mine" if settings.negatives == "mined" else "bm25")
+            sources.append({"mined": "mine", "bm25": "bm25"}.get(settings.negatives))
     return [name for name in sources if name]
 
 
@@ -190,7 +195,10 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     elif stage == "mine":
         settings["settings"] = asdict(config.stages.mine)
     elif stage in TRAINING_STAGES:
-        settings["settings"] = asdict(getattr(config.stages, stage))
+        stage_settings: StageConfig = getattr(config.stages, stage)
+        settings["settings"] = asdict(stage_settings)
+        if stage_settings.negatives == "given":
+            settings["negatives"] = hash_files([given_negatives(config)])
         training = asdict(config.training)
         for key in ("log_every", "save_every", "num_workers", "threads_per_process",
                     "num_processes", "activation_checkpointing"):  # fmt: skip

@@ -14,7 +14,7 @@ from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import mine_negatives, told
+from erniesearch.retrieval.mine import mine_negatives, statistics, told
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -50,7 +50,7 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     write_negatives(
         stages.RunFolder(config.run_dir).negatives("mined"), mined.negatives, data.relevant()
     )
-    facts = mined.statistics()
+    facts = statistics(mined.queries)
     console.print(told(facts))
     return facts
 

@@ -131,6 +131,17 @@ def test_bytes_repeat_with_one_thread(embeddings: Path, tmp_path: Path, factory:
     assert len(contents(first)) == 5
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF4,PQ8x4", "HNSW8", "SQfp16"])
+def test_mapped_index_finds_what_a_read_one_finds(
+    embeddings: Path, queries: np.ndarray, tmp_path: Path, factory: str
+) -> None:
+    out = build(embeddings, tmp_path / "i", factory=factory)
+    scores, rows = faiss.read_index(str(out / "index")).search(queries, 10)
+    found_rows, found_scores = VectorIndex.load(out).search(queries, 10)
+    np.testing.assert_array_equal(found_scores, np.where(rows < 0, -np.inf, scores))
+    assert {*found_rows.ravel().tolist()} == {*rows.ravel().tolist()}
+
+
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF4,PQ8x4"])
 def test_bytes_of_ivf_do_not_depend_on_threads(
     embeddings: Path, tmp_path: Path, factory: str

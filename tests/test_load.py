@@ -15,7 +15,8 @@ from erniesearch.config import RunConfig, TeacherConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.encode import PairScorer
-from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
+from erniesearch.retrieval.load import load_retriever, load_scorer
+from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.stages import RunFolder
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 from erniesearch.config import MineConfig
 from erniesearch.data.formats import RetrievalData, load_beir
 from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.mine import Mined, mine_negatives
+from erniesearch.retrieval.mine import Mined, mine_negatives, statistics
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,72 @@ def test_max_queries_draws_the_same_queries_every_time(
     assert first.negatives == {qid: ranking[qid][:5] for qid in first.negatives}
     other = mine_negatives(data, retriever, None, MineConfig(depth=5, max_queries=9), seed=1)
     assert set(other.negatives) != set(first.negatives)
+
+
+def test_a_copy_of_the_positive_is_no_negative(data: RetrievalData) -> None:
+    """The same text under another id, white space aside; its place goes to the next candidate."""
+    qid = next(iter(data.relevant()))
+    positive = data.passages[data.index_of[data.relevant()[qid][0]]]
+    copies = {f"copy{i}": "  ".join(positive.split()) + " " * i for i in range(3)}
+    larger = RetrievalData(
+        [*data.pids, *copies], [*data.passages, *copies.values()], data.queries,
+        {qid: data.qrels[qid]},
+    )  # fmt: skip
+    table = TableRetriever(larger)
+    for text in copies.values():
+        table.table[text] = table.table[data.queries[qid]] * 1000  # ranked first
+    mined = mine(larger, table, depth=10, num_negatives=10)
+    assert not set(mined.negatives[qid]) & set(copies)
+    assert len(mined.negatives[qid]) == 10
+    assert statistics(mined.queries)["dropped_as_duplicates"] == 3
+
+
+@pytest.mark.parametrize("margin", [None, 0.0])
+def test_an_absolute_threshold_drops_too(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]], margin: float | None
+) -> None:
+    scores = np.random.default_rng(0).normal(size=60).astype(np.float32)
+    table = dict(zip(data.passages, scores.tolist(), strict=True))
+    settings = {"depth": 30, "num_negatives": 100, "denoise_margin": margin}
+    mined = mine(data, retriever, TableScorer(table), denoise_threshold=0.25, **settings)
+    score_of = {pid: table[text] for pid, text in zip(data.pids, data.passages, strict=True)}
+    for qid, pids in ranking.items():
+        limit = 0.25
+        if margin is not None:
+            limit = min(limit, max(score_of[pid] for pid in data.relevant()[qid]))
+        assert mined.negatives[qid] == [pid for pid in pids[:30] if score_of[pid] <= limit]
+    assert mined.num_denoised > 0
+
+
+def test_blocks_change_nothing(
+    data: RetrievalData, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mine(data, retriever, depth=10)
+    monkeypatch.setattr("erniesearch.retrieval.mine.QUERIES_PER_BLOCK", 7)
+    assert mine(data, retriever, depth=10) == whole
+
+
+def test_statistics_count_what_was_kept_and_dropped(
+    data: RetrievalData, retriever: Retriever
+) -> None:
+    table = dict(zip(data.passages, np.random.default_rng(0).normal(size=60).tolist(), strict=True))
+    mined = mine(data, retriever, TableScorer(table), depth=60, num_negatives=5)
+    facts = statistics(mined.queries)
+    queries = len(data.relevant())
+    assert facts["queries"] == queries
+    assert facts["candidates"] == 58 * queries
+    assert facts["dropped_as_positives"] == 2 * queries  # all are found at this depth
+    assert facts["negatives"] == sum(map(len, mined.negatives.values())) <= 5 * queries
+    for name in ("dual_encoder_scores", "teacher_scores"):
+        assert sum(facts[name]["negatives"]["counts"]) == facts["negatives"]
+        assert sum(facts[name]["positives"]["counts"]) == 2 * queries
+        assert len(facts[name]["bin_edges"]) == 21
+    hardest = mined.queries[0]
+    assert hardest.scores == sorted(hardest.scores, reverse=True)
+    means = facts["dual_encoder_scores"]
+    vectors = retriever.vectors([data.queries[q.qid] for q in mined.queries], "query")
+    expected = [
+        float(vector @ retriever.table[data.passages[data.index_of[pid]]])
+        for vector, query in zip(vectors, mined.queries, strict=True) for pid in query.negatives
+    ]  # fmt: skip
+    assert means["negatives"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)

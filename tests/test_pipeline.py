@@ -93,6 +93,9 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
                  "environment.json", "runs/bm25.trec"):  # fmt: skip
         assert (run_dir / path).is_file(), path
 
+    card = (run_dir / "exports" / "late_interaction" / "README.md").read_text()
+    assert all(row in card for row in rows)
+
     # A second run does nothing; the interrupted trace equals an uninterrupted run's.
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("stages/*/done.json")}
     status, output = run_python(*command, timeout=200)

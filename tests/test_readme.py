@@ -12,7 +12,7 @@ RESULTS = ROOT / "tests" / "golden"
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-@pytest.mark.parametrize("name", ["quickstart", "squad"])
+@pytest.mark.parametrize("name", ["quickstart", "squad", "cmrc"])
 def test_tables_come_from_the_json(readme: str, name: str) -> None:
     report = Report.load(RESULTS / name)
     text = (ROOT / readme).read_text(encoding="utf-8")

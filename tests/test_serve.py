@@ -328,6 +328,15 @@ def test_odd_options_are_refused(
     assert problem in refused(capsys, *argv)
 
 
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("run", "host", "port", "late_interaction_depth", "cross_encoder_depth"):
+        assert f"--{option} " in shown
+
+
 def test_a_package_that_is_missing_is_named(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "uvicorn.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'uvicorn'\", name='uvicorn')\n"

@@ -1,9 +1,13 @@
 """``data …``: make or convert data sets."""
 
+import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+
+from erniesearch.errors import UserError
 
 
 def pydocs_command(argv: list[str]) -> int:
@@ -25,4 +29,118 @@ def pydocs_command(argv: list[str]) -> int:
     sys.stdout.write(
         f"{settings.out}: {facts['passages']} passages, {facts['queries']} queries ({splits})\n"
     )
+    return 0
+
+
+def import_command(argv: list[str]) -> int:
+    """``erniesearch data import FORMAT SOURCE... --out DIR``."""
+    parser = ArgumentParser(
+        prog="erniesearch data import", exit_on_error=False,
+        description="Convert a retrieval set to BEIR layout, with its hard negatives in"
+        " negatives.jsonl and a report in import.json. Texts are streamed; the folder is written"
+        " whole or not at all.",
+    )  # fmt: skip
+    parser.add_argument(
+        "format", type=str,
+        help="beir, msmarco, dpr (also nq), tevatron, flagembedding, dureader, parquet (also JSON,"
+        " CSV and TSV tables), or hf (a dataset's name).",
+    )  # fmt: skip
+    parser.add_argument("sources", type=str, nargs="+", help="Files or folders of that format.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace --out if it holds a corpus already."
+    )
+    parser.add_argument(
+        "--skip_bad", type=int, default=0,
+        help="Leave out up to this many odd lines and list them in import.json; by default the"
+        " first one is an error.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", type=str, default="train",
+        help="Split of files whose name does not say train, dev or test; of a dataset on the hub,"
+        " the split to read.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hold_out",
+        type=str,
+        default="",
+        help="Queries to move from train to new splits, drawn with --seed: dev=200,test=500.",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="Draws the queries held out.")
+    parser.add_argument(
+        "--max_negatives", type=int, default=200, help="Hard negatives kept for a query."
+    )
+    parser.add_argument(
+        "--titles", action="store_true",
+        help="msmarco: read titles from para.title.txt. Figures with and without do not compare.",
+    )  # fmt: skip
+    for name, default, what in (
+        ("query", "query", "queries"),
+        ("positive", "positive", "relevant passages (text or list)"),
+        ("negative", "negative", "hard negatives; also NAME_1, NAME_2 and so on"),
+        ("query_id", "", "query ids; empty: a hash of the text"),
+        ("positive_id", "", "relevant passages' ids; empty: a hash of the text"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=str, default=default, help=f"parquet, hf: column of the {what}."
+        )
+    parser.add_argument("--subset", type=str, default="", help="hf: configuration of the dataset.")
+    settings = parser.parse_args(argv)
+    if settings.skip_bad < 0 or settings.max_negatives < 0:
+        raise UserError("--skip_bad and --max_negatives must be 0 or more")
+    held_out = _hold_out(settings.hold_out)
+    from erniesearch.data.importers.convert import convert
+    from erniesearch.data.importers.records import Options
+
+    facts = convert(
+        settings.format, [Path(source) for source in settings.sources], Path(settings.out),
+        Options(**{f.name: getattr(settings, f.name) for f in fields(Options)}),
+        skip_bad=settings.skip_bad, max_negatives=settings.max_negatives, hold_out=held_out,
+        seed=settings.seed, overwrite=settings.overwrite,
+    )  # fmt: skip
+    splits = ", ".join(f"{name} {count}" for name, count in facts["judged_queries"].items())
+    negatives = facts["queries_with_negatives"]
+    sys.stdout.write(
+        f"{settings.out}: {facts['passages']} passages, {facts['queries']} queries (judged:"
+        f" {splits}; with hard negatives: {negatives})\n"
+    )
+    for title, kinds in (("left out", facts["left_out"]), ("note", facts["notes"])):
+        for kind, found in kinds.items():
+            sys.stdout.write(f"{title}: {found['count']} × {kind}, first {found['first'][0]}\n")
+    return 0
+
+
+def _hold_out(text: str) -> dict[str, int]:
+    found = {}
+    for part in filter(None, text.split(",")):
+        split, _, number = part.partition("=")
+        if not split.isidentifier() or not number.isdigit() or int(number) < 1 or split == "train":
+            raise UserError(f"--hold_out {text}: expected SPLIT=NUMBER, for example dev=200")
+        found[split] = int(number)
+    return found
+
+
+def check_command(argv: list[str]) -> int:
+    """``erniesearch data check DIR``."""
+    parser = ArgumentParser(
+        prog="erniesearch data check", exit_on_error=False,
+        description="Read every file of a data set in BEIR layout and print, as JSON, lengths,"
+        " passages with one text, judgements by split, and queries that splits share.",
+    )  # fmt: skip
+    parser.add_argument("data", type=str, help="Folder in BEIR layout.")
+    parser.add_argument(
+        "--model", type=str, default="",
+        help="Count tokens with this model's tokenizer (as in student.path).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--use_titles", type=bool, default=True, help="Count a passage's title as its text."
+    )
+    settings = parser.parse_args(argv)
+    from erniesearch.config import StudentConfig
+    from erniesearch.data.check import check
+    from erniesearch.models.backbone import load_tokenizer
+
+    tokenizer = load_tokenizer(StudentConfig(settings.model)) if settings.model else None
+    facts = check(Path(settings.data), settings.use_titles, tokenizer)
+    sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     return 0

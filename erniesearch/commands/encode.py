@@ -62,10 +62,10 @@ def encode_command(argv: list[str]) -> int:
         "--pooling", type=Literal["cls", "mean"] | None, default=None,
         help="For encoders whose folder does not say it.",
     )  # fmt: skip
-    settings = parser.parse_args(drop_local_rank(argv))
+    settings = parser.parse_args(drop_local_rank(argv)).as_dict()
     require_positive(settings, "batch_size", "shard_size", "max_length")
     name_accelerator()
     from erniesearch.retrieval.encode_shards import encode_collection
 
-    encode_collection(**settings.as_dict())
+    encode_collection(**settings)
     return 0

@@ -49,9 +49,9 @@ def index_command(argv: list[str]) -> int:
     parser.add_argument(
         "--gpu", type=bool, default=False, help="Train and add on the first GPU (IVF and Flat)."
     )
-    settings = parser.parse_args(argv)
+    settings = parser.parse_args(argv).as_dict()
     require_positive(settings, "train_sample", "shards", "nprobe", "ef_search")
     from erniesearch.retrieval.build_index import build_index
 
-    build_index(**settings.as_dict())
+    build_index(**settings)
     return 0

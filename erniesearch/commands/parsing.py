@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -57,16 +57,15 @@ def drop_local_rank(argv: list[str]) -> list[str]:
     return argv
 
 
-def require_positive(settings: jsonargparse.Namespace, *names: str) -> None:
+def require_positive(options: dict[str, Any], *names: str) -> None:
     """Refuse numbers below 1; None passes.
 
     Raises:
         UserError: naming the option.
     """
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be 1 or more")
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name} {options[name]}: must be 1 or more")
 
 
 def _file_first(argv: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ in use, which ranks on one machine share.
 import hashlib
 import shutil
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -42,6 +43,7 @@ class ArrowColumn(Sequence[str]):
         self.folder, self.name = folder, name
         self._blocks = blocks or Blocks(folder / "corpus.arrow")
         self._arrays: list[pa.StringArray] = self._blocks.column(name)
+        self._starts: list[int] = self._blocks.starts.tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:  # other processes map the file themselves
         return type(self), (self.folder, self.name)
@@ -54,25 +56,33 @@ class ArrowColumn(Sequence[str]):
     @overload
     def __getitem__(self, item: slice | Rows) -> list[str]: ...
     def __getitem__(self, item: int | slice | Rows) -> str | list[str]:
+        if isinstance(item, int | np.integer):
+            return self._at(int(item))
         if isinstance(item, slice):
             start, stop, step = item.indices(len(self))
             if step == 1:
                 return [text for part in self._parts(start, stop) for text in part.to_pylist()]
             item = range(start, stop, step)
-        one = isinstance(item, int | np.integer)
-        rows = np.array([item]) if one else np.asarray(item)
+        rows = np.asarray(item)
         if not rows.size:
             return []
         places = zip(*self._blocks.locate(rows), strict=True)
-        texts = [self._arrays[block][position].as_py() for block, position in places]
-        return texts[0] if one else texts
+        return [self._arrays[block][position].as_py() for block, position in places]
+
+    def _at(self, row: int) -> str:
+        size = self._starts[-1]
+        row = row + size if row < 0 else row
+        if not 0 <= row < size:
+            raise IndexError(f"row outside 0 to {size - 1}")
+        block = bisect_right(self._starts, row) - 1
+        return self._arrays[block][row - self._starts[block]].as_py()  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         for block in self._arrays:
             yield from block.to_pylist()
 
     def _parts(self, start: int, stop: int) -> Iterator[pa.StringArray]:
-        for first, block in zip(self._blocks.starts.tolist(), self._arrays, strict=False):
+        for first, block in zip(self._starts, self._arrays, strict=False):
             if first < stop and first + len(block) > start:
                 low = max(start - first, 0)
                 yield block.slice(low, min(stop - first, len(block)) - low)
@@ -111,7 +121,7 @@ class PidIndex(Mapping[str, int]):
         return iter(self.pids)
 
     def __getitem__(self, pid: str) -> int:
-        value = np.uint64(hash_pid(pid))  # of the array's type: another would convert the array
+        value = np.uint64(hash_text(pid))  # of the array's type: another would convert the array
         row = self._walk(pid, value, int(self._hashes.searchsorted(value)))
         if row < 0:
             raise KeyError(pid)
@@ -127,7 +137,7 @@ class PidIndex(Mapping[str, int]):
 
     def rows(self, pids: Sequence[str]) -> np.ndarray:
         """Row of each pid, ``[len(pids)]``; -1 where the corpus does not have it."""
-        values = np.fromiter(map(hash_pid, pids), np.uint64, len(pids))
+        values = np.fromiter(map(hash_text, pids), np.uint64, len(pids))
         positions = np.minimum(self._hashes.searchsorted(values), len(self) - 1)
         rows = np.where(self._hashes[positions] == values, self._rows[positions], -1)
         hits = np.flatnonzero(rows >= 0)
@@ -144,9 +154,9 @@ def rows_of(index_of: Mapping[str, int], pids: Sequence[str]) -> np.ndarray:
     return np.array([index_of.get(pid, -1) for pid in pids], dtype=np.int64)
 
 
-def hash_pid(pid: str) -> int:
-    """64 bits of the pid, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(pid.encode(), digest_size=8).digest(), "little")
+def hash_text(text: str) -> int:
+    """64 bits of a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Corpus:
@@ -209,7 +219,7 @@ def _write_columns(path: Path, use_titles: bool, folder: Path, size: int) -> np.
             title = text_field(record, "title", path, number, "") if use_titles else ""
             text = f"{title} {text}".strip() if title else text
             writer.add((pid, text), len(text) + len(pid))
-            hashes.append(hash_pid(pid))
+            hashes.append(hash_text(pid))
     if not hashes:
         raise UserError(f"{path}: the corpus is empty")
     return np.frombuffer(hashes, dtype=np.uint64)
@@ -222,7 +232,7 @@ def _refuse_duplicates(
     repeated = np.sort(order[1:][hashes[1:] == hashes[:-1]])
     for row in repeated.tolist():
         pid = pids[row]
-        value = np.uint64(hash_pid(pid))
+        value = np.uint64(hash_text(pid))
         low, high = hashes.searchsorted(value), hashes.searchsorted(value, side="right")
         for earlier in order[low:high].tolist():
             if earlier < row and pids[earlier] == pid:

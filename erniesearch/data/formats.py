@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from erniesearch.data.corpora import ArrowColumn, PidIndex, open_corpus
+from erniesearch.data.corpora import ArrowColumn, PidIndex, open_corpus, rows_of
 from erniesearch.data.records import read_jsonl, text_field
 from erniesearch.errors import UserError
 from erniesearch.stages import write_atomically
@@ -137,33 +137,51 @@ def write_trec_run(path: Path, run: Run, tag: str) -> None:
     write_atomically(path, "".join(lines))
 
 
+def negatives_line(
+    qid: str,
+    positives: list[str],
+    negatives: list[str],
+    scores: tuple[list[float], list[float]] | None = None,
+) -> str:
+    """One query's hard negatives in a form that Tevatron reads too:
+    ``{"query_id", "positive_document_ids", "negative_document_ids"}``, with a teacher's scores of
+    both, in parallel lists, as ``positive_scores`` and ``negative_scores``."""
+    record: dict[str, object] = {
+        "query_id": qid, "positive_document_ids": positives, "negative_document_ids": negatives,
+    }  # fmt: skip
+    if scores is not None:
+        record |= {"positive_scores": scores[0], "negative_scores": scores[1]}
+    return json.dumps(record) + "\n"
+
+
 def write_negatives(
     path: Path, negatives: dict[str, list[str]], positives: dict[str, list[str]]
 ) -> None:
-    """Hard negatives as JSON lines that Tevatron reads too:
-    ``{"query_id", "positive_document_ids", "negative_document_ids"}``."""
-    write_atomically(
-        path,
-        "".join(
-            json.dumps(
-                {
-                    "query_id": qid,
-                    "positive_document_ids": positives[qid],
-                    "negative_document_ids": pids,
-                }
-            )
-            + "\n"
-            for qid, pids in negatives.items()
-        ),
-    )
+    """Hard negatives as JSON lines (:func:`negatives_line`)."""
+    lines = (negatives_line(qid, positives[qid], pids) for qid, pids in negatives.items())
+    write_atomically(path, "".join(lines))
 
 
-def read_negatives(path: Path) -> dict[str, list[str]]:
-    """Negative passage ids by query, hardest first."""
-    negatives = {}
+def read_negatives(path: Path, data: RetrievalData | None = None) -> dict[str, list[str]]:
+    """Negative passage ids by query, hardest first.
+
+    Raises:
+        UserError: for an odd line; with ``data`` also for a query or passage that is not in it, or
+            a query with two lines.
+    """
+    negatives: dict[str, list[str]] = {}
     for number, record in read_jsonl(path):
         pids = record.get("negative_document_ids")
         if not isinstance(pids, list) or "query_id" not in record:
             raise UserError(f"{path}:{number}: expected query_id and negative_document_ids")
-        negatives[str(record["query_id"])] = [str(pid) for pid in pids]
+        qid, pids = str(record["query_id"]), [str(pid) for pid in pids]
+        if data is not None:
+            if qid not in data.queries:
+                raise UserError(f"{path}:{number}: query '{qid}' is not in queries.jsonl")
+            if qid in negatives:
+                raise UserError(f"{path}:{number}: a second line for query '{qid}'; join them")
+            for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
+                if row < 0:
+                    raise UserError(f"{path}:{number}: passage '{pid}' is not in corpus.jsonl")
+        negatives[qid] = pids
     return negatives

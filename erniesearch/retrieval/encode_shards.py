@@ -30,7 +30,8 @@ from erniesearch.retrieval.embeddings import (
     write_shard,
 )
 from erniesearch.retrieval.encode import Retriever, StoredTokens
-from erniesearch.retrieval.load import Precision, load_retriever, read_folder
+from erniesearch.retrieval.load import Precision, load_retriever
+from erniesearch.retrieval.model_folder import fingerprint, read_folder
 
 SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
 """Rows of a shard by default: some hundred megabytes, which one rank holds in memory."""
@@ -70,12 +71,6 @@ def read_collection(root: Path, side: Side, split: str | None, use_titles: bool)
     return Collection(list(queries), list(queries.values()), stages.hash_files(files))
 
 
-def model_hash(path: Path) -> str:
-    """One hash of a model folder's weights, settings and vocabulary."""
-    kinds = (".json", ".safetensors", ".txt", ".model")
-    return stages.hash_files(file for file in path.rglob("*") if file.suffix in kinds)
-
-
 def encode_collection(
     model: str,
     data: str,
@@ -111,15 +106,13 @@ def encode_collection(
         max_query_length=max_length if side == "query" else None,
         max_passage_length=max_length if side == "passage" else None, precision=precision,
     )  # fmt: skip
-    sources = [Path(found.settings.path), *filter(None, [found.head, found.passage_path])]
     dim = retriever.student.hidden_size
     manifest = Manifest(
         what=what, side=side, dtype=dtype,
         dim=dim if what == "vectors" else found.settings.late_interaction_dim,
         rows=len(collection.ids), shard_size=shard_size or SHARD_SIZES[what],
         max_length=retriever.lengths[side], precision=retriever.precision,
-        model=":".join(model_hash(s if s.is_dir() else s.parent) for s in sources)
-        + f":{found.settings.pooling}:{found.settings.normalize}",
+        model=fingerprint(found),
         data=collection.fingerprint,
         source={"model": str(Path(model).absolute()), "data": str(Path(data).absolute())},
     )  # fmt: skip

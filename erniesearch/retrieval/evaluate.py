@@ -1,18 +1,17 @@
-"""Metrics by ir-measures, with bootstrap intervals over queries."""
+"""What the pipeline measures: default metrics with bootstrap intervals, over a part of the data."""
 
 from dataclasses import dataclass, replace
 
-import ir_measures
 import numpy as np
-from ir_measures import RR, R, nDCG
 
 from erniesearch.config import EvaluationConfig
 from erniesearch.data.bm25 import BM25, Tokenizer
 from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData, Run
 from erniesearch.errors import UserError
+from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query
 
-METRICS = {"MRR@10": RR @ 10, "nDCG@10": nDCG @ 10, "R@10": R @ 10, "R@100": R @ 100}
+METRICS = parse_metrics(DEFAULT_METRICS)
 RESAMPLES = 1000
 
 
@@ -26,16 +25,12 @@ class Estimate:
 
 
 def per_query_metrics(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
-    """Each metric's value for every query of the qrels, ``[num_queries]`` in their order.
+    """Each default metric's value for every query of the qrels, ``[num_queries]`` in their order.
 
     A query without results counts as 0 (as in MS MARCO's evaluation; trec_eval without ``-c``
     leaves it out).
     """
-    values = {name: dict.fromkeys(qrels, 0.0) for name in METRICS}
-    name_of = {measure: name for name, measure in METRICS.items()}
-    for result in ir_measures.iter_calc(list(METRICS.values()), qrels, run):
-        values[name_of[result.measure]][result.query_id] = result.value
-    return {name: np.array(list(by_query.values())) for name, by_query in values.items()}
+    return per_query(run, qrels, list(qrels), METRICS)
 
 
 def estimate(values: np.ndarray, seed: int) -> Estimate:

@@ -129,7 +129,9 @@ class VectorIndex:
         ef_search: int | None = None,
         gpu: bool = False,
     ) -> "VectorIndex":
-        """Read a folder of one index or of several parts.
+        """Open a folder of one index or of several parts.
+
+        Vectors stay in the file, memory-mapped: processes on one machine share them.
 
         Args:
             nprobe: lists that an IVF index visits; None keeps what the index was saved with.
@@ -145,8 +147,9 @@ class VectorIndex:
             for name in ("index", "docid"):
                 if not (path / name).is_file():
                     raise UserError(f"index folder {path}: no file '{name}'")
+        flags = 0 if gpu else faiss.IO_FLAG_MMAP_IFC
         parts = [
-            faiss_call(partial(faiss.read_index, str(path / "index")), str(path / "index"))
+            faiss_call(partial(faiss.read_index, str(path / "index"), flags), str(path / "index"))
             for path in folders
         ]
         pids = DocIds([path / "docid" for path in folders])

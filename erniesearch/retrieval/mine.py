@@ -6,7 +6,8 @@ a listwise-trained teacher's scores have no absolute scale; a teacher that has o
 absolute threshold too). A candidate with a positive's text under another id is no negative either.
 """
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,27 +68,31 @@ class Mined:
         """Candidates that the teacher dropped."""
         return sum(query.num_denoised for query in self.queries)
 
-    def statistics(self) -> dict[str, Any]:
-        """Counts, and histograms of the scores of negatives and positives."""
-        queries = self.queries
-        facts: dict[str, Any] = {
-            "queries": len(queries),
-            "queries_without_negatives": sum(not query.negatives for query in queries),
-            "candidates": self.num_candidates,
-            "negatives": sum(len(query.negatives) for query in queries),
-            "dropped_as_positives": sum(len(query.positive_scores) for query in queries),
-            "dropped_as_duplicates": sum(query.num_duplicates for query in queries),
-            "dropped_by_teacher": self.num_denoised,
-            "dual_encoder_scores": _histograms(
-                [query.scores for query in queries], [query.positive_scores for query in queries]
-            ),
-        }
-        if any(query.teacher_positive_scores for query in queries):
-            facts["teacher_scores"] = _histograms(
-                [query.teacher_scores for query in queries],
-                [query.teacher_positive_scores for query in queries],
-            )
-        return facts
+
+def statistics(queries: Iterable[MinedQuery]) -> dict[str, Any]:
+    """Counts, and histograms of the scores of negatives and positives."""
+    facts = dict.fromkeys(
+        ("queries", "queries_without_negatives", "candidates", "negatives", "dropped_as_positives",
+         "dropped_as_duplicates", "dropped_by_teacher"), 0,
+    )  # fmt: skip
+    scores = {name: array("d") for name in ("negatives", "positives")}
+    teacher_scores = {name: array("d") for name in ("negatives", "positives")}
+    for query in queries:
+        facts["queries"] += 1
+        facts["queries_without_negatives"] += not query.negatives
+        facts["candidates"] += query.num_candidates
+        facts["negatives"] += len(query.negatives)
+        facts["dropped_as_positives"] += len(query.positive_scores)
+        facts["dropped_as_duplicates"] += query.num_duplicates
+        facts["dropped_by_teacher"] += query.num_denoised
+        scores["negatives"].extend(query.scores)
+        scores["positives"].extend(query.positive_scores)
+        teacher_scores["negatives"].extend(query.teacher_scores)
+        teacher_scores["positives"].extend(query.teacher_positive_scores)
+    histograms = {"dual_encoder_scores": _histograms(scores)}
+    if teacher_scores["positives"]:
+        histograms["teacher_scores"] = _histograms(teacher_scores)
+    return facts | histograms
 
 
 def told(facts: dict[str, Any]) -> str:
@@ -243,15 +248,12 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _histograms(negatives: list[list[float]], positives: list[list[float]]) -> dict[str, Any]:
+def _histograms(scores: "dict[str, array[float]]") -> dict[str, Any]:
     """Counts of both kinds in twenty bins of equal width, and their means."""
-    values = {
-        name: np.array([score for scores in lists for score in scores])
-        for name, lists in (("negatives", negatives), ("positives", positives))
-    }
+    values = {name: np.array(numbers) for name, numbers in scores.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=20)
-    facts: dict[str, Any] = {"bin_edges": [round(edge, 6) for edge in edges.tolist()]}
-    for name, scores in values.items():
-        mean = round(float(scores.mean()), 6) if len(scores) else None
-        facts[name] = {"mean": mean, "counts": np.histogram(scores, edges)[0].tolist()}
+    facts: dict[str, Any] = {"bin_edges": edges.round(6).tolist()}
+    for name, numbers in values.items():
+        mean = round(float(numbers.mean()), 6) if len(numbers) else None
+        facts[name] = {"mean": mean, "counts": np.histogram(numbers, edges)[0].tolist()}
     return facts

@@ -72,6 +72,14 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     for stage in training_stages(config).values():
         if stage.steps:
             check_group_fits(data, stage.num_negatives)
+    if any(s.steps and s.num_negatives and s.negatives == "given"
+           for s in training_stages(config).values()):  # fmt: skip
+        given = read_negatives(stages.given_negatives(config), data)
+        if not given.keys() & data.relevant().keys():
+            raise UserError(
+                f"{stages.given_negatives(config)}: names no query of the split"
+                f" {config.data.train_split}"
+            )
     student = config.student
     teacher = base_teacher(config)
     tokenizer = load_tokenizer(student)
@@ -150,7 +158,9 @@ def build_sampler(
     """The stage's sampler over the whole global batch."""
     stage: StageConfig = getattr(config.stages, name)
     negatives = None
-    if stage.negatives != "random" and stage.num_negatives:
+    if stage.negatives == "given" and stage.num_negatives:
+        negatives = read_negatives(stages.given_negatives(config), data)
+    elif stage.negatives != "random" and stage.num_negatives:
         path = stages.RunFolder(config.run_dir).negatives(stage.negatives)
         if not path.is_file():
             raise UserError(

@@ -1,4 +1,4 @@
-"""Folders that other libraries load: sentence-transformers, PyLate, plain transformers.
+"""Files that make a transformers folder one that other libraries load as what it is.
 
     dual_encoder      SentenceTransformer(path)
     late_interaction  pylate.models.ColBERT(path)
@@ -9,73 +9,18 @@ version 6 writes, and both read these.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from erniesearch import stages
 from erniesearch.config import RunConfig
-from erniesearch.errors import UserError
-from erniesearch.models.encoder import HEAD_FILE
+from erniesearch.export.model_card import pair_length
 
 ST_VERSION = "5.0.0"
 """Oldest sentence-transformers whose layout is written; readers refuse a newer one than theirs."""
 
 
-def export_all(config: RunConfig) -> list[Path]:
-    """Export the last stage's student and teacher; returns the folders written.
-
-    Raises:
-        UserError: if the run trains no student.
-    """
-    folder = stages.RunFolder(config.run_dir)
-    written = []
-    student_stage, teacher_stage = stages.final_student(config), stages.final_teacher(config)
-    if student_stage:
-        student = folder.model(student_stage, "student")
-        _require(student, student_stage)
-        towers = {"": student}
-        if not config.student.tied:
-            towers = {"_query": student, "_passage": student / "passage_tower"}
-        for suffix, tower in towers.items():
-            written.append(
-                _write(folder.export("dual_encoder" + suffix), tower, _dual_encoder, config)
-            )
-            if stages.trains_late_interaction(config):
-                out = folder.export("late_interaction" + suffix)
-                head = student / HEAD_FILE
-                written.append(_write(out, tower, _late_interaction, config, head))
-    if teacher_stage:
-        teacher = folder.model(teacher_stage, "teacher")
-        _require(teacher, teacher_stage)
-        written.append(_write(folder.export("cross_encoder"), teacher, _cross_encoder, config))
-    if not written:
-        raise UserError("nothing to export: no stage with steps above 0 trains a model")
-    return written
-
-
-def _require(path: Path, stage: str) -> None:
-    if not path.is_dir():
-        raise UserError(f"nothing to export: stage {stage} is not trained yet ({path} is missing)")
-
-
-def _write(folder: Path, model: Path, add: Callable[..., None], *arguments: object) -> Path:
-    """Copy a transformers folder, add the layout's files, then move it into place."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(model, aside, ignore=shutil.ignore_patterns(HEAD_FILE, "passage_tower"))
-    # An untied passage tower has no tokenizer of its own.
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        if not (aside / name).exists() and (model.parent / name).is_file():
-            shutil.copy(model.parent / name, aside / name)
-    add(aside, *arguments)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    return folder
-
-
-def _dump(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` indented, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -85,7 +30,7 @@ def _hidden_size(folder: Path) -> int:
 
 
 def _modules(folder: Path, *modules: tuple[str, str]) -> None:
-    _dump(
+    write_json(
         folder / "modules.json",
         [
             {"idx": i, "name": str(i), "path": path, "type": kind}
@@ -94,7 +39,8 @@ def _modules(folder: Path, *modules: tuple[str, str]) -> None:
     )
 
 
-def _dual_encoder(folder: Path, config: RunConfig) -> None:
+def dual_encoder_layout(folder: Path, config: RunConfig) -> None:
+    """Transformer, Pooling and, for cosines, Normalize, as sentence-transformers' modules."""
     student = config.student
     modules = [
         ("", "sentence_transformers.models.Transformer"),
@@ -105,8 +51,10 @@ def _dual_encoder(folder: Path, config: RunConfig) -> None:
         (folder / "2_Normalize").mkdir()
     _modules(folder, *modules)
     length = max(config.data.max_query_length, config.data.max_passage_length)
-    _dump(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    _dump(
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
+    )
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"sentence_transformers": ST_VERSION},
@@ -116,7 +64,7 @@ def _dual_encoder(folder: Path, config: RunConfig) -> None:
             "similarity_fn_name": "cosine" if student.normalize else "dot",
         },
     )
-    _dump(
+    write_json(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": _hidden_size(folder),
@@ -131,15 +79,18 @@ def _dual_encoder(folder: Path, config: RunConfig) -> None:
     )
 
 
-def _late_interaction(folder: Path, config: RunConfig, head: Path) -> None:
+def late_interaction_layout(folder: Path, config: RunConfig, head: Path) -> None:
+    """Transformer and PyLate's Dense; ``head`` is the safetensors file of its matrix."""
     _modules(
         folder,
         ("", "sentence_transformers.models.Transformer"),
         ("1_Dense", "pylate.models.Dense.Dense"),
     )
     length = max(config.data.max_query_length, config.data.max_passage_length)
-    _dump(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    _dump(
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
+    )
+    write_json(
         folder / "1_Dense" / "config.json",
         {
             "in_features": _hidden_size(folder),
@@ -150,7 +101,7 @@ def _late_interaction(folder: Path, config: RunConfig, head: Path) -> None:
         },
     )
     shutil.copy(head, folder / "1_Dense" / "model.safetensors")
-    _dump(
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"sentence_transformers": ST_VERSION},
@@ -169,7 +120,8 @@ def _late_interaction(folder: Path, config: RunConfig, head: Path) -> None:
     )
 
 
-def _cross_encoder(folder: Path, config: RunConfig) -> None:
+def cross_encoder_layout(folder: Path, config: RunConfig) -> None:
+    """A classifier whose ``predict()`` gives the bare score, on pairs as long as trained."""
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     # Without it predict() applies a sigmoid.
@@ -181,4 +133,8 @@ def _cross_encoder(folder: Path, config: RunConfig) -> None:
         "max_query_length": config.data.max_query_length,
         "max_passage_length": config.data.max_passage_length,
     }
-    _dump(path, content)
+    write_json(path, content)
+    # Without it predict() reads pairs as long as the model's positions, longer than any trained.
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, tokenizer | {"model_max_length": pair_length(config)})

@@ -1,0 +1,90 @@
+"""``erniesearch data import``: one reader, one writer, nothing half-written."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, tables, tevatron
+from erniesearch.data.importers.records import BadLines, Options, Reader
+from erniesearch.data.importers.writer import BeirWriter, put_in_place
+from erniesearch.errors import UserError, nearest
+
+FORMATS: dict[str, Reader] = {
+    "beir": beir.read,
+    "msmarco": msmarco.read,
+    "dpr": dpr.read,
+    "nq": dpr.read,
+    "tevatron": tevatron.read,
+    "flagembedding": pairs.read,
+    "dureader": dureader.read,
+    "hf": tables.read,
+    "parquet": tables.read,
+}
+
+
+def convert(
+    name: str,
+    sources: list[Path],
+    out: Path,
+    options: Options,
+    *,
+    skip_bad: int = 0,
+    max_negatives: int = 200,
+    hold_out: dict[str, int] | None = None,
+    seed: int = 42,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Read ``sources`` in the format ``name`` and write a BEIR folder; returns import.json.
+
+    The folder is written aside and renamed at the end; after an error nothing is left.
+
+    Args:
+        skip_bad: odd lines that are left out and reported; one more ends the import.
+        max_negatives: hard negatives kept for a query.
+        hold_out: queries to move from train to new splits, by split.
+        seed: draws the queries held out.
+        overwrite: replace an existing ``out``.
+
+    Raises:
+        UserError: naming file, line and remedy.
+    """
+    if name not in FORMATS:
+        raise UserError(
+            f"format '{name}': one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
+        )  # fmt: skip
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: is there already; choose another --out, or --overwrite")
+    if out.exists():
+        _check_replaceable(out, sources)
+    aside = out.with_name(f".{out.name}.import-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out.parent}: cannot be written: {error.strerror}") from None
+    bad = BadLines(skip_bad)
+    writer = BeirWriter(aside, bad, max_negatives)
+    try:
+        for record in FORMATS[name](sources, options, bad):
+            try:
+                writer.write(record)
+            except UserError as error:
+                bad.skip(error)
+        for split, number in (hold_out or {}).items():
+            writer.hold_out(split, number, seed)
+        facts = writer.finish({"format": name, "sources": [str(path) for path in sources]})
+        put_in_place(aside, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        writer.close()
+        shutil.rmtree(aside, ignore_errors=True)
+    return facts
+
+
+def _check_replaceable(out: Path, sources: list[Path]) -> None:
+    if out.is_symlink() or not out.is_dir() or not (out / "corpus.jsonl").is_file():
+        raise UserError(f"{out}: holds no corpus.jsonl, so --overwrite does not replace it")
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out}: holds the source {source}; choose another --out")

@@ -1,0 +1,60 @@
+"""FlagEmbedding: JSON lines ``{"query", "pos": [text], "neg": [text]}``.
+
+Nothing has an id there: a passage's and a query's is a hash of its text, and equal texts are one.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from erniesearch.data.importers.records import (
+    BadLines,
+    HardNegatives,
+    Judgement,
+    Line,
+    Options,
+    Passage,
+    Query,
+    Record,
+    content_id,
+    listed,
+    read_each,
+    read_lines,
+    require,
+    split_in,
+    texts_in,
+)
+from erniesearch.data.records import parse_line
+from erniesearch.errors import UserError
+
+
+def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+    """JSON lines; the split is in the file's name, else ``options.split``."""
+    for path in listed(sources):
+        parse = partial(_line, split=split_in(path, options.split), bad=bad)
+        yield from read_each(read_lines(path), parse, bad)
+
+
+def _line(line: Line, split: str, bad: BadLines) -> Iterator[Record]:
+    record = parse_line(line.raw, line.path, line.number)
+    query = require(record, "query", str, line.at)
+    positives, negatives = (texts_in(record, key, line.at) for key in ("pos", "neg"))
+    if not positives:
+        raise UserError(f"{line.at}: 'pos' is missing or empty")
+    if record.get("pos_scores") or record.get("neg_scores"):
+        bad.note("scores of a teacher, not kept", line.at)
+    yield from group(query, positives, negatives, split, line.at)
+
+
+def group(
+    query: str, positives: list[str], negatives: list[str], split: str, at: str
+) -> Iterator[Record]:
+    """Records of a query with its passages, all without ids."""
+    qid = content_id(query)
+    yield Query(qid, query, at)
+    for text in (*positives, *negatives):
+        yield Passage(content_id(text), text, at)
+    for text in positives:
+        yield Judgement(split, qid, content_id(text), at)
+    if negatives:
+        yield HardNegatives(qid, tuple(map(content_id, negatives)), at)

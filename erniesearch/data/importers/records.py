@@ -1,0 +1,242 @@
+"""What every reader yields, and what both sides do with lines that are odd."""
+
+import gzip
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from erniesearch.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage of the corpus; ``at`` is where it was read, as in all records."""
+
+    pid: str
+    text: str
+    at: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query; ``answers`` are kept under ``metadata.answers`` in queries.jsonl."""
+
+    qid: str
+    text: str
+    at: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A line of ``qrels/SPLIT.tsv``."""
+
+    split: str
+    qid: str
+    pid: str
+    at: str
+    grade: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HardNegatives:
+    """Passages that the source calls negatives of the query, hardest first."""
+
+    qid: str
+    pids: tuple[str, ...]
+    at: str
+
+
+Record = Passage | Query | Judgement | HardNegatives
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about the source; a format uses what concerns it."""
+
+    split: str = "train"
+    titles: bool = False
+    query: str = "query"
+    positive: str = "positive"
+    negative: str = "negative"
+    query_id: str = ""
+    positive_id: str = ""
+    subset: str = ""
+
+
+@dataclass
+class BadLines:
+    """Odd lines: each beyond ``limit`` ends the import, those within it are left out and told.
+
+    ``notes`` count what is no mistake but worth knowing.
+    """
+
+    limit: int = 0
+    found: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, error: UserError) -> None:
+        """Count an odd line.
+
+        Raises:
+            UserError: the same, with the remedy, when there are more than ``limit``.
+        """
+        self.found.append(str(error))
+        if len(self.found) > self.limit:
+            counted = f" ({len(self.found)} odd lines)" if self.limit else ""
+            raise UserError(f"{error}{counted}; repair it, or leave odd lines out: --skip_bad N")
+
+    def note(self, kind: str, at: str) -> None:
+        """Count something worth knowing, with its first few places."""
+        self.notes[kind] += 1
+        known = self.places.setdefault(kind, [])
+        if len(known) < 5:
+            known.append(at)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts by kind with the first few places, for ``import.json``."""
+        kinds: dict[str, list[str]] = {}
+        for message in self.found:
+            kinds.setdefault(re.sub(r"^.*?: |'[^']*'", "", message, count=2), []).append(message)
+        return {
+            "left_out": {kind: {"count": len(all_), "first": all_[:5]}
+                         for kind, all_ in kinds.items()},
+            "notes": {kind: {"count": count, "first": self.places[kind]}
+                      for kind, count in self.notes.items()},
+        }  # fmt: skip
+
+
+Reader = Callable[[list[Path], Options, BadLines], Iterator[Record]]
+
+
+def read_each(
+    items: Iterable[T], parse: Callable[[T], Iterable[Record]], bad: BadLines
+) -> Iterator[Record]:
+    """The records of every item; an odd item gives none of its records."""
+    for item in items:
+        try:
+            records = list(parse(item))
+        except UserError as error:
+            bad.skip(error)
+        else:
+            yield from records
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a source, without its line end."""
+
+    path: Path
+    number: int
+    raw: bytes
+
+    @property
+    def at(self) -> str:
+        """``file:line``."""
+        return f"{self.path}:{self.number}"
+
+    def columns(self, *counts: int) -> list[str]:
+        """Tab-separated columns, of which there must be one of ``counts``.
+
+        Raises:
+            UserError: for another number, or bytes that are not UTF-8.
+        """
+        try:
+            columns = self.raw.decode("utf-8").split("\t")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.at}: not UTF-8: {error.reason}") from None
+        if len(columns) not in counts:
+            expected = " or ".join(map(str, counts))
+            raise UserError(f"{self.at}: expected {expected} columns, found {len(columns)}")
+        return columns
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Lines that are not blank, of a file that may be gzipped.
+
+    Raises:
+        UserError: for a file that is missing or cannot be read.
+    """
+    with open_source(path) as handle:
+        try:
+            for number, raw in enumerate(handle, 1):
+                if raw.strip():
+                    yield Line(path, number, raw.rstrip(b"\r\n"))
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read to its end: {error}") from None
+
+
+def open_source(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked if its name ends in .gz."""
+    try:
+        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def listed(sources: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named."""
+    files: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            files += sorted(p for p in source.iterdir() if p.is_file() and p.name[0] != ".")
+        else:
+            open_source(source).close()
+            files.append(source)
+    return files
+
+
+def stem(path: Path) -> str:
+    """The name without .gz and without its last suffix."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def split_in(path: Path, default: str) -> str:
+    """train, dev or test where the file's name says so, else ``default``."""
+    words = re.split(r"[^a-z]+", path.name.lower())
+    for split in ("train", "dev", "test"):
+        if split in words:
+            return split
+    return "dev" if {"valid", "validation"} & set(words) else default
+
+
+def require(record: dict[str, Any], key: str, kind: type, at: str) -> Any:
+    """A field of this type.
+
+    Raises:
+        UserError: naming the place, the key and what was found.
+    """
+    if key not in record:
+        raise UserError(f"{at}: no key '{key}'{nearest(key, record)}")
+    value = record[key]
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind):
+        names = {"str": "text", "list": "a list", "dict": "an object"}
+        raise UserError(
+            f"{at}: '{key}' must be {names[kind.__name__]}, found {type(value).__name__}"
+        )
+    return value
+
+
+def texts_in(record: dict[str, Any], key: str, at: str) -> list[str]:
+    """A field that is a list of texts (numbers are taken as ids); an absent one is empty."""
+    if record.get(key) is None:
+        return []
+    return [require({key: value}, key, str, at) for value in require(record, key, list, at)]
+
+
+def content_id(*texts: str) -> str:
+    """An id for what has none: a hash of its text, so that equal texts are one."""
+    joined = "\0".join(texts).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(joined).hexdigest()[:24]

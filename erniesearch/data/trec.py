@@ -1,0 +1,81 @@
+"""TREC run files in: ``qid Q0 docid rank score tag``, strictly."""
+
+import math
+from collections.abc import Container
+from pathlib import Path
+
+from erniesearch.data.formats import Run
+from erniesearch.errors import UserError
+
+
+def read_trec_run(
+    path: str | Path, queries: Container[str] | None = None, pids: Container[str] | None = None
+) -> Run:
+    """Scores by query and passage.
+
+    Args:
+        queries, pids: ids that exist; None takes any.
+
+    Raises:
+        UserError: naming file and line, for a malformed line, a rank that does not follow its
+            query's last one, a score that is no finite number or rises with the rank, a passage
+            that stands twice under its query, or an id that does not exist.
+    """
+    path = Path(path)
+    run: Run = {}
+    last: dict[str, float] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    _read_line(line, f"{path}:{number}", run, last, queries, pids)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not run:
+        raise UserError(f"{path}: the run is empty")
+    return run
+
+
+def _read_line(
+    line: str,
+    where: str,
+    run: Run,
+    last: dict[str, float],
+    queries: Container[str] | None,
+    pids: Container[str] | None,
+) -> None:
+    columns = line.split()
+    if len(columns) != 6:
+        raise UserError(
+            f"{where}: expected 'qid Q0 docid rank score tag', found {len(columns)} columns"
+        )
+    qid, _, pid, rank_text, score_text, _ = columns
+    if queries is not None and qid not in queries:
+        raise UserError(f"{where}: query '{qid}' is not in queries.jsonl")
+    if pids is not None and pid not in pids:
+        raise UserError(f"{where}: passage '{pid}' is not in corpus.jsonl")
+    found = run.setdefault(qid, {})
+    if pid in found:
+        raise UserError(f"{where}: passage '{pid}' stands twice under query '{qid}'")
+    expected = len(found) + 1
+    if rank_text != str(expected):
+        raise UserError(
+            f"{where}: rank {rank_text} of query '{qid}', expected {expected}: ranks start at 1 and"
+            " rise by 1"
+        )
+    try:
+        score = float(score_text)
+    except ValueError:
+        raise UserError(f"{where}: score {score_text!r} is not a number") from None
+    if not math.isfinite(score):
+        raise UserError(f"{where}: score {score_text} is not finite")
+    if score > last.get(qid, math.inf):
+        raise UserError(
+            f"{where}: score {score_text} of query '{qid}' is above that of the rank before it"
+            f" ({last[qid]:.9g}): trec_eval orders by score, so ranks and scores must agree"
+        )
+    found[pid] = last[qid] = score

@@ -1,0 +1,143 @@
+"""``erniesearch evaluate``: any models and TREC runs on any set in BEIR layout, in one table."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from erniesearch.data.formats import RetrievalData, Run, load_beir, write_trec_run
+from erniesearch.errors import UserError
+from erniesearch.report import Row, describe_machine, show_cells, show_table
+from erniesearch.retrieval.answers import AnswerRecall, read_answers
+from erniesearch.retrieval.evaluate import estimate
+from erniesearch.retrieval.metrics import Mean, Metric, averaged_queries, per_query
+from erniesearch.retrieval.runs import Systems, check, make_runs
+from erniesearch.retrieval.significance import Comparison, compare
+from erniesearch.stages import write_atomically
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table and what it was made from; ``comparisons`` are with the first row."""
+
+    dataset: str
+    split: str
+    num_passages: int
+    num_judged: int
+    num_queries: int
+    mean: Mean
+    depth: int | None
+    seed: int
+    machine: dict[str, object]
+    rows: list[Row]
+    comparisons: dict[str, dict[str, Comparison]]
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    @property
+    def caption(self) -> str:
+        """What was measured on what, and what the mean goes over."""
+        queries = (
+            f"means over all {self.num_queries} queries of the qrels, without results as 0 (MS"
+            " MARCO's way)"
+            if self.mean == "qrels"
+            else f"means over the {self.num_queries} of {self.num_judged} queries of the qrels that"
+            " have results (trec_eval's way)"
+        )
+        return (
+            f"{self.dataset}, {self.split}: {self.num_passages} passages; {queries}; bootstrap"
+            " intervals of 95 % over queries"
+        )
+
+    def show(self, out: Console) -> None:
+        """Print the table, and the differences to its first row where it has more than one."""
+        show_table(out, self.caption, self.rows)
+        if not self.comparisons:
+            return
+        title = (
+            f"Difference to {self.rows[0].name}; two-sided p of the paired t-test / randomisation"
+            f" test, n = {self.num_queries} queries, not corrected for several tests"
+        )
+        cells = {
+            name: [f"{c.difference:+.3f} {_p(c.p_t_test)} / {_p(c.p_randomisation)}"
+                   for c in of_row.values()]
+            for name, of_row in self.comparisons.items()
+        }  # fmt: skip
+        show_cells(out, title, list(self.rows[0].metrics), cells)
+
+
+def _p(value: float) -> str:
+    return "<.001" if value < 0.001 else f"{value:.3f}"
+
+
+def evaluate(
+    root: Path,
+    split: str,
+    systems: Systems,
+    metrics: list[Metric],
+    mean: Mean = "qrels",
+    seed: int = 42,
+    use_titles: bool = True,
+    run_out: Path | None = None,
+) -> Evaluation:
+    """Make or read every system's run and measure it.
+
+    Args:
+        run_out: receives the last system's run.
+
+    Raises:
+        UserError: for bad data, runs or folders, before any model is loaded.
+    """
+    check(systems)
+    deepest = max((metric.cutoff or 0 for metric in metrics), default=0)
+    if systems.model and deepest > systems.depth:
+        raise UserError(
+            f"--depth {systems.depth}: the metrics look at {deepest} passages; give --depth"
+            f" {deepest} or more"
+        )
+    data = load_beir(root, split, use_titles)
+    data = replace(data, queries={qid: data.queries[qid] for qid in data.qrels})
+    if any(metric.measure is None for metric in metrics):
+        read_answers(root / "queries.jsonl", data.qrels)
+    runs = make_runs(systems, data)
+    if run_out:
+        write_trec_run(run_out, list(runs.values())[-1], list(runs)[-1].replace(" ", "_"))
+    return _measure(root, split, systems, data, runs, metrics, mean, seed)
+
+
+def _measure(
+    root: Path,
+    split: str,
+    systems: Systems,
+    data: RetrievalData,
+    runs: dict[str, Run],
+    metrics: list[Metric],
+    mean: Mean,
+    seed: int,
+) -> Evaluation:
+    qids = averaged_queries(runs.values(), data.qrels, mean)
+    if not qids:
+        raise UserError("--mean run: no query has results in every run; take --mean qrels")
+    answers = None
+    if depths := [m.cutoff or 0 for m in metrics if m.measure is None]:
+        answers = AnswerRecall.read(root, qids, runs.values(), max(depths))
+    values = {name: per_query(run, data.qrels, qids, metrics, answers)
+              for name, run in runs.items()}  # fmt: skip
+    files = {systems.names[path]: path for path in systems.runs}
+    rows = [
+        Row(name, files.get(name, ""), {m: estimate(v, seed) for m, v in of_run.items()})
+        for name, of_run in values.items()
+    ]
+    first = rows[0].name
+    comparisons = {
+        row.name: {m: compare(v, values[first][m], seed) for m, v in values[row.name].items()}
+        for row in rows[1:]
+        if len(qids) > 1
+    }
+    return Evaluation(
+        root.resolve().name, split, len(data.pids), len(data.qrels), len(qids), mean,
+        systems.depth if systems.model else None, seed, describe_machine(), rows, comparisons,
+    )  # fmt: skip

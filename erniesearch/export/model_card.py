@@ -1,0 +1,210 @@
+"""The model card of an export folder: README.md with YAML front matter.
+
+It states what is known (base model, data set, stages, lengths, configuration, figures) and leaves
+the licence to whoever publishes the model.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from erniesearch import __version__
+from erniesearch.config import RunConfig, to_yaml, training_stages
+
+_FRONT = {
+    "dual_encoder": ("sentence-transformers", "sentence-similarity", "dual-encoder"),
+    "late_interaction": ("PyLate", "sentence-similarity", "late interaction (ColBERT)"),
+    "cross_encoder": ("sentence-transformers", "text-ranking", "cross-encoder"),
+}
+_USAGE = {
+    "dual_encoder": """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH")
+queries = model.encode(["a query"])
+passages = model.encode(["a passage", "another"])
+scores = model.similarity(queries, passages)
+""",
+    "late_interaction": """\
+from pylate import models, rank
+
+model = models.ColBERT(model_name_or_path="PATH")
+queries = model.encode(["a query"], is_query=True)
+passages = model.encode([["a passage", "another"]], is_query=False)
+ranking = rank.rerank(
+    documents_ids=[["p1", "p2"]], queries_embeddings=queries, documents_embeddings=passages
+)
+""",
+    "cross_encoder": """\
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("PATH")
+scores = model.predict([("a query", "a passage"), ("a query", "another")])
+""",
+}
+_TRANSFORMERS = {
+    "dual_encoder": """\
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer(["a query"], padding=True, truncation=True, max_length=MAX, return_tensors="pt")
+states = AutoModel.from_pretrained("PATH")(**inputs).last_hidden_state
+POOL
+""",
+    "late_interaction": """\
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer(["a query"], padding=True, truncation=True, max_length=MAX, return_tensors="pt")
+states = AutoModel.from_pretrained("PATH")(**inputs).last_hidden_state
+head = load_file("PATH/1_Dense/model.safetensors")["linear.weight"]
+tokens = normalize(states @ head.T, dim=-1)  # padding excepted; scores are MaxSim
+""",
+    "cross_encoder": """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer(["a query"], ["a passage"], padding=True, truncation="only_second",
+                   max_length=MAX, return_tensors="pt")
+scores = AutoModelForSequenceClassification.from_pretrained("PATH")(**inputs).logits[:, 0]
+""",
+}
+
+
+def model_card(kind: str, suffix: str, config: RunConfig, results: str | None, onnx: bool) -> str:
+    """The card of one export folder.
+
+    Args:
+        kind: ``dual_encoder``, ``late_interaction`` or ``cross_encoder``.
+        suffix: ``_query`` or ``_passage`` of untied towers, or empty.
+        results: the evaluation's caption and table in Markdown; None if there is none yet.
+        onnx: whether ``onnx/model.onnx`` is there.
+    """
+    library, pipeline, name = _FRONT[kind]
+    base = config.student.path
+    if kind == "cross_encoder":
+        base = config.teacher.path or base
+    data = Path(config.data.path).name
+    front: dict[str, object] = {
+        "library_name": library, "pipeline_tag": pipeline,
+        "tags": ["erniesearch", "information-retrieval", kind.replace("_", "-")],
+    }  # fmt: skip
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        front["base_model"] = base  # a hub name; a folder's name would point nowhere
+    tower = f", {suffix.removeprefix('_')} tower" if suffix else ""
+    onnx_line = f"\n{_ONNX}\n" if onnx else ""
+    pair = (
+        f"\nThis is one of two towers: `{kind}_query` encodes queries, `{kind}_passage` passages.\n"
+        if suffix else ""
+    )  # fmt: skip
+    return f"""---
+# license: none is set; it is yours to choose, within the terms of base model and data
+{yaml.safe_dump(front, sort_keys=False).rstrip()}
+---
+
+# {Path(config.run_dir).resolve().name}: {name}{tower}
+
+Trained with erniesearch {__version__} by the method of ERNIE-Search
+([arXiv 2205.09153](https://arxiv.org/abs/2205.09153)).
+
+| | |
+|---|---|
+| base model | `{base}` |
+| data set | `{data}`, split `{config.data.train_split}` |
+| stages | {_stages(config)} |
+| longest query in training | {config.data.max_query_length} tokens |
+| longest passage in training | {config.data.max_passage_length} tokens |
+| score | {_score(kind, config)} |
+
+{_lengths(kind, config)}
+{pair}
+## Use
+
+`PATH` is this folder.
+
+{_LIBRARY_TITLE[kind]}:
+
+```python
+{_USAGE[kind].rstrip()}
+```
+{onnx_line}
+transformers alone:
+
+```python
+{_plain(kind, config).rstrip()}
+```
+
+## Results
+
+{results.rstrip() if results else "Not evaluated yet; `erniesearch run` does it at its end."}
+
+## Configuration
+
+```yaml
+{to_yaml(config).rstrip()}
+```
+"""
+
+
+_ONNX = (
+    '`SentenceTransformer("PATH", backend="onnx")` takes the transformer from `onnx/model.onnx`.'
+)
+_LIBRARY_TITLE = {
+    "dual_encoder": "sentence-transformers",
+    "late_interaction": "PyLate (sentence-transformers 6 loads it as a `MultiVectorEncoder` too)",
+    "cross_encoder": "sentence-transformers",
+}
+
+
+def _stages(config: RunConfig) -> str:
+    counts = {name: stage.steps for name, stage in training_stages(config).items()}
+    return ", ".join(f"{name} ({steps} updates)" for name, steps in counts.items() if steps)
+
+
+def _score(kind: str, config: RunConfig) -> str:
+    if kind == "cross_encoder":
+        return "the one logit, no sigmoid"
+    if kind == "late_interaction":
+        return f"MaxSim of unit vectors of {config.student.late_interaction_dim} dimensions"
+    product = "cosine" if config.student.normalize else "inner product"
+    return f"{product} of {config.student.pooling}-pooled vectors"
+
+
+def _lengths(kind: str, config: RunConfig) -> str:
+    query, passage = config.data.max_query_length, config.data.max_passage_length
+    if kind == "dual_encoder":
+        return (
+            f"sentence-transformers knows one length: `max_seq_length` is {max(query, passage)}"
+            " here, the longer of the two. Training cut queries and passages to the lengths above."
+        )
+    if kind == "late_interaction":
+        return "`query_length` and `document_length` are those of training."
+    return (
+        "Training cut query and passage each by itself. `model_max_length` of the tokenizer is the"
+        f" longest pair of training, {pair_length(config)} tokens."
+    )
+
+
+def pair_length(config: RunConfig) -> int:
+    """Tokens of the longest pair; the passage's [CLS] takes part in none."""
+    return config.data.max_query_length + config.data.max_passage_length - 1
+
+
+def _plain(kind: str, config: RunConfig) -> str:
+    longest = max(config.data.max_query_length, config.data.max_passage_length)
+    if kind == "late_interaction":
+        longest = config.data.max_query_length
+    if kind == "cross_encoder":
+        longest = pair_length(config)
+    pool = "vectors = states[:, 0]"
+    if config.student.pooling == "mean":
+        pool = (
+            'mask = inputs["attention_mask"].unsqueeze(-1)\n'
+            "vectors = (states * mask).sum(1) / mask.sum(1)"
+        )
+    if config.student.normalize:
+        pool += "\nvectors = vectors / vectors.norm(dim=-1, keepdim=True)"
+    return _TRANSFORMERS[kind].replace("MAX", str(longest)).replace("POOL", pool)

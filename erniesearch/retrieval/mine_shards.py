@@ -1,0 +1,165 @@
+"""Mine a whole split from an index on disk, on as many ranks as there are.
+
+Blocks of queries are dealt to ranks; each finished block is a file, so that an interrupted mining
+continues, and rank 0 joins them in the order of the qrels. Neither the number of ranks nor an
+interrupt changes the result.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+
+from erniesearch import distributed, stages
+from erniesearch.config import MineConfig
+from erniesearch.data.formats import load_beir, negatives_line
+from erniesearch.errors import UserError
+from erniesearch.progress import Meter
+from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.load import load_retriever, load_scorer
+from erniesearch.retrieval.mine import (
+    MinedQuery,
+    Miner,
+    drawn_queries,
+    query_blocks,
+    statistics,
+    told,
+)
+from erniesearch.retrieval.model_folder import ModelFolder, fingerprint, read_folder
+from erniesearch.stages import write_atomically
+
+PATIENCE = timedelta(days=7)
+"""Ranks wait this long for the slowest; a rank that fails ends the others through the launcher."""
+
+
+def mine_collection(
+    model: str,
+    index: str,
+    data: str,
+    out: str,
+    settings: MineConfig,
+    *,
+    split: str = "train",
+    use_titles: bool = True,
+    teacher: str | None = None,
+    write_scores: bool = False,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
+    batch_size: int = 64,
+    gpu: bool = False,
+    seed: int = 42,
+) -> None:
+    """Write negatives to ``out`` and their statistics to ``mine.json`` beside it.
+
+    Raises:
+        UserError: for input that does not load or does not belong together, and an ``out`` that
+            is there.
+    """
+    if teacher is None and (write_scores or settings.denoise_threshold is not None):
+        raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"{target}: is there already: name another --out, or delete it")
+    device = distributed.read_launcher()
+    if distributed.world_size() > 1:
+        distributed.initialize(PATIENCE, backend="gloo")
+    collection = load_beir(data, split, use_titles)
+    retriever = load_retriever(model, batch_size=batch_size, device=device)
+    scorer = load_scorer(teacher, batch_size=batch_size, device=device) if teacher else None
+    found = VectorIndex.load(Path(index), nprobe, ef_search, gpu)
+    miner = Miner(collection, retriever, found, scorer, settings, always_score=write_scores)
+    qids = drawn_queries(collection, settings, seed)
+    record = {
+        "settings": asdict(settings), "split": split, "seed": seed, "queries": qids,
+        "model": str(Path(model).absolute()), "index": str(Path(index).absolute()),
+        "data": str(Path(data).absolute()), "use_titles": use_titles, "nprobe": nprobe,
+        "teacher": teacher and str(Path(teacher).absolute()), "ef_search": ef_search,
+        "write_scores": write_scores, "files": stages.hash_files(
+            [Path(data) / "queries.jsonl", Path(data) / "qrels" / f"{split}.tsv",
+             Path(model) / "model.safetensors", *Path(index).glob("**/index.json")]),
+    }  # fmt: skip
+    parts = target.with_name(f".{target.name}.parts")
+    if distributed.is_main():
+        _claim(parts, json.dumps(record))
+    distributed.barrier()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if distributed.is_main():
+        if scorer is None:
+            console.print("mine: no --teacher, so nothing is denoised")
+        _compare_models(read_folder(model), Path(index), console)
+    _mine_blocks(miner, list(query_blocks(qids)), parts)
+    distributed.barrier()
+    if distributed.is_main():
+        _join(parts, target, write_scores, console)
+
+
+def _compare_models(found: ModelFolder, index: Path, console: Console) -> None:
+    """Say if the passages were encoded by other files than the queries: scores would be noise."""
+    path = index / "index.json"
+    if not path.is_file():
+        return  # an index made elsewhere
+    theirs = json.loads(path.read_text(encoding="utf-8"))["embeddings"]
+    if theirs["model"] != fingerprint(found) and not found.only:
+        console.print(
+            f"mine: note: the index was encoded by {theirs['source'].get('model')}, whose files"
+            f" differ from those of --model"
+        )
+
+
+def _claim(parts: Path, record: str) -> None:
+    """Keep the parts of the same mining; those of another cannot be used."""
+    path = parts / "started.json"
+    if not (path.is_file() and path.read_text(encoding="utf-8") == record):
+        shutil.rmtree(parts, ignore_errors=True)
+        try:
+            write_atomically(path, record)
+        except OSError as error:
+            raise UserError(
+                f"{parts.parent}: cannot be written: {error.strerror}; change --out"
+            ) from None
+
+
+def _mine_blocks(miner: Miner, blocks: list[list[str]], parts: Path) -> None:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    own = range(rank, len(blocks), world_size)
+    todo = [k for k in own if not _part(parts, k).is_file()]
+    queries = sum(len(blocks[k]) for k in todo)
+    with Meter("mine, rank 0", "queries", queries, shown=rank == 0 and queries > 0) as meter:
+        for k in todo:
+            lines = [json.dumps(asdict(query)) + "\n" for query in miner.mine(blocks[k])]
+            write_atomically(_part(parts, k), "".join(lines))
+            meter.advance(len(lines))
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"block-{number:05d}.jsonl"
+
+
+def _read_parts(parts: Path) -> Iterator[MinedQuery]:
+    for path in sorted(parts.glob("block-*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            yield from (MinedQuery(**json.loads(line)) for line in lines)
+
+
+def _join(parts: Path, target: Path, write_scores: bool, console: Console) -> None:
+    facts = statistics(_read_parts(parts))
+    aside = parts / "negatives.jsonl"
+    with aside.open("w", encoding="utf-8") as handle:
+        for query in _read_parts(parts):
+            scores = (query.teacher_positive_scores, query.teacher_scores)
+            handle.write(
+                negatives_line(
+                    query.qid, query.positives, query.negatives, scores if write_scores else None
+                )
+            )
+        handle.flush()
+        os.fsync(handle.fileno())
+    write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
+    os.replace(aside, target)
+    shutil.rmtree(parts)
+    console.print(f"{told(facts)}; {target}")

@@ -124,7 +124,7 @@ def export_run(config: RunConfig, onnx: bool) -> list[Path]:
         marker = folder.stage("evaluate") / "done.json"
         results = None
         if marker.is_file() and stages.is_done(
-            marker.parent, stages.fingerprint(config, "evaluate", num_processes(config))
+            marker.parent, stages.fingerprint(config, "evaluate", launcher.num_processes(config))
         ):
             results = Report.load(folder.root).for_card()
         return export_all(config, onnx, results)

@@ -18,12 +18,14 @@ from mutations import mutate_config, mutate_file
 from erniesearch import pipeline
 from erniesearch.cli import main
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml
-from erniesearch.data.formats import read_negatives, write_negatives
+from erniesearch.data.formats import load_beir, read_negatives, write_negatives, write_trec_run
+from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.training.stage import build_batches
 
-FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl")
+FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl",
+         "a.trec")  # fmt: skip
 SECONDS = 20
 """A case that takes longer hangs."""
 
@@ -79,12 +81,15 @@ def test_damaged_files(
     config = make_config(steps=1)
     data = tmp_path / "data"
     (data / "qrels").mkdir(parents=True)
-    contents = {name: (tiny_data / name).read_bytes() for name in FILES if "neg" not in name}
     negatives = {f"q{i}": [f"p{(i + k) % 60}" for k in range(1, 6)] for i in range(40)}
-    write_negatives(tmp_path / "negatives.jsonl", negatives, {q: ["p0"] for q in negatives})
-    contents["negatives.jsonl"] = (tmp_path / "negatives.jsonl").read_bytes()
-    for name, content in contents.items():
-        (data / name).write_bytes(content)
+    write_negatives(data / "negatives.jsonl", negatives, {qid: ["p0"] for qid in negatives})
+    write_trec_run(
+        data / "a.trec", {q: {p: 1 / (k + 1) for k, p in enumerate(found)}
+                          for q, found in negatives.items()}, "a",
+    )  # fmt: skip
+    for name in FILES[:4]:
+        (data / name).write_bytes((tiny_data / name).read_bytes())
+    contents = {name: (data / name).read_bytes() for name in FILES}
     config = replace(config, data=replace(config.data, path=str(data)))
 
     ends = {"success": 0, "refused": 0}
@@ -100,9 +105,12 @@ def test_damaged_files(
     assert ends["refused"] > 0.4 * sum(ends.values()), ends
 
 
-def run(config: RunConfig, data: Path) -> None:
-    read_negatives(data / "negatives.jsonl")
+def run(config: RunConfig, root: Path) -> None:
+    """What reads the files, up to the first batch."""
     pipeline.run(config)
+    data = load_beir(root, "test")
+    read_negatives(root / "negatives.jsonl", data)
+    read_trec_run(root / "a.trec", data.queries, data.index_of)
 
 
 def outcome(action: Callable[[], None], case: str) -> str:

@@ -66,15 +66,15 @@ def first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.Report, "load", lambda folder: Mock())
 
 
-counts = pytest.mark.parametrize(
-    "share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["tenth", "all"]
-)
+def counts(some: int, every: int) -> pytest.MarkDecorator:
+    """Cases of the normal suite, and of the slow one."""
+    return pytest.mark.parametrize("number", [some, pytest.param(every, marks=pytest.mark.slow)])
 
 
-@counts
+@counts(100, 1000)
 @pytest.mark.usefixtures("first_batches")
 def test_damaged_files(
-    share: float, make_config: ConfigMaker, tiny_data: Path, tmp_path: Path,
+    number: int, make_config: ConfigMaker, tiny_data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ERNIESEARCH_CACHE", str(tmp_path / "cache"))
@@ -93,7 +93,7 @@ def test_damaged_files(
     config = replace(config, data=replace(config.data, path=str(data)))
 
     ends = {"success": 0, "refused": 0}
-    for case in range(round(1000 * share)):
+    for case in range(number):
         rng = np.random.default_rng([7, case])
         name = FILES[case % len(FILES)]
         damage, content = mutate_file(contents[name], rng)
@@ -124,17 +124,17 @@ def outcome(action: Callable[[], None], case: str) -> str:
     return "success"
 
 
-@counts
+@counts(25, 500)
 @pytest.mark.usefixtures("first_batches")
 def test_damaged_configs(
-    share: float, make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    number: int, make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     content = to_yaml(make_config(steps=1, num_negatives=2))
     file = tmp_path / "run.yaml"
     ends = {0: 0, 2: 0}
-    for case in range(round(500 * share)):
+    for case in range(number):
         damage, damaged = mutate_config(content, np.random.default_rng([11, case]))
         file.write_bytes(damaged)
         told = f"case {case}: {damage}"

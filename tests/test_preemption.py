@@ -61,7 +61,7 @@ def test_one_signalled_rank_stops_all_at_the_same_update(
     assert find_checkpoints(stage / "checkpoints")[-1].name == f"step-{seen:06d}"
     assert not (stage / "done.json").exists()
 
-    run = ("-m", "erniesearch.cli", "run", str(tmp_path / "stopped.yaml"))
+    run = ("-m", "erniesearch.cli", "run", str(tmp_path / "stopped.yaml"), "--only", "cascade")
     process = start(*run)
     wait_for_step(stage, seen + 3)
     process.send_signal(signal.SIGTERM)

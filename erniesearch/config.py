@@ -4,7 +4,9 @@ The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``
 ``--a.b value`` overrides from the attribute docstrings; ``validate`` holds what types cannot say.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -344,6 +346,11 @@ def validate(config: RunConfig) -> RunConfig:
         if not condition:
             raise UserError(f"config key '{key}' is {value!r}: must be {what}")
 
+    for key, value in _numbers(asdict(config), ""):
+        if isinstance(value, float):
+            require(isfinite(value), key, value, "a finite number")
+        else:
+            require(key == "seed" or abs(value) < 1 << 31, key, value, "below 2^31")
     for name, stage in training_stages(config).items():
         prefix = f"stages.{name}"
         for key in ("steps", "num_negatives", "easy_steps"):
@@ -431,6 +438,15 @@ def validate(config: RunConfig) -> RunConfig:
             "training.zero_stage", config.training.zero_stage,
             "null while training.zero_json names a file: one place for one value")  # fmt: skip
     return config
+
+
+def _numbers(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, int | float]]:
+    """Every number of a config with its dotted key."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield prefix + key, value
 
 
 def training_stages(config: RunConfig) -> dict[str, StageConfig]:

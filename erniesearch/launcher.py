@@ -122,9 +122,15 @@ def _srun(world_size: int, environment: dict[str, str]) -> list[str]:
     if shutil.which("srun") is None:
         raise UserError("SLURM_JOB_ID is set, but srun is not on PATH: unset it to run on one node")
     if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = subprocess.run(
-            ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
-        ).stdout.split()[0]
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=False
+        )
+        if hosts.returncode or not hosts.stdout.strip():
+            raise UserError(
+                f"scontrol does not name the job's nodes ({hosts.stderr.strip()}): export"
+                " MASTER_ADDR, the address of the first"
+            )
+        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
     environment["MASTER_PORT"] = str(free_port())
     if "SLURM_CPUS_PER_TASK" in environment:  # which srun does not look at since 22.05
         environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])

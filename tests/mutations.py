@@ -57,6 +57,11 @@ def _lines(content: bytes) -> list[bytes]:
     return content.splitlines(keepends=True)
 
 
+def _gap(line: bytes) -> bytes:
+    """What separates a table's columns."""
+    return b"\t" if b"\t" in line else b" "
+
+
 def repeat_line(content: bytes, rng: np.random.Generator) -> bytes:
     lines = _lines(content)
     lines.append(lines[int(rng.integers(len(lines)))])
@@ -74,10 +79,11 @@ def shuffle_columns(content: bytes, rng: np.random.Generator) -> bytes:
     lines = _lines(content)
     for row in rng.integers(len(lines), size=3):
         line = lines[row].rstrip(b"\n")
-        if b"\t" in line:
-            columns = line.split(b"\t")
-            lines[row] = b"\t".join([columns[i] for i in rng.permutation(len(columns))]) + b"\n"
-        elif line.startswith(b"{"):
+        if not line.startswith(b"{"):
+            gap = _gap(line)
+            columns = line.split(gap)
+            lines[row] = gap.join([columns[i] for i in rng.permutation(len(columns))]) + b"\n"
+        else:
             record = json.loads(line)
             values = list(record.values())
             order = rng.permutation(len(values))
@@ -101,9 +107,9 @@ def wrong_value(content: bytes, rng: np.random.Generator) -> bytes:
             record[key] = value
         line = json.dumps(record).encode()
     else:
-        columns = line.split(b"\t")
+        columns = line.split(_gap(line))
         columns[int(rng.integers(len(columns)))] = str(value).encode()
-        line = b"\t".join(columns)
+        line = _gap(line).join(columns)
     lines[row] = line + b"\n"
     return b"".join(lines)
 
@@ -116,7 +122,10 @@ def huge_number(content: bytes, rng: np.random.Generator) -> bytes:
     if lines[row].startswith(b"{"):
         lines[row] = b'{"_id": ' + digits + b', "text": "a"}\n'
     else:
-        lines[row] = b"\t".join([*lines[row].split(b"\t")[:-1], digits]) + b"\n"
+        gap = _gap(lines[row])
+        columns = lines[row].rstrip(b"\n").split(gap)
+        columns[-1 if len(columns) == 3 else -2] = digits  # the score
+        lines[row] = gap.join(columns) + b"\n"
     return b"".join(lines)
 
 

@@ -114,6 +114,37 @@ def test_partial_weights_keep_the_stages_own_defaults(tmp_path: Path) -> None:
     assert parse("--config", str(file)).stages.interaction.weights == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("training.max_grad_norm", ".inf", "is inf: must be a finite number"),
+        ("stages.cascade.weights.ce", ".nan", "is nan: must be a finite number"),
+        ("stages.cascade.steps", str(10**12), "is 1000000000000: must be below 2^31"),
+    ],
+)
+def test_number_that_no_training_can_use_is_refused(
+    key: str, value: str, problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(UserError, match=re.escape(f"config key '{key}' {problem}")):
+        parse("--config", str(file), f"--{key}", value)
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + "objective:\nstages:\n  contrastive:\n")
+    assert parse("--config", str(file)) == DEFAULT
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "2026-02-30", "9" * 5000])
+def test_value_that_yaml_cannot_read_is_refused(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + f"seed: {value}\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse("--config", str(file))
+
+
 def test_launchers_rank_argument_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)

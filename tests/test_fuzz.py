@@ -15,15 +15,17 @@ import torch
 from conftest import ConfigMaker
 from mutations import mutate_config, mutate_file
 
-from erniesearch import pipeline, stages
+from erniesearch import pipeline
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, to_yaml
-from erniesearch.data.formats import read_negatives, write_negatives
+from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml
+from erniesearch.data.formats import load_beir, read_negatives, write_negatives, write_trec_run
+from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.training.stage import build_batches
 
-FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl")
+FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl",
+         "a.trec")  # fmt: skip
 SECONDS = 20
 """A case that takes longer hangs."""
 
@@ -56,38 +58,42 @@ def first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of training, a stage makes its first batch; other steps do nothing."""
 
     def step(config: RunConfig, name: str, folder: object, data: Any, *_: object) -> None:
-        if name in stages.TRAINING_STAGES and config.stages.cascade.steps < 100:
+        # A batch of millions of queries is no mistake in itself.
+        if name in TRAINING_STAGES and getattr(config.stages, name).queries_per_rank < 1000:
             build_batches(config, name, data, load_tokenizer(config.student))[0]
 
     monkeypatch.setattr(pipeline, "_run_step", step)
     monkeypatch.setattr(pipeline.Report, "load", lambda folder: Mock())
 
 
-counts = pytest.mark.parametrize(
-    "share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["tenth", "all"]
-)
+def counts(some: int, every: int) -> pytest.MarkDecorator:
+    """Cases of the normal suite, and of the slow one."""
+    return pytest.mark.parametrize("number", [some, pytest.param(every, marks=pytest.mark.slow)])
 
 
-@counts
+@counts(100, 1000)
 @pytest.mark.usefixtures("first_batches")
 def test_damaged_files(
-    share: float, make_config: ConfigMaker, tiny_data: Path, tmp_path: Path,
+    number: int, make_config: ConfigMaker, tiny_data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ERNIESEARCH_CACHE", str(tmp_path / "cache"))
     config = make_config(steps=1)
     data = tmp_path / "data"
     (data / "qrels").mkdir(parents=True)
-    contents = {name: (tiny_data / name).read_bytes() for name in FILES if "neg" not in name}
     negatives = {f"q{i}": [f"p{(i + k) % 60}" for k in range(1, 6)] for i in range(40)}
-    write_negatives(tmp_path / "negatives.jsonl", negatives, {q: ["p0"] for q in negatives})
-    contents["negatives.jsonl"] = (tmp_path / "negatives.jsonl").read_bytes()
-    for name, content in contents.items():
-        (data / name).write_bytes(content)
+    write_negatives(data / "negatives.jsonl", negatives, {qid: ["p0"] for qid in negatives})
+    write_trec_run(
+        data / "a.trec", {q: {p: 1 / (k + 1) for k, p in enumerate(found)}
+                          for q, found in negatives.items()}, "a",
+    )  # fmt: skip
+    for name in FILES[:4]:
+        (data / name).write_bytes((tiny_data / name).read_bytes())
+    contents = {name: (data / name).read_bytes() for name in FILES}
     config = replace(config, data=replace(config.data, path=str(data)))
 
     ends = {"success": 0, "refused": 0}
-    for case in range(round(1000 * share)):
+    for case in range(number):
         rng = np.random.default_rng([7, case])
         name = FILES[case % len(FILES)]
         damage, content = mutate_file(contents[name], rng)
@@ -99,9 +105,12 @@ def test_damaged_files(
     assert ends["refused"] > 0.4 * sum(ends.values()), ends
 
 
-def run(config: RunConfig, data: Path) -> None:
-    read_negatives(data / "negatives.jsonl")
+def run(config: RunConfig, root: Path) -> None:
+    """What reads the files, up to the first batch."""
     pipeline.run(config)
+    data = load_beir(root, "test")
+    read_negatives(root / "negatives.jsonl", data)
+    read_trec_run(root / "a.trec", data.queries, data.index_of)
 
 
 def outcome(action: Callable[[], None], case: str) -> str:
@@ -115,17 +124,17 @@ def outcome(action: Callable[[], None], case: str) -> str:
     return "success"
 
 
-@counts
+@counts(25, 500)
 @pytest.mark.usefixtures("first_batches")
 def test_damaged_configs(
-    share: float, make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    number: int, make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     content = to_yaml(make_config(steps=1, num_negatives=2))
     file = tmp_path / "run.yaml"
     ends = {0: 0, 2: 0}
-    for case in range(round(500 * share)):
+    for case in range(number):
         damage, damaged = mutate_config(content, np.random.default_rng([11, case]))
         file.write_bytes(damaged)
         told = f"case {case}: {damage}"

@@ -14,12 +14,12 @@ from test_resume import wait_for_step
 
 from erniesearch.config import to_yaml
 from erniesearch.errors import UserError
-from erniesearch.launcher import num_processes
+from erniesearch.launcher import StageFailed, launch, num_processes
 from erniesearch.stages import RunFolder
 from erniesearch.training import preemption
 from erniesearch.training.checkpoint import find_checkpoints
 
-STEPS = 60
+STEPS = 40
 
 
 def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -61,7 +61,7 @@ def test_one_signalled_rank_stops_all_at_the_same_update(
     assert find_checkpoints(stage / "checkpoints")[-1].name == f"step-{seen:06d}"
     assert not (stage / "done.json").exists()
 
-    run = ("-m", "erniesearch.cli", "run", str(tmp_path / "stopped.yaml"))
+    run = ("-m", "erniesearch.cli", "run", str(tmp_path / "stopped.yaml"), "--only", "cascade")
     process = start(*run)
     wait_for_step(stage, seen + 3)
     process.send_signal(signal.SIGTERM)
@@ -113,3 +113,38 @@ def test_slurm_says_how_many_ranks(
             num_processes(config)
     monkeypatch.setenv("SLURM_STEP_ID", "0")  # a task of the job: srun is not for it to start
     assert num_processes(config) == (per_node or 2)
+
+
+def test_stage_of_a_slurm_job_starts_through_srun(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On all nodes, the first of them as master; what srun's exit status means."""
+    for name, value in (("JOB_ID", "7"), ("JOB_NUM_NODES", "2"), ("CPUS_PER_TASK", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("MASTER_ADDR", "SLURM_STEP_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = make_config()
+    with pytest.raises(UserError, match="srun is not on PATH"):
+        launch(config, "cascade", 4)
+
+    def install(command: str, text: str) -> None:
+        (tmp_path / command).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / command).chmod(0o755)
+
+    install("srun", f'echo "$MASTER_ADDR $SRUN_CPUS_PER_TASK $@" > {tmp_path}/told; exit $STATUS')
+    install("scontrol", "exit 1")
+    with pytest.raises(UserError, match="export MASTER_ADDR"):
+        launch(config, "cascade", 4)
+    install("scontrol", "echo first; echo second")
+    monkeypatch.setenv("STATUS", "0")
+    launch(config, "cascade", 4)
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("first 3 --nodes 2 --ntasks 4 --ntasks-per-node 2 ")
+    assert told.endswith(f"train --config {config.run_dir}/config.yaml --stage cascade\n")
+    monkeypatch.setenv("STATUS", "75")
+    with pytest.raises(preemption.Preempted, match="cascade"):
+        launch(config, "cascade", 4)
+    monkeypatch.setenv("STATUS", "3")
+    with pytest.raises(StageFailed, match="stage cascade failed with exit status 3"):
+        launch(config, "cascade", 4)

@@ -346,7 +346,9 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("name", ["run", "train", "search", "report", "data pydocs"])
+@pytest.mark.parametrize(
+    "name", ["run", "train", "search", "report", "export-checkpoint", "data pydocs"]
+)
 def test_help_of_every_command_exits_0(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])

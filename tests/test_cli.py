@@ -14,7 +14,7 @@ from test_formats import replace_line
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, FNetConfig, FNetModel
 
 from erniesearch import __version__, stages
-from erniesearch.cli import main
+from erniesearch.cli import COMMANDS, main
 from erniesearch.config import LossWeights, RunConfig, TeacherConfig, to_yaml
 
 Refused = Callable[..., str]
@@ -353,9 +353,7 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
     assert main([]) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "train", "search", "report", "data pydocs", "data import", "data check"]
-)
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_of_every_command_exits_0(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])

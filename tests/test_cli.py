@@ -80,8 +80,8 @@ def process(*argv: str) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
-COMMANDS = [("run",), ("train", "--stage", "cascade")]
-both = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+BOTH = [("run",), ("train", "--stage", "cascade")]
+both = pytest.mark.parametrize("command", BOTH, ids=lambda command: command[0])
 
 
 # --- data ---------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from erniesearch.data.formats import load_beir, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.export import export_all
 from erniesearch.retrieval import search
+from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.evaluate import bm25_run, per_query_metrics
+from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.load import load_retriever, load_scorer
 
 
@@ -106,6 +108,39 @@ def test_blocks_of_queries_change_nothing(
     whole = run(tiny_data, *arguments, out=tmp_path)
     monkeypatch.setattr("erniesearch.retrieval.runs.BLOCK", 7)
     assert figures(run(tiny_data, *arguments, out=tmp_path)) == figures(whole)
+    dual = ("--model", str(exports / "dual_encoder"))
+    whole = run(tiny_data, *dual, out=tmp_path)
+    monkeypatch.setattr("erniesearch.retrieval.runs.PASSAGE_BLOCK", 13)  # 60 passages: 5 blocks
+    assert figures(run(tiny_data, *dual, out=tmp_path)) == figures(whole)
+
+
+def test_an_index_is_searched_instead_of_encoding(
+    exports: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = load_beir(tiny_data, "test")
+    dual = ("--model", str(exports / "dual_encoder"))
+    encoded = run(tiny_data, *dual, out=tmp_path)
+    vectors = load_retriever(exports / "dual_encoder").vectors(data.passages, "passage")
+    VectorIndex.build(vectors, list(data.pids)).save(tmp_path / "index")
+    sides: list[str] = []
+    original = Retriever.vectors
+
+    def vectors_of(self: Retriever, texts: list[str], side: Any) -> np.ndarray:
+        sides.append(side)
+        return original(self, texts, side)
+
+    monkeypatch.setattr(Retriever, "vectors", vectors_of)
+    searched = run(tiny_data, *dual, "--index", str(tmp_path / "index"), out=tmp_path)
+    assert figures(searched) == figures(encoded)
+    assert sides == ["query"]
+    VectorIndex.build(vectors[:9], list(data.pids)[:9]).save(tmp_path / "part")
+    error = refused(capsys, tiny_data, *dual, "--index", str(tmp_path / "part"))
+    assert "9 passages, but the corpus has 60" in error
+    VectorIndex.build(vectors, [f"x{i}" for i in range(60)]).save(tmp_path / "other")
+    error = refused(capsys, tiny_data, *dual, "--index", str(tmp_path / "other"))
+    assert "is not in corpus.jsonl: give an index of this corpus" in error
+    assert "no such folder" in refused(capsys, tiny_data, *dual, "--index", str(tmp_path / "none"))
 
 
 def test_first_stage_is_a_run_or_a_dual_encoder(

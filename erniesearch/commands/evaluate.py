@@ -36,7 +36,7 @@ def evaluate_command(argv: list[str]) -> int:
         tuple(settings.run or ()), settings.model, tuple(settings.rerank or ()),
         settings.first_stage, settings.kind, depth, settings.rerank_depth or depth,
         settings.batch_size, settings.max_query_length, settings.max_passage_length,
-        settings.bm25_stemmer,
+        settings.bm25_stemmer, settings.index,
     )  # fmt: skip
     result = evaluate(
         Path(settings.data), settings.split, systems, parse_metrics(settings.metrics),
@@ -86,6 +86,9 @@ def _parser() -> ArgumentParser:
     add("--first_stage", type=str, default="bm25",
         help="What a reranking --model reranks: bm25, a TREC run file or a dual-encoder's"
         " folder.")  # fmt: skip
+    add("--index", type=str | None, default=None,
+        help="Folder of `erniesearch index` over this corpus by the same dual-encoder: it is"
+        " searched, and the corpus is not encoded.")  # fmt: skip
     add("--rerank", action="extend", nargs="+", type=str,
         help="Folders of late-interaction models and cross-encoders; each reranks the run that"
         " --model makes or reranks.")  # fmt: skip

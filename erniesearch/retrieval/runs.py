@@ -21,6 +21,8 @@ from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
 
 BLOCK = 256
 """Queries reranked at a time: the passages of one block are in memory as token vectors."""
+PASSAGE_BLOCK = 50_000
+"""Passages encoded at a time: besides the index, the vectors of one block are in memory."""
 console = Console(stderr=True, highlight=False)
 
 
@@ -36,6 +38,8 @@ class Systems:
         kind: what ``model`` is; None reads it off the folder.
         depth: passages kept per query, of which ``rerank_depth`` are reranked.
         stemmer: of BM25.
+        index: folder of `erniesearch index` that the dual-encoder searches; None encodes the
+            corpus.
     """
 
     runs: tuple[str, ...] = ()
@@ -49,6 +53,7 @@ class Systems:
     max_query_length: int | None = None
     max_passage_length: int | None = None
     stemmer: str | None = "english"
+    index: str | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -91,6 +96,8 @@ def check(systems: Systems) -> None:
     for folder in systems.rerank:
         if read_folder(folder).kind == "dual_encoder":
             raise UserError(f"--rerank {folder}: a dual-encoder does not rerank")
+    if systems.index and not Path(systems.index).is_dir():
+        raise UserError(f"--index {systems.index}: no such folder; `erniesearch index` writes one")
     if systems.model:
         found = read_folder(systems.model).kind
         if systems.kind and found not in (systems.kind, "student"):
@@ -161,9 +168,34 @@ def _first_stage(systems: Systems, data: RetrievalData, read: _RunReader) -> Run
 def _search(folder: str, systems: Systems, data: RetrievalData) -> Run:
     require_faiss()  # before hours of encoding
     retriever = load_retriever(folder, **systems.loading)
-    console.print(f"{folder}: encoding {len(data.pids)} passages, {len(data.queries)} queries")
-    index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    return search.dense_run(retriever, index, data.queries, systems.depth)
+    if systems.index:
+        index = VectorIndex.load(Path(systems.index))
+        if len(index.pids) != len(data.pids):
+            raise UserError(
+                f"--index {systems.index}: {len(index.pids)} passages, but the corpus has"
+                f" {len(data.pids)}: give an index of this corpus"
+            )
+    else:
+        console.print(f"{folder}: encoding {len(data.pids)} passages, {len(data.queries)} queries")
+        blocks = (
+            data.passages[start : start + PASSAGE_BLOCK]
+            for start in range(0, len(data.pids), PASSAGE_BLOCK)
+        )
+        parts = [
+            part
+            for block in blocks
+            for part in VectorIndex.build(retriever.vectors(block, "passage"), []).parts
+        ]
+        index = VectorIndex(parts, data.pids)
+    run = search.dense_run(retriever, index, data.queries, systems.depth)
+    if systems.index:
+        unknown = {pid for scores in run.values() for pid in scores if pid not in data.index_of}
+        if unknown:
+            raise UserError(
+                f"--index {systems.index}: passage '{min(unknown)}' is not in corpus.jsonl: give an"
+                " index of this corpus"
+            )
+    return run
 
 
 def _reranker(folder: str, systems: Systems, data: RetrievalData) -> Callable[[Run], Run]:

@@ -119,7 +119,7 @@ def test_too_many_odd_lines_end_the_import(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"^f:12: passage 'x2' .*\(3 odd lines\); repair"):
         convert("test", [], tmp_path / "out", Options(), skip_bad=2)
     facts = convert("test", [], tmp_path / "out", Options(), skip_bad=3)
-    (kind,) = facts["left_out"].values()
+    kind = facts["left_out"]["passage '…' is not in the corpus"]
     assert kind["count"] == 3
     assert kind["first"][0] == "f:10: passage 'x0' is not in the corpus"
 

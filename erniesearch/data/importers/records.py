@@ -105,7 +105,8 @@ class BadLines:
         """Counts by kind with the first few places, for ``import.json``."""
         kinds: dict[str, list[str]] = {}
         for message in self.found:
-            kinds.setdefault(re.sub(r"^.*?: |'[^']*'", "", message, count=2), []).append(message)
+            kind = re.sub(r"^.*?: ((item|row) \d+: )?", "", message)
+            kinds.setdefault(re.sub(r"'[^']*'", "'…'", kind), []).append(message)
         return {
             "left_out": {kind: {"count": len(all_), "first": all_[:5]}
                          for kind, all_ in kinds.items()},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,12 +145,16 @@ def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMake
 
 
 def start(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """A Python process that sees this checkout, one thread, output captured."""
+    """A Python process that sees this checkout, one thread, output captured.
+
+    Ctrl-C reaches it even where these tests run in a shell's background, which ignores it.
+    """
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=cwd or ROOT, env=variables, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -181,6 +181,7 @@ def test_what_a_kill_leaves_is_no_checkpoint(trained: RunConfig) -> None:
 # --- a disk without room ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "in_background"), [(1, False), (0, True)], ids=["now", "async"])
 def test_write_error_on_one_rank_is_one_line_and_the_old_checkpoint_stays(
     make_config: ConfigMaker, trained_root: Path, trained: RunConfig, tmp_path: Path, rank: int,

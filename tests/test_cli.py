@@ -388,7 +388,7 @@ def test_process_prints_one_line_and_ends_with_status_2(
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     replace_line(data / "corpus.jsonl", 2, "{")
-    for command in COMMANDS:
+    for command in BOTH:
         status, output, error = process(*command, "--config", str(file))
         assert_one_line(status, error)
         assert "corpus.jsonl:2: not valid JSON" in error

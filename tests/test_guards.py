@@ -101,6 +101,7 @@ def test_update_is_skipped_on_all_ranks_and_told(
             assert all(pid.startswith("p") for group in batch["passages"] for pid in group)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_losses_that_stay_non_finite_stop_the_stage(
     make_config: ConfigMaker, tmp_path: Path
@@ -152,6 +153,7 @@ def test_a_loss_spike_is_told_and_a_noisy_loss_is_not() -> None:
     assert warning.startswith("loss spike at update 301: 30 after a median of ")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_normal_run_sets_off_no_guard_and_a_term_without_dropout_does(
     make_config: ConfigMaker, tmp_path: Path
@@ -177,7 +179,9 @@ def test_a_normal_run_sets_off_no_guard_and_a_term_without_dropout_does(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kind", "rank"), [("hang", 1), ("stop", 0)])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("hang", 1), pytest.param("stop", 0, marks=pytest.mark.slow)]
+)
 def test_a_rank_that_hangs_ends_the_stage_with_every_ranks_position(
     make_config: ConfigMaker, tmp_path: Path, kind: str, rank: int
 ) -> None:

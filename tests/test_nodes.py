@@ -58,6 +58,7 @@ def test_two_torchrun_nodes(
     assert losses_of(RunFolder(tmp_path / "two").stage("cascade")) == one_node
 
 
+@pytest.mark.slow
 def test_two_deepspeed_nodes(
     arguments: tuple[str, ...], one_node: list[dict], tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_one_signalled_rank_stops_all_at_the_same_update(
     make_config: ConfigMaker, tmp_path: Path

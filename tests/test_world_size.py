@@ -26,8 +26,8 @@ def with_batch_size(config: RunConfig, batch_size: int) -> RunConfig:
     "zero_stages",
     [
         (1, 1, 1),
-        (3, 3, 3),
-        (1, 2, 1),
+        pytest.param((3, 3, 3), marks=pytest.mark.slow),
+        pytest.param((1, 2, 1), marks=pytest.mark.slow),
         pytest.param((2, 2, 2), marks=pytest.mark.slow),
         pytest.param((0, 0, 0), marks=pytest.mark.slow),
     ],

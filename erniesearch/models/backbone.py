@@ -8,7 +8,9 @@ import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,24 @@ from transformers import (
 
 from erniesearch.config import StudentConfig, TeacherConfig
 from erniesearch.errors import UserError
+
+
+_weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, models are made from their config.json with random weights; none are looked for."""
+    token = _weights_wanted.set(False)
+    try:
+        yield
+    finally:
+        _weights_wanted.reset(token)
+
+
+def weights_wanted() -> bool:
+    """False inside :func:`without_weights`."""
+    return _weights_wanted.get()
 
 
 def resolve(path: str) -> str:
@@ -53,7 +73,7 @@ def resolve(path: str) -> str:
         folder = Path(path)
         if not (folder / "config.json").is_file():
             raise UserError(f"model folder {path}: no config.json")
-        if not list(folder.glob("*.safetensors")):
+        if weights_wanted() and not list(folder.glob("*.safetensors")):
             raise UserError(f"model folder {path}: no model.safetensors (pickles are not read)")
         return path
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -131,28 +151,32 @@ def load_encoder(settings: StudentConfig, masked_lm: bool = False) -> PreTrained
     (then the encoder is ``.base_model``)."""
     config = load_config(settings)
     options: dict[str, Any] = {}
-    if masked_lm:
-        loader = AutoModelForMaskedLM.from_pretrained
-    else:
-        loader = AutoModel.from_pretrained
+    family = AutoModelForMaskedLM if masked_lm else AutoModel
+    if not masked_lm:
         model_class = MODEL_MAPPING.get(type(config), None)
         if (
             isinstance(model_class, type)
             and "add_pooling_layer" in inspect.signature(model_class).parameters
         ):
             options["add_pooling_layer"] = False  # its parameters would never see a gradient
-    return _load(
-        loader, settings.path, config=config, revision=settings.revision, use_safetensors=True,
-        trust_remote_code=settings.trust_remote_code, dtype=torch.float32, **options,
-    )  # fmt: skip
+    return _load_model(family, settings, config, **options)
 
 
 def load_classifier(settings: TeacherConfig) -> PreTrainedModel:
     """The encoder with a one-score classification head in fp32."""
+    config = load_config(settings, num_labels=1)
+    return _load_model(AutoModelForSequenceClassification, settings, config)
+
+
+def _load_model(
+    family: Any, settings: StudentConfig | TeacherConfig, config: PretrainedConfig, **options: Any
+) -> PreTrainedModel:
+    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+    if not weights_wanted():
+        return family.from_config(config, **options)
     return _load(
-        AutoModelForSequenceClassification.from_pretrained, settings.path,
-        config=load_config(settings, num_labels=1), revision=settings.revision,
-        use_safetensors=True, trust_remote_code=settings.trust_remote_code, dtype=torch.float32,
+        family.from_pretrained, settings.path, config=config, revision=settings.revision,
+        use_safetensors=True, **options,
     )  # fmt: skip
 
 

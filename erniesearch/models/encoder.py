@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from erniesearch.config import StudentConfig
 from erniesearch.errors import UserError
-from erniesearch.models.backbone import load_encoder
+from erniesearch.models.backbone import load_encoder, weights_wanted
 
 Side = Literal["query", "passage"]
 HEAD_FILE = "late_interaction.safetensors"
@@ -70,7 +70,7 @@ class StudentEncoder(nn.Module):
         self.query_tower = self.passage_tower if settings.tied else load_encoder(settings)
         self.hidden_size = int(self.query_tower.config.hidden_size)
         self.projection = nn.Linear(self.hidden_size, settings.late_interaction_dim, bias=False)
-        if head.is_file():
+        if head.is_file() and weights_wanted():
             weight = load_file(head)["linear.weight"]
             if weight.shape != self.projection.weight.shape:
                 raise UserError(

@@ -36,8 +36,14 @@ def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTok
         UserError: if vocabularies differ, inputs are longer than the models' positions, or a
             model the stage starts from has not been trained yet.
     """
+    return assemble_model(config, name, *part_settings(config, name))
+
+
+def assemble_model(
+    config: RunConfig, name: str, student_settings: StudentConfig, teacher_settings: TeacherConfig
+) -> tuple[JointModel, PreTrainedTokenizerBase]:
+    """As :func:`build_model`, from models that need not be those the stage starts from."""
     stage: StageConfig = getattr(config.stages, name)
-    student_settings, teacher_settings = part_settings(config, name)
     tokenizer = load_tokenizer(student_settings)
     # New heads are the same on every rank and for every number of ranks.
     distributed.seed_everything(config.seed, 4)

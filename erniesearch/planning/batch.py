@@ -1,0 +1,55 @@
+"""The batch that is planned for: every text as long as the settings allow."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from erniesearch.config import RunConfig, StageConfig
+from erniesearch.data.collate import Batch
+
+
+def full_batch(
+    config: RunConfig, name: str, num_queries: int, tokenizer: PreTrainedTokenizerBase,
+    step: int = 0, micro_step: int = 0,
+) -> Batch:  # fmt: skip
+    """One rank's micro-batch of a stage with random words.
+
+    All texts but one query and one passage have the most tokens that the settings allow; with no
+    padding at all, a model would drop its masks.
+    """
+    stage: StageConfig = getattr(config.stages, name)
+    generator = torch.Generator().manual_seed(micro_step + 1000 * step)
+    num_passages = num_queries * (1 + stage.num_negatives)
+    query_ids, query_mask = _texts(
+        num_queries, config.data.max_query_length, tokenizer, generator
+    )
+    passage_ids, passage_mask = _texts(
+        num_passages, config.data.max_passage_length, tokenizer, generator
+    )
+    masked = {}
+    if stage.weights.mlm:
+        chosen = passage_mask & (torch.rand(passage_ids.shape, generator=generator) < 0.15)
+        chosen[:, 1] = True
+        masked = {
+            "mlm_ids": passage_ids.masked_fill(chosen, tokenizer.mask_token_id),
+            "mlm_labels": passage_ids.masked_fill(~chosen, -100),
+        }
+    index = torch.arange(num_passages)
+    relevant = index.view(num_queries, -1)[:, :1]
+    return Batch(
+        query_ids, query_mask, passage_ids, passage_mask, index, relevant, step, micro_step,
+        **masked,
+    )  # fmt: skip
+
+
+def _texts(
+    number: int, length: int, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(len(tokenizer), (number, length), generator=generator)
+    mask = torch.ones(ids.shape, dtype=torch.bool)
+    lengths = torch.full((number,), length)
+    lengths[0] -= 1
+    ids[:, 0] = int(tokenizer.cls_token_id)
+    ids[torch.arange(number), lengths - 1] = int(tokenizer.sep_token_id)
+    mask[0, -1] = False
+    ids[0, -1] = int(tokenizer.pad_token_id)
+    return ids, mask

@@ -1,0 +1,158 @@
+"""The planned figures against real ones: a few updates on this machine, in processes of their own.
+
+Every rank is ``python -m erniesearch.planning.measure JOB RANK``. It trains the stage through the
+ordinary engine and update, on random weights and full-length batches.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from erniesearch.config import RunConfig, StageConfig, from_dict
+from erniesearch.errors import UserError
+
+UPDATES = {3: 4}
+"""Updates per ZeRO stage, else 2: the first creates the optimizer's state. ZeRO-3 records in the
+first two what it fetches when, and keeps parameters for their next use from the third on."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of the rank that needed most.
+
+    Attributes:
+        base: what the process held before it made the model (on a CPU: resident; on a GPU: 0).
+        peak: the most that it held, ``base`` included.
+        seconds: of the last update, on the slowest rank.
+    """
+
+    base: int
+    peak: int
+    seconds: float
+
+    @property
+    def own(self) -> int:
+        """Bytes above ``base``: what a plan foretells."""
+        return self.peak - self.base
+
+
+def measure(config: RunConfig, name: str, ranks: int, num_queries: int) -> Measured:
+    """Train a few updates of a stage on this machine.
+
+    Raises:
+        UserError: if a rank ends without a result, with the end of what it wrote.
+    """
+    from erniesearch import distributed
+
+    job = {"config": asdict(config), "stage": name, "queries": num_queries}
+    with tempfile.TemporaryDirectory(prefix="erniesearch-plan-") as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(job))
+        environment = os.environ | {
+            "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(distributed.free_port()),
+        }  # fmt: skip
+        processes = []
+        for rank in range(ranks):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (Path(folder) / f"{rank}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", __name__, str(file)], env=own, stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )  # fmt: skip
+                )
+        try:
+            failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        finally:
+            for process in processes:
+                process.kill()
+        if failed:
+            said = (Path(folder) / f"{failed[0]}.log").read_text()[-600:]
+            raise UserError(
+                f"--measure: stage {name} does not run here with {num_queries} queries per rank"
+                f" on {ranks} ranks (rank {failed[0]} ended with status"
+                f" {processes[failed[0]].returncode}): {said}"
+            )
+        results = [
+            Measured(**json.loads((Path(folder) / f"{rank}.json").read_text()))
+            for rank in range(ranks)
+        ]
+    largest = max(results, key=lambda result: result.own)
+    return Measured(largest.base, largest.peak, max(result.seconds for result in results))
+
+
+def main(job_file: str) -> None:
+    """One rank: train, and write what it took beside the job."""
+    from time import monotonic
+
+    import torch
+
+    from erniesearch import distributed
+    from erniesearch.models.backbone import without_weights
+    from erniesearch.training.engine import build_engine, zero_section
+    from erniesearch.training.loop import _update
+    from erniesearch.training.stage import assemble_model, base_teacher
+
+    job = json.loads(Path(job_file).read_text())
+    config: RunConfig = from_dict(RunConfig, job["config"])
+    name, num_queries = job["stage"], job["queries"]
+    stage: StageConfig = getattr(config.stages, name)
+    device = distributed.initialize()
+    torch.set_num_threads(config.training.threads_per_process)
+    base = _resident() if device.type == "cpu" else 0
+    with without_weights():
+        model, tokenizer = assemble_model(config, name, config.student, base_teacher(config))
+    if config.training.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    engine, _ = build_engine(model, config.training, stage, num_queries, device)
+    engine.train()
+    updates = UPDATES.get(zero_section(config.training).get("stage", 0), 2)
+    batches = _batches(config, name, num_queries, tokenizer)
+    seconds = 0.0
+    for _ in range(updates):
+        began = monotonic()
+        _update(engine, batches, stage.accumulation_steps, device, lambda what: None)
+        seconds = monotonic() - began
+    peak = _highest() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    result = asdict(Measured(base, peak, seconds))
+    Path(job_file).with_name(f"{distributed.rank()}.json").write_text(json.dumps(result))
+    distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> Iterator[Any]:
+    from erniesearch.planning.batch import full_batch
+
+    stage: StageConfig = getattr(config.stages, name)
+    step = 0
+    while True:
+        for micro_step in range(stage.accumulation_steps):
+            yield full_batch(config, name, num_queries, tokenizer, step, micro_step)
+        step += 1
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _highest() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes, from Linux's view of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,106 @@
+"""One training stage's micro-steps, run without contents: its peak, FLOPs and traffic."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from erniesearch import stages
+from erniesearch.config import RunConfig, StageConfig
+from erniesearch.models.backbone import without_weights
+from erniesearch.planning.batch import full_batch
+from erniesearch.planning.states import Layout, Reduction, Zero, resident
+from erniesearch.planning.tracker import GpuKernels, Tracker, fake_world
+from erniesearch.training import guards
+from erniesearch.training.stage import assemble_model, base_teacher
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One rank's memory, work and traffic in a stage's update.
+
+    Attributes:
+        resident: bytes that stay between updates, by what they are.
+        moving: highest bytes of activations, gradients and buffers together, above them.
+        flops: per update.
+        sent: bytes that the model's own collectives send per update, by kind.
+    """
+
+    resident: dict[str, int]
+    moving: int
+    flops: int
+    sent: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest point of an update."""
+        return sum(self.resident.values()) + self.moving
+
+
+class StageTracer:
+    """A stage's model on tensors without contents, for any number of ranks and queries.
+
+    Args:
+        config: the run's.
+        name: of the training stage.
+        device: "cuda" or "cpu", on which the training is to run.
+        bf16: whether the forward pass computes in bfloat16.
+
+    Raises:
+        UserError: for models that cannot be loaded or do not fit each other or the data settings.
+    """
+
+    def __init__(self, config: RunConfig, name: str, device: str, bf16: bool) -> None:
+        # The gate's running accuracies are numbers that a trace does not have.
+        objective = replace(config.objective, competence_gate=False)
+        self.config, self.name = replace(config, objective=objective), name
+        self.stage: StageConfig = getattr(config.stages, name)
+        self.zero = Zero.of(config.training)
+        self.device, self.width = device, 2 if bf16 else 4
+        self.tracker = Tracker(gpu=device == "cuda")
+        with self.tracker, without_weights():
+            self.model, self.tokenizer = assemble_model(
+                self.config, name, config.student, base_teacher(config)
+            )
+            if bf16:
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        if config.training.activation_checkpointing:
+            self.model.enable_activation_checkpointing()
+        self.layout = Layout.of(self.model)
+        self.tracker.exclude(self.model.parameters())
+        self.model.train()
+
+    def run(self, ranks: int, num_queries: int) -> Trace:
+        """An update with ``num_queries`` per rank and micro-step; of more than two micro-steps two
+        are run, since the others are like the second."""
+        gpu = self.device == "cuda"
+        steps = self.stage.accumulation_steps
+        self.tracker.reset()
+        with fake_world(ranks, self.device), self.tracker:
+            reduction = Reduction(
+                self.tracker, self.layout, self.zero, ranks, self.width, gpu
+            )
+            for micro_step in range(min(steps, 2)):
+                self._micro_step(reduction, num_queries, micro_step)
+                reduction.finish(micro_step + 1 == min(steps, 2))
+            reduction.step()
+        scale = steps / min(steps, 2)
+        return Trace(
+            resident(self.layout, self.zero, ranks, self.width, gpu),
+            self.tracker.peak,
+            round(self.tracker.flops * scale),
+            {kind: round(sent * scale) for kind, sent in self.tracker.sent.items()},
+        )
+
+    def _micro_step(self, reduction: Reduction, num_queries: int, micro_step: int) -> None:
+        batch = full_batch(self.config, self.name, num_queries, self.tokenizer, 0, micro_step)
+        reduction.watch(self.model.parameters())
+        with GpuKernels() if self.device == "cuda" else nullcontext():
+            loss = self.model(batch)["loss"]
+            guards.spoil_nonfinite(loss).backward()
+
+
+def enabled_stages(config: RunConfig) -> list[str]:
+    """The training stages that the run contains."""
+    return [name for name in stages.TRAINING_STAGES if stages.is_enabled(config, name)]

@@ -5,7 +5,7 @@ With N trainable parameters, W ranks, c bytes per number in the forward pass (fp
     ZeRO   weights                    master copy        Adam     gradients
     0      c N                        fp32 0, bf16 4 N   8 N      c N, flattened once more to reduce
     1, 2   c N, flat                  4 N / W            8 N / W  c N until they are reduced
-    3      c N / W, gathered c N      fp32 0, bf16 4 N/W 8 N / W  c N / W, c N until reduced
+    3      c N / W, gathered c N      4 N / W            8 N / W  c N / W, c N until reduced
 
 Flat groups are padded to a multiple of 2 W, ZeRO-3's parameters one by one to a multiple of W.
 """
@@ -143,10 +143,10 @@ def resident(layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool) -> d
     small = sum(m for m in parameters if m <= zero.persistence) if ranks > 1 else 0
     return {
         "weights": width * (part + sum(-(-m // ranks) for m in layout.frozen) + small),
-        "master weights": 4 * part if width == 2 else 0,
+        "master weights": 4 * part,
         "Adam": 8 * part,
         "gradients": width * part,
-        "reduction bucket": width * zero.reduce_bucket if gpu else 0,
+        "reduction bucket": width * (zero.reduce_bucket if gpu else min(zero.reduce_bucket, n)),
     }
 
 
@@ -224,11 +224,12 @@ class Reduction:
         parameter.grad = None
 
     def _touch(self, numel: int) -> None:
-        """The bucket holds ``numel`` elements. On a GPU all of it is there from the first one
-        (with ZeRO-3 always), two of them with overlap_comm; on a CPU what has been written."""
+        """The bucket holds ``numel`` elements. On a GPU all of it is there from the first one, two
+        of them with overlap_comm; on a CPU what has been written. ZeRO-3's is always there."""
+        if self.zero.stage == 3:
+            return
         if self.gpu:
-            buckets = 0 if self.zero.stage == 3 else 2 if self.zero.overlap else 1
-            numel = buckets * self.zero.reduce_bucket
+            numel = (2 if self.zero.overlap else 1) * self.zero.reduce_bucket
         if numel > self.touched:
             self.tracker.hold(self.width * (numel - self.touched))
             self.touched = numel

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import RunConfig, StageConfig, from_dict
+from erniesearch.config import RunConfig, StageConfig, TrainingConfig, from_dict
 from erniesearch.errors import UserError
 
 UPDATES = {3: 4}
@@ -95,6 +95,7 @@ def measure(config: RunConfig, name: str, ranks: int, num_queries: int) -> Measu
 
 def main(job_file: str) -> None:
     """One rank: train, and write what it took beside the job."""
+    import gc
     from time import monotonic
 
     import torch
@@ -114,6 +115,8 @@ def main(job_file: str) -> None:
     with without_weights():
         with torch.device("meta"):  # imports what making the model imports
             assemble_model(config, name, config.student, base_teacher(config))
+        _warm_up(config.training, device)
+        gc.collect()
         base = _resident() if device.type == "cpu" else 0
         model, tokenizer = assemble_model(config, name, config.student, base_teacher(config))
     if config.training.activation_checkpointing:
@@ -143,6 +146,29 @@ def _batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> 
         for micro_step in range(stage.accumulation_steps):
             yield full_batch(config, name, num_queries, tokenizer, step, micro_step)
         step += 1
+
+
+def _warm_up(training: TrainingConfig, device: Any) -> None:
+    """A step of a small engine, so that what libraries load and keep counts as base."""
+    import deepspeed
+    import torch
+
+    from erniesearch.training.engine import use_bf16, zero_section
+
+    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, 0.0, "gelu")
+    engine, *_ = deepspeed.initialize(
+        model=layer, optimizer=torch.optim.AdamW(layer.parameters(), fused=True),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_section(training),
+            "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0,
+            "bf16": {"enabled": use_bf16(training.precision, device)}, "steps_per_print": 1 << 31,
+        },
+    )  # fmt: skip
+    dtype = next(layer.parameters()).dtype
+    engine.backward(engine(torch.randn(32, 64, 256, device=device, dtype=dtype)).square().mean())
+    engine.step()
+    engine.destroy()
 
 
 def _resident() -> int:

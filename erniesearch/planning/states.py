@@ -37,6 +37,7 @@ class Zero:
     reduce_bucket: int
     overlap: bool
     persistence: int
+    prefetch: int
     reuse_distance: int
     offloads: tuple[str, ...]
 
@@ -57,7 +58,8 @@ class Zero:
         )  # fmt: skip
         return cls(
             int(zero.stage), int(zero.reduce_bucket_size), bool(zero.overlap_comm),
-            int(zero.param_persistence_threshold), int(zero.max_reuse_distance), offloads,
+            int(zero.param_persistence_threshold), int(zero.prefetch_bucket_size),
+            int(zero.max_reuse_distance), offloads,
         )  # fmt: skip
 
     @property
@@ -185,8 +187,8 @@ def engine_traffic(
 class Reduction:
     """What DeepSpeed holds while gradients arrive, are reduced, and are applied.
 
-    Follows a traced backward pass: :meth:`watch` before it, :meth:`finish` after it, :meth:`step`
-    after the last micro-step.
+    Follows a traced micro-step: :meth:`watch` before it, :meth:`turn` between forward and backward
+    pass, :meth:`finish` after it; and :meth:`step` after the last one.
     """
 
     def __init__(
@@ -194,22 +196,31 @@ class Reduction:
     ) -> None:
         self.tracker, self.layout, self.zero = tracker, layout, zero
         self.ranks, self.width, self.gpu = ranks, width, gpu
-        self.filled = self.touched = self.partition = 0
+        self.filled = self.touched = self.partition = self.released = 0
         self.handles: list[Any] = []
         self.parameters: list[torch.nn.Parameter] = []
-        tracker.hold(width * gathered_weights(layout, zero, ranks))
+        self.gathered = width * gathered_weights(layout, zero, ranks)
+        # The buffer that weights are gathered in stays until the last of them has been used.
+        self.gathering = min(self.gathered, width * zero.prefetch)
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """See the gradients of these parameters arrive."""
+        """Before a micro-step with these parameters: weights are gathered."""
+        self.tracker.hold(self.gathered + self.gathering)
         self.parameters = [p for p in parameters if p.requires_grad]
         self.handles = [
             p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters
         ]
 
+    def turn(self) -> None:
+        """The forward pass is over."""
+        self.tracker.hold(-self.gathering)
+        self.released = 0
+
     def _arrived(self, parameter: torch.nn.Parameter) -> None:
         numel = parameter.numel()
-        if self.zero.stage == 3 and self.ranks > 1 and numel > self.zero.persistence:
+        if self.gathered and numel > self.zero.persistence:
             self.tracker.hold(-self.width * numel)  # its gathered weights go
+            self.released += self.width * numel
         if self.zero.hooked:
             self._into_bucket(parameter)
         elif self.zero.stage and self.gpu:
@@ -245,6 +256,7 @@ class Reduction:
 
     def finish(self, boundary: bool) -> None:
         """After a backward pass; ``boundary`` if the update's last."""
+        self.tracker.hold(self.released - self.gathered)
         before, self.partition = self.partition, 0
         if self.zero.stage == 0 and boundary:
             self.tracker.pulse(self.width * min(self.layout.trainable, FALLBACK_BUCKET))

@@ -98,6 +98,7 @@ class StageTracer:
         reduction.watch(self.model.parameters())
         with GpuKernels() if self.device == "cuda" else nullcontext():
             loss = self.model(batch)["loss"]
+            reduction.turn()
             guards.spoil_nonfinite(loss).backward()
 
 

@@ -98,9 +98,10 @@ class Tracker(TorchDispatchMode):
         self.peak, self.held_at_peak = self.live, 0
 
     def exclude(self, tensors: Iterator[Tensor]) -> None:
-        """Count these tensors' storages no longer."""
+        """Count these tensors' storages no longer, nor views of them."""
         for tensor in tensors:
-            self._forget(tensor.untyped_storage()._cdata)
+            self._follow(tensor)
+            self._resize(tensor, 0)
 
     def hold(self, num_bytes: int) -> None:
         """Bytes that are allocated (or, below 0, freed) where the tracker does not see it."""
@@ -151,11 +152,11 @@ class Tracker(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._follow(tensor)
         if func is aten.bernoulli_.float and self.gpu:
-            self._shrink(args[0], args[0].numel())
+            self._resize(args[0], args[0].numel())
         self._look()
         return out
 
-    def _shrink(self, tensor: Tensor, num_bytes: int) -> None:
+    def _resize(self, tensor: Tensor, num_bytes: int) -> None:
         key = tensor.untyped_storage()._cdata
         self.live += num_bytes - self._sizes[key]
         self._sizes[key] = num_bytes

@@ -13,6 +13,9 @@ from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 
+# On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a minute, and
+# a compiler); gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19 still calls collectives by the names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
@@ -62,9 +65,6 @@ def build_engine(
     ``universal`` says that checkpoints will be loaded in DeepSpeed's universal form.
     Also returns the peak learning rate of each parameter group by name.
     """
-    # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a
-    # minute, and a compiler); gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = list(
         model.parameter_groups(
             stage.student_lr, stage.head_lr, stage.teacher_lr, training.weight_decay

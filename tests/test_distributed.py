@@ -1,4 +1,5 @@
-"""W ranks x B queries train like one rank with W·B, for every ZeRO stage."""
+"""W ranks x B queries train like one rank with W·B, for every ZeRO stage, with gradient caching
+and with the ring exchange too."""
 
 import json
 from dataclasses import asdict
@@ -90,5 +91,17 @@ def test_ranks_train_like_one(
     world_size: int,
 ) -> None:  # fmt: skip
     folders = train(make_config, reference_root, world_size, (0, 1, 2, 3))
+    for folder in folders.values():
+        compare(folder, reference[0])
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_caching_and_ring_train_like_the_plain_path(
+    make_config: ConfigMaker, reference: dict[int, RunFolder], tmp_path: Path, exchange: str
+) -> None:
+    # 4 queries and 12 passages on a rank: chunks of 5 cut through groups.
+    folders = train(
+        make_config, tmp_path, 2, (0, 1, 2, 3), chunk_size=5, late_interaction_exchange=exchange
+    )
     for folder in folders.values():
         compare(folder, reference[0])

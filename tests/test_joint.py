@@ -142,7 +142,12 @@ def test_dropout_depends_on_step_and_pass_only(make_config: ConfigMaker) -> None
 def test_competence_gate_silences_a_teacher_below_its_student(make_config: ConfigMaker) -> None:
     model, batch = build(make_config, competence_gate=True)
     model.train()
-    model.running_accuracy = {"group_ce": 0.5, "group_li": 2.0, "group_de": -1.0, "de": 2.0}
+    model.objective.running_accuracy = {
+        "group_ce": 0.5,
+        "group_li": 2.0,
+        "group_de": -1.0,
+        "de": 2.0,
+    }
     terms = model(batch)
     assert terms["li_to_de"] == 0
     assert terms["ce_to_li"] == 0

@@ -39,7 +39,7 @@ def train(
     return folders
 
 
-def compare(ours: RunFolder, reference: RunFolder) -> None:
+def compare(ours: RunFolder, reference: RunFolder, atol: float = 2e-5) -> None:
     rows = list(zip(losses_of(ours.stage("cascade")), losses_of(reference.stage("cascade")),
                     strict=True))  # fmt: skip
     assert len(rows) == STEPS
@@ -59,7 +59,7 @@ def compare(ours: RunFolder, reference: RunFolder) -> None:
             # which Adam scales to a full step.
             if not name.endswith(("key.bias", "classifier.bias")):
                 torch.testing.assert_close(
-                    weights[name], tensor, rtol=1e-4, atol=2e-5,
+                    weights[name], tensor, rtol=1e-4, atol=atol,
                     msg=lambda m, name=name: f"{name}: {m}",
                 )  # fmt: skip
 
@@ -104,4 +104,5 @@ def test_caching_and_ring_train_like_the_plain_path(
         make_config, tmp_path, 2, (0, 1, 2, 3), chunk_size=5, late_interaction_exchange=exchange
     )
     for folder in folders.values():
-        compare(folder, reference[0])
+        # Sums in another order: where a gradient is next to 0, Adam makes steps of the difference.
+        compare(folder, reference[0], atol=1e-4)

@@ -46,10 +46,9 @@ def assert_same(ours: Any, wanted: Any, factor: float = 1.0) -> None:
     for name, gradient in whole.items():
         assert (gradients[name] is None) == (gradient is None), name
         if gradient is not None:
-            torch.testing.assert_close(
-                gradients[name], factor * gradient, rtol=1e-5, atol=1e-7,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )  # fmt: skip
+            wrong = gradients[name] - factor * gradient
+            # Token vectors and the teacher's scores are fp32 in any model.
+            assert wrong.norm() <= 1e-5 * factor * gradient.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 1000])

@@ -81,7 +81,7 @@ class JointModel(nn.Module):
         through here, because ZeRO-3 gathers parameters around this call.
         """
         if chunk is None:
-            return self.objective.terms(batch, self._run(batch), self.training)
+            return self.objective.terms(batch, self.outputs(batch), self.training)
         self._seed_pass(batch, chunk.number, int(chunk.kind == "query"), chunk.rows.start)
         if chunk.kind == "masked":
             return (self._masked_lm_loss(batch, chunk.rows, reduction="sum"),)
@@ -90,7 +90,7 @@ class JointModel(nn.Module):
             return (self.teacher(self.pairs(batch, chunk.rows)),)
         return self._encode_chunk(batch, chunk)
 
-    def _run(self, batch: Batch) -> Outputs:
+    def outputs(self, batch: Batch) -> Outputs:
         """All of the encoders' work, with the graph that a backward pass needs."""
         outputs = Outputs()
         everything = slice(0, len(batch.passage_ids))

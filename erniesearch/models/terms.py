@@ -78,7 +78,7 @@ class Objective:
             terms["mlm"] = outputs.mlm
         student = None
         if outputs.queries is not None:
-            student = self._score(batch, outputs)
+            student = self.score(batch, outputs)
             terms |= self._student_terms(outputs, student, training)
         if outputs.teacher_scores is not None:
             terms |= self._teacher_terms(batch, outputs, student, training)
@@ -88,7 +88,7 @@ class Objective:
         ).sum()
         return terms
 
-    def _score(self, batch: Batch, outputs: Outputs) -> StudentScores:
+    def score(self, batch: Batch, outputs: Outputs) -> StudentScores:
         """This rank's queries against every rank's passages."""
         queries, passages, settings = outputs.queries, outputs.passages, self.settings
         assert queries is not None

@@ -79,10 +79,9 @@ def cached_backward(
             masked_lm += own.detach()
             backward(scale * model.weights.mlm * spoil_nonfinite(own))
             continue
-        parts = [part for part in leaves[chunk.kind, chunk.number] if part.grad is not None]
-        if parts:
-            made = [part for part in forward(batch, chunk) if part.numel()]
-            backward(_inner_product(made, [part.grad[chunk.rows] for part in parts]))  # type: ignore[index]
+        gradients = [part.grad for part in leaves[chunk.kind, chunk.number]]
+        if any(gradient is not None for gradient in gradients):
+            backward(_inner_product(forward(batch, chunk), gradients, chunk.rows))
     if model.weights.mlm:
         terms = {"mlm": masked_lm} | terms
         terms["loss"] = terms.get("loss", 0) + model.weights.mlm * masked_lm
@@ -116,9 +115,15 @@ def _outputs(leaves: Leaves, attention: Tensor | None) -> Outputs:
     return outputs
 
 
-def _inner_product(outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """A scalar whose gradient with respect to ``outputs`` is ``gradients``."""
-    products = [(o.float() * g.float()).sum() for o, g in zip(outputs, gradients, strict=True)]
+def _inner_product(
+    outputs: tuple[Tensor, ...], gradients: list[Tensor | None], rows: slice
+) -> Tensor:
+    """A scalar whose gradient with respect to ``outputs`` is ``gradients[rows]``."""
+    products = [
+        (output.float() * gradient[rows].float()).sum()
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if gradient is not None
+    ]
     return torch.stack(products).sum()
 
 
@@ -128,7 +133,7 @@ class _Attention:
 
     def __init__(self, model: JointModel, batch: Batch) -> None:
         self._model, self._batch = model, batch
-        self._value = torch.zeros((), device=batch.query_ids.device)
+        self._value: Tensor | None = None
         self._gradients: list[Tensor] = []
 
     def add(self, rows: slice, query_tokens: Tensor, passage_tokens: Tensor) -> None:
@@ -147,7 +152,8 @@ class _Attention:
                 batch, rows, pairs, queries[query - first], passages
             )
         parts = torch.autograd.grad(value, (queries, passages))
-        self._value += value.detach()
+        value = value.detach()
+        self._value = value if self._value is None else self._value + value
         for whole, where, part in zip(
             self._gradients, (slice(first, last), rows), parts, strict=True
         ):

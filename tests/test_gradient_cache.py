@@ -1,5 +1,7 @@
 """Gradient caching gives the plain path's gradient, whatever the chunks."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from erniesearch.config import LossWeights, RunConfig
 from erniesearch.data.collate import Batch
 from erniesearch.data.formats import load_beir
 from erniesearch.models.joint import Chunk, JointModel
-from erniesearch.training.gradient_cache import cached_backward
+from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.stage import build_batches, build_model
 
 
@@ -161,6 +163,44 @@ def test_a_frozen_teacher_runs_once(make_config: ConfigMaker) -> None:
     model.teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     cached(model, batch, 6)
     assert calls == [False, False]
+
+
+class _Engine:
+    """What :func:`one_reduction` needs of DeepSpeed's engine; one process reduces nothing."""
+
+    def __init__(self, module: torch.nn.Module, zero_stage: int) -> None:
+        self.module, self._zero_stage, self.reductions = module, zero_stage, 0
+
+    def zero_optimization_stage(self) -> int:
+        return self._zero_stage
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        yield
+        self.reductions += 1
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def allreduce_gradients(self) -> None:
+        self.reductions += 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_many_chunks_add_up_in_fp32(zero_stage: int) -> None:
+    """In bf16, 1/256 added to 1 is 1: chunks after the first would count for nothing."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    engine = _Engine(layer, zero_stage)
+    with one_reduction(engine) as backward:  # type: ignore[arg-type]
+        for size in (1.0, *[1 / 256] * 64):
+            backward((layer.weight * size).sum())
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.bfloat16
+    assert float(layer.weight.grad) == 1.25
+    assert engine.reductions == 1
 
 
 def test_a_loss_that_is_not_finite_reaches_the_gradient(make_config: ConfigMaker) -> None:

@@ -92,6 +92,10 @@ class ObjectiveConfig:
     kernels: Literal["auto", "triton", "torch", "eager"] = "auto"
     """Backend of MaxSim and the attention KL: auto takes Triton on a GPU and the chunked PyTorch
     path on a CPU; eager materialises every similarity."""
+    late_interaction_exchange: Literal["all_gather", "ring"] = "all_gather"
+    """How a rank's queries meet the other ranks' passage tokens: all_gather holds those of all
+    ranks; ring passes them round and holds two ranks' at a time, so that memory does not grow with
+    the ranks. The ring sends about twice the bytes and computes MaxSim once more."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,10 @@ class StageConfig:
     With it, a run continues on any number of ranks that divides it."""
     accumulation_steps: int = 1
     """Micro-steps per update; cross-batch negatives come from one micro-step."""
+    chunk_size: int | None = None
+    """Gradient caching: run the models on at most this many texts or pairs at a time, first without
+    gradient, then, once the loss over the whole batch is known, again with it. Memory for
+    activations no longer grows with the batch, for one more forward pass. Null runs all at once."""
     num_negatives: int = 3
     """Hard negatives per query (n); the group has 1 + n passages."""
     negatives: Literal["random", "bm25", "mined", "given"] = "bm25"
@@ -357,8 +365,9 @@ def validate(config: RunConfig) -> RunConfig:
             require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
         for key in ("queries_per_rank", "accumulation_steps"):
             require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
-        require(stage.batch_size is None or stage.batch_size >= 1, f"{prefix}.batch_size",
-                stage.batch_size, "1 or more, or null")  # fmt: skip
+        for key in ("batch_size", "chunk_size"):
+            number = getattr(stage, key)
+            require(number is None or number >= 1, f"{prefix}.{key}", number, "1 or more, or null")
         for key in ("student_lr", "head_lr", "teacher_lr"):
             require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
         require(

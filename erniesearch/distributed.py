@@ -190,6 +190,12 @@ def gather_rows(rows: torch.Tensor, counts: torch.Tensor | None = None) -> torch
     )
 
 
+def longest_row(mask: torch.Tensor) -> int:
+    """The highest real position of ``[num_sequences, num_tokens]`` + 1; masks may have gaps."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return int((mask * positions).max())
+
+
 def gather_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather token vectors of sequences that each rank padded to a length of its own.
 
@@ -204,11 +210,7 @@ def gather_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
     """
     if world_size() == 1:
         return tokens, mask
-    num_tokens = mask.sum(1)
-    # The second column is the highest real position + 1: a mask may have gaps.
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    longest = int((mask * positions).max())
-    sizes = gather_lengths(mask.shape[0], int(num_tokens.sum()), longest, device=tokens.device)
+    sizes = gather_lengths(mask.shape[0], int(mask.sum()), longest_row(mask), device=tokens.device)
     longest = max(int(sizes[:, 2].max()), 1)
     own_mask = mask.new_zeros((mask.shape[0], longest))
     width = min(longest, mask.shape[1])

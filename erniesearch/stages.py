@@ -198,7 +198,7 @@ ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
     "log_every", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
-    "activation_checkpointing",
+    "activation_checkpointing", "kernels", "late_interaction_exchange",
 )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["tokenizer"] = config.evaluation.bm25_tokenizer
     else:
         settings["models"] = models_hash(config)
-        settings["objective"] = asdict(config.objective)
+        settings["objective"] = _decisive(asdict(config.objective))
     if stage == "evaluate":
         settings["evaluation"] = asdict(config.evaluation)
     elif stage == "mine":
@@ -229,9 +229,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["settings"] = own
         if own["negatives"] == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
-        training = asdict(config.training)
-        for key in SPEED_ONLY:
-            training.pop(key)
+        training = _decisive(asdict(config.training))
         training["zero_stage"] = ZERO_FAMILY[config.training.zero_stage]
         if config.training.zero_json:
             training["zero_json"] = hash_files([Path(config.training.zero_json)])
@@ -240,6 +238,10 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         fingerprint(config, name, world_size) for name in upstream(config, stage)
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in SPEED_ONLY}
 
 
 def is_done(folder: Path, expected: str) -> bool:

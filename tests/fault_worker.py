@@ -66,9 +66,13 @@ def install(fault: dict[str, Any]) -> None:
     whole = JointModel.forward
     strike = globals()[fault["kind"]]
 
-    def forward(model: JointModel, batch: Any) -> Terms:
-        terms = whole(model, batch)
-        if distributed.rank() == fault["rank"] and batch.step + 1 in fault["steps"]:
+    def forward(model: JointModel, batch: Any, chunk: Any = None) -> Any:
+        terms = whole(model, batch, chunk)
+        if (
+            chunk is None
+            and distributed.rank() == fault["rank"]
+            and batch.step + 1 in fault["steps"]
+        ):
             strike(model, terms)
         return terms
 

@@ -270,6 +270,7 @@ IMPOSSIBLE = {
     "stages.cascade.num_negatives": -1,
     "stages.cascade.easy_steps": -1,
     "stages.cascade.queries_per_rank": 0,
+    "stages.cascade.chunk_size": 0,
     "stages.cascade.accumulation_steps": 0,
     "stages.cascade.student_lr": -1e-5,
     "stages.cascade.head_lr": -1e-5,

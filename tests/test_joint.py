@@ -113,9 +113,9 @@ def test_another_copy_of_the_positive_is_no_negative(make_config: ConfigMaker) -
     logits = (vectors @ model.student(ids, mask, "passage").vectors.T)[0]
     keep = [i for i in range(len(ids)) if i == 0 or int(index[i]) != int(index[0])]
     assert size + 1 not in keep
-    student = model._run_student(copied)
+    student = model.objective.score(copied, model.outputs(copied))
     assert student.mask[0].nonzero().flatten().tolist() == keep
-    loss = contrastive_loss(student.dual_scores[:1], torch.tensor([0]), student.mask[:1])
+    loss = contrastive_loss(student.dual[:1], torch.tensor([0]), student.mask[:1])
     expected = torch.logsumexp(logits[keep], 0) - logits[0]
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
@@ -124,7 +124,7 @@ def test_another_copy_of_the_positive_is_no_negative(make_config: ConfigMaker) -
 def test_kernel_backends_give_the_same_losses(make_config: ConfigMaker, kernels: str) -> None:
     model, batch = build(make_config, dropout=0.0, kernels="auto")
     expected = model(batch)
-    model.objective = replace(model.objective, kernels=kernels)
+    model.objective.settings = replace(model.objective.settings, kernels=kernels)
     for name, value in model(batch).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -142,7 +142,12 @@ def test_dropout_depends_on_step_and_pass_only(make_config: ConfigMaker) -> None
 def test_competence_gate_silences_a_teacher_below_its_student(make_config: ConfigMaker) -> None:
     model, batch = build(make_config, competence_gate=True)
     model.train()
-    model.running_accuracy = {"group_ce": 0.5, "group_li": 2.0, "group_de": -1.0, "de": 2.0}
+    model.objective.running_accuracy = {
+        "group_ce": 0.5,
+        "group_li": 2.0,
+        "group_de": -1.0,
+        "de": 2.0,
+    }
     terms = model(batch)
     assert terms["li_to_de"] == 0
     assert terms["ce_to_li"] == 0

@@ -42,18 +42,24 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "steps", "kills"), [(1, 24, (6, 15)), (3, 12, (6,))], ids=["zero1", "zero3"]
+    ("zero_stage", "steps", "kills", "chunk_size"),
+    [(1, 24, (6, 15), None), (3, 12, (6,), 4)],
+    ids=["zero1", "zero3-cached"],
 )
 def test_sigkill_and_resume_is_bit_exact(
-    make_config: ConfigMaker, tmp_path: Path, zero_stage: int, steps: int, kills: tuple[int, ...]
+    make_config: ConfigMaker,
+    tmp_path: Path,
+    zero_stage: int,
+    steps: int,
+    kills: tuple[int, ...],
+    chunk_size: int | None,
 ) -> None:
     folders = {}
     for name in ("whole", "killed"):
         # Dropout stays on: randomness is a function of the step, not of what ran before.
         config = make_config(
             run_dir=tmp_path / name, steps=steps, save_every=4,
-            zero_stage=zero_stage,
-            schedule="linear",
+            zero_stage=zero_stage, chunk_size=chunk_size, schedule="linear",
             warmup_ratio=0.2, accumulation_steps=2, queries_per_rank=2, competence_gate=True,
         )  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps([("cascade", asdict(config))]))

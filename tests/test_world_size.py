@@ -69,7 +69,7 @@ def test_other_numbers_of_ranks_continue_a_run(
 
 
 def test_the_global_batch_decides_what_continues(make_config: ConfigMaker) -> None:
-    def print_of(world_size: int, batch_size: int | None = None, **changes: int) -> str:
+    def print_of(world_size: int, batch_size: int | None = None, **changes: object) -> str:
         config = make_config(**changes)
         if batch_size is not None:
             config = with_batch_size(config, batch_size)
@@ -81,6 +81,9 @@ def test_the_global_batch_decides_what_continues(make_config: ConfigMaker) -> No
     assert print_of(2, batch_size=6) != print_of(2, batch_size=6, accumulation_steps=2)
     assert print_of(1, zero_stage=1) == print_of(1, zero_stage=2) == print_of(1)
     assert len({print_of(1, zero_stage=z) for z in (0, 2, 3)}) == 3
+    # How the same is computed; chunks draw other dropout masks.
+    assert print_of(1, late_interaction_exchange="ring", kernels="eager") == print_of(1)
+    assert print_of(1, chunk_size=4) != print_of(1)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(

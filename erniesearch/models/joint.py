@@ -7,34 +7,31 @@ one of them runs its forward twice.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
 from erniesearch.config import LossWeights, ObjectiveConfig
 from erniesearch.data.collate import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
-from erniesearch.models.encoder import Encoded, StudentEncoder, content_mask
-from erniesearch.objectives import losses, scores
+from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask
+from erniesearch.models.terms import Objective, Outputs
+from erniesearch.objectives import scores
 
-GATE_MOMENTUM = 0.9
+Work = Literal["query", "passage", "pair", "masked"]
 
 
-class StudentOutput(NamedTuple):
-    """What the students made of a batch; scores are ``[B, all passages]``, ``labels`` the column
-    of each query's positive, ``mask`` True on candidates."""
+class Chunk(NamedTuple):
+    """A part of a micro-step's encoder work: ``rows`` of its queries, its passages, its pairs or
+    its passages with masked words, in dropout pass ``number``."""
 
-    queries: Encoded
-    passages: Encoded
-    all_vectors: Tensor
-    dual_scores: Tensor | None
-    late_scores: Tensor | None
-    labels: Tensor
-    mask: Tensor
+    kind: Work
+    number: int
+    rows: slice
 
 
 class JointModel(nn.Module):
@@ -64,169 +61,144 @@ class JointModel(nn.Module):
         self.student = student
         self.teacher = teacher
         self.weights = weights
-        self.objective = objective
+        self.objective = Objective(weights, objective)
         self.seed = seed
         self.pad_id = int(tokenizer.pad_token_id)
         self.layout = PairLayout.of(tokenizer) if teacher else None
         special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
         self.register_buffer("special_ids", special, persistent=False)
-        # The competence gate's state, saved in checkpoints; a buffer would turn bf16 with the rest.
-        self.running_accuracy: dict[str, float] = {}
-        w = weights
-        self.needs_vectors = any((w.de, w.ce_to_de, w.li_to_de, w.dual_reg))
-        self.needs_tokens = any((w.li, w.ce_to_li, w.li_to_de, w.attention))
-        if student is not None and not self.needs_tokens:
+        self.needs_student = self.objective.needs_vectors or self.objective.needs_tokens
+        if student is not None and not self.objective.needs_tokens:
             student.projection.requires_grad_(False)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars by name: each term, ``accuracy_*`` (no gradient), and ``loss``, their weighted
-        sum. Students' terms are means over this rank's queries against every rank's passages."""
-        terms: dict[str, Tensor] = {}
-        if self.weights.mlm:
-            terms["mlm"] = self._masked_lm_term(batch)
-        student = None
-        if self.needs_vectors or self.needs_tokens:
-            student = self._run_student(batch)
-            terms |= self._student_terms(batch, student)
-        if self.teacher is not None:
-            terms |= self._teacher_terms(batch, student)
-        weights = asdict(self.weights)
-        terms["loss"] = torch.stack(
-            [weights[name] * term for name, term in terms.items() if name in weights]
-        ).sum()
-        return terms
+    def forward(
+        self, batch: Batch, chunk: Chunk | None = None
+    ) -> dict[str, Tensor] | tuple[Tensor, ...]:
+        """The terms of a micro-step (:meth:`Objective.terms`), everything at once; or one chunk.
 
-    def _masked_lm_term(self, batch: Batch) -> Tensor:
+        A chunk of queries or passages gives :class:`Encoded`, padded to the batch's length; one of
+        pairs ``[n]`` scores; one of masked words the sum of its cross-entropies. All the work goes
+        through here, because ZeRO-3 gathers parameters around this call.
+        """
+        if chunk is None:
+            return self.objective.terms(batch, self.outputs(batch), self.training)
+        self._seed_pass(batch, chunk.number, int(chunk.kind == "query"), chunk.rows.start)
+        if chunk.kind == "masked":
+            return (self._masked_lm_loss(batch, chunk.rows, reduction="sum"),)
+        if chunk.kind == "pair":
+            assert self.teacher is not None
+            return (self.teacher(self.pairs(batch, chunk.rows)),)
+        return self._encode_chunk(batch, chunk)
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """All of the encoders' work, with the graph that a backward pass needs."""
+        outputs = Outputs()
+        everything = slice(0, len(batch.passage_ids))
+        if self.weights.mlm:
+            self._seed_pass(batch, 0)
+            outputs = outputs._replace(mlm=self._masked_lm_loss(batch, everything))
+        if self.needs_student:
+            vectors, tokens = self.objective.needs_vectors, self.objective.needs_tokens
+            queries, passages = self._encode(batch, 1, vectors, tokens)
+            outputs = outputs._replace(queries=queries, passages=passages)
+        if self.weights.dual_reg:
+            queries, passages = self._encode(batch, 2, vectors=True, tokens=False)
+            outputs = outputs._replace(
+                second_queries=queries.vectors, second_passages=passages.vectors
+            )
+        if self.teacher is not None:
+            pairs = assemble_pairs(
+                batch.query_ids, batch.query_mask, batch.passage_ids, batch.passage_mask,
+                self._layout, self.pad_id,
+            )  # fmt: skip
+            self._seed_pass(batch, 3)
+            wanted = torch.is_grad_enabled() and self.objective.trains_teacher
+            with torch.set_grad_enabled(wanted):
+                outputs = outputs._replace(teacher_scores=self.teacher(pairs))
+            if self.weights.attention:
+                assert outputs.queries is not None
+                assert outputs.passages is not None
+                attention = self.attention_term(
+                    batch, everything, pairs, outputs.queries.tokens, outputs.passages.tokens
+                )
+                outputs = outputs._replace(attention=attention)
+        return outputs
+
+    def chunks(self, batch: Batch, size: int) -> Iterator[Chunk]:
+        """All of the encoders' work in chunks of at most ``size`` texts or pairs."""
+        work: list[tuple[Work, int]] = []
+        for number in (1, 2) if self.weights.dual_reg else (1,):
+            if self.needs_student:
+                work += [("query", number), ("passage", number)]
+        if self.teacher is not None:
+            work.append(("pair", 3))
+        if self.weights.mlm:
+            work.append(("masked", 0))
+        for kind, number in work:
+            total = len(batch.query_ids if kind == "query" else batch.passage_ids)
+            for begin in range(0, total, size):
+                yield Chunk(kind, number, slice(begin, min(begin + size, total)))
+
+    def _encode_chunk(self, batch: Batch, chunk: Chunk) -> Encoded:
+        assert self.student is not None
+        side: Side = "query" if chunk.kind == "query" else "passage"
+        first = chunk.number == 1
+        every_id, every_mask = (
+            (batch.query_ids, batch.query_mask)
+            if side == "query"
+            else (batch.passage_ids, batch.passage_mask)
+        )
+        mask = every_mask[chunk.rows]
+        width = distributed.longest_row(mask)
+        encoded = self.student(
+            every_id[chunk.rows, :width], mask[:, :width], side,
+            self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
+        )  # fmt: skip
+        if not encoded.tokens.numel():
+            return encoded
+        missing = every_mask.shape[1] - width
+        return encoded._replace(tokens=F.pad(encoded.tokens, (0, 0, 0, missing)))
+
+    def pairs(self, batch: Batch, rows: slice) -> Pairs:
+        """The cross-encoder's input of some of the B·G pairs."""
+        query = torch.arange(rows.start, rows.stop, device=batch.query_ids.device)
+        query = query // batch.group_size
+        return assemble_pairs(
+            batch.query_ids[query], batch.query_mask[query], batch.passage_ids[rows],
+            batch.passage_mask[rows], self._layout, self.pad_id,
+        )  # fmt: skip
+
+    def attention_term(
+        self, batch: Batch, rows: slice, pairs: Pairs, query_tokens: Tensor, passage_tokens: Tensor
+    ) -> Tensor:
+        """The attention KL, a mean over the pairs ``rows`` that the teacher has just read.
+
+        ``passage_tokens`` ``[n, Lp, dim]`` are these pairs'; ``query_tokens`` ``[n / k, Lq, dim]``
+        those of their queries, one for every k pairs.
+        """
+        assert self.teacher is not None
+        step = len(passage_tokens) // len(query_tokens)
+        query = torch.arange(rows.start, rows.stop, step, device=batch.query_ids.device)
+        query = query // batch.group_size
+        attention = self.teacher.attention(pairs)
+        return scores.attention_kl(
+            query_tokens,
+            content_mask(batch.query_ids[query], batch.query_mask[query], self.special_ids),
+            passage_tokens,
+            content_mask(batch.passage_ids[rows], batch.passage_mask[rows], self.special_ids),
+            attention.queries, attention.keys, attention.lse,
+            self.objective.settings.tau_att, self.objective.settings.kernels,
+        )  # fmt: skip
+
+    def _masked_lm_loss(
+        self, batch: Batch, rows: slice, reduction: Literal["mean", "sum"] = "mean"
+    ) -> Tensor:
         assert self.student is not None
         assert batch.mlm_ids is not None
         assert batch.mlm_labels is not None
-        self._seed_pass(batch, 0)
-        return self.student.masked_lm_loss(batch.mlm_ids, batch.passage_mask, batch.mlm_labels)
-
-    def _run_student(self, batch: Batch) -> StudentOutput:
-        """Encode, gather, score: this rank's queries against every rank's passages."""
-        objective = self.objective
-        num_queries, num_passages = len(batch.query_ids), len(batch.passage_ids)
-        rows = torch.arange(num_queries, device=batch.query_ids.device)
-        labels = distributed.rank() * num_passages + rows * batch.group_size
-        all_index = distributed.gather_rows(batch.passage_index)
-        mask = scores.candidate_mask(batch.relevant_index, all_index, labels)
-        queries, passages = self._encode(batch, 1, self.needs_vectors, self.needs_tokens)
-        all_vectors = passages.vectors
-        dual_scores = late_scores = None
-        if self.needs_vectors:
-            all_vectors = distributed.gather_rows(passages.vectors)
-            dual_scores = scores.dual_encoder_scores(queries.vectors, all_vectors, objective.tau_de)
-        if self.needs_tokens:
-            all_tokens, all_mask = distributed.gather_tokens(passages.tokens, batch.passage_mask)
-            late_scores = scores.late_interaction_scores(
-                queries.tokens, batch.query_mask, all_tokens, all_mask,
-                objective.tau_li, objective.kernels,
-            )  # fmt: skip
-        return StudentOutput(queries, passages, all_vectors, dual_scores, late_scores, labels, mask)
-
-    def _student_terms(self, batch: Batch, student: StudentOutput) -> dict[str, Tensor]:
-        w, labels, mask = self.weights, student.labels, student.mask
-        terms: dict[str, Tensor] = {}
-        for name, logits, weight in (
-            ("li", student.late_scores, w.li), ("de", student.dual_scores, w.de)
-        ):  # fmt: skip
-            if logits is not None:
-                terms[f"accuracy_{name}"] = losses.accuracy(logits, labels, mask)
-            if logits is not None and weight:
-                terms[name] = losses.contrastive_loss(logits, labels, mask)
-        if w.li_to_de:
-            assert student.late_scores is not None
-            assert student.dual_scores is not None
-            self._track({name: terms[f"accuracy_{name}"] for name in ("li", "de")})
-            terms["li_to_de"] = self._gate("li", "de") * losses.kl_divergence(
-                student.late_scores, student.dual_scores, mask, self.objective.detach_targets
-            )
-        if w.dual_reg:
-            terms["dual_reg"] = self._dual_reg_term(batch, student)
-        return terms
-
-    def _dual_reg_term(self, batch: Batch, student: StudentOutput) -> Tensor:
-        """A second pass with other dropout: query side plus passage side."""
-        assert student.dual_scores is not None
-        tau = self.objective.tau_de
-        queries, passages = self._encode(batch, 2, vectors=True, tokens=False)
-        by_query = scores.dual_encoder_scores(queries.vectors, student.all_vectors, tau)
-        all_vectors = distributed.gather_rows(passages.vectors)
-        by_passage = scores.dual_encoder_scores(student.queries.vectors, all_vectors, tau)
-        return losses.symmetric_kl(
-            student.dual_scores, by_query, student.mask
-        ) + losses.symmetric_kl(student.dual_scores, by_passage, student.mask)
-
-    def _teacher_terms(self, batch: Batch, student: StudentOutput | None) -> dict[str, Tensor]:
-        assert self.teacher is not None
-        assert self.layout is not None
-        w, detach = self.weights, self.objective.detach_targets
-        terms: dict[str, Tensor] = {}
-        pairs = assemble_pairs(
-            batch.query_ids, batch.query_mask, batch.passage_ids, batch.passage_mask,
-            self.layout, self.pad_id,
-        )  # fmt: skip
-        self._seed_pass(batch, 3)
-        # A teacher that only gives targets needs no graph.
-        trained = bool(w.ce) or not detach
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            teacher_scores = self.teacher(pairs).view(-1, batch.group_size)
-        labels = torch.zeros(len(teacher_scores), dtype=torch.long, device=teacher_scores.device)
-        mask = self._group_mask(batch)
-        terms["accuracy_ce"] = losses.accuracy(teacher_scores, labels, mask)
-        if w.ce:
-            terms["ce"] = losses.contrastive_loss(teacher_scores, labels, mask)
-        if student is None:
-            return terms
-        own = {
-            name: scores.own_group(logits, student.labels, batch.group_size)
-            for name, logits in (("li", student.late_scores), ("de", student.dual_scores))
-            if logits is not None
-        }
-        accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
-        self._track({"group_ce": terms["accuracy_ce"], **accuracies})
-        for weight, name in ((w.ce_to_li, "li"), (w.ce_to_de, "de")):
-            if weight:
-                kl = losses.kl_divergence(teacher_scores, own[name], mask, detach)
-                terms[f"ce_to_{name}"] = self._gate("group_ce", f"group_{name}") * kl
-        if w.attention:
-            attention = self._attention_term(batch, student, pairs)
-            terms["attention"] = self._gate("group_ce", "group_li") * attention
-        return terms
-
-    def _attention_term(self, batch: Batch, student: StudentOutput, pairs: Pairs) -> Tensor:
-        assert self.teacher is not None
-        attention = self.teacher.attention(pairs)
-        return scores.attention_kl(
-            student.queries.tokens,
-            content_mask(batch.query_ids, batch.query_mask, self.special_ids),
-            student.passages.tokens,
-            content_mask(batch.passage_ids, batch.passage_mask, self.special_ids),
-            attention.queries, attention.keys, attention.lse,
-            self.objective.tau_att, self.objective.kernels,
-        )  # fmt: skip
-
-    def _group_mask(self, batch: Batch) -> Tensor:
-        """Candidates within the own group ``[B, G]``: no other relevant passage among them."""
-        index = batch.passage_index.view(-1, batch.group_size)
-        relevant = (batch.relevant_index[:, :, None] == index[:, None, :]).any(1)
-        relevant[:, 0] = False
-        return ~relevant
-
-    def _track(self, accuracies: dict[str, Tensor]) -> None:
-        """Update the running accuracies, the same on every rank (competence gate only)."""
-        if self.objective.competence_gate and self.training:
-            for name, value in distributed.mean_over_ranks(accuracies).items():
-                before = self.running_accuracy.get(name, 0.0)
-                self.running_accuracy[name] = before + (1 - GATE_MOMENTUM) * (value - before)
-
-    def _gate(self, teacher: str, student: str) -> float:
-        """1 while the teacher's running accuracy exceeds the student's, else 0; always 1 without
-        the competence gate."""
-        running = self.running_accuracy
-        open_ = running.get(teacher, 0.0) > running.get(student, 0.0)
-        return float(open_ or not self.objective.competence_gate)
+        return self.student.masked_lm_loss(
+            batch.mlm_ids[rows], batch.passage_mask[rows], batch.mlm_labels[rows], reduction
+        )
 
     def _encode(
         self, batch: Batch, number: int, vectors: bool, tokens: bool
@@ -238,11 +210,16 @@ class JointModel(nn.Module):
             self.student(batch.passage_ids, batch.passage_mask, "passage", vectors, tokens),
         )
 
-    def _seed_pass(self, batch: Batch, number: int) -> None:
-        """Dropout as a pure function of (seed, step, micro-step, rank, pass)."""
+    @property
+    def _layout(self) -> PairLayout:
+        assert self.layout is not None
+        return self.layout
+
+    def _seed_pass(self, batch: Batch, number: int, *chunk: int) -> None:
+        """Dropout as a pure function of (seed, step, micro-step, rank, pass, chunk)."""
         if self.training:
             distributed.seed_everything(
-                self.seed, 3, batch.step, batch.micro_step, distributed.rank(), number
+                self.seed, 3, batch.step, batch.micro_step, distributed.rank(), number, *chunk
             )
 
     def enable_activation_checkpointing(self) -> None:

@@ -10,7 +10,11 @@ import torch
 from erniesearch_kernels import maxsim, maxsim_attention_kl
 from torch import Tensor
 
+from erniesearch import distributed
+from erniesearch.objectives.ring import ring_scores
+
 Kernels = Literal["auto", "triton", "torch", "eager"]
+Exchange = Literal["all_gather", "ring"]
 
 
 def dual_encoder_scores(query_vectors: Tensor, passage_vectors: Tensor, tau: float) -> Tensor:
@@ -29,6 +33,32 @@ def late_interaction_scores(
     """``[B, Lq, dim]`` against ``[P, Lp, dim]`` to ``[B, P]``; masks are True on real tokens."""
     scores = maxsim(query_tokens, passage_tokens, query_mask, passage_mask, backend=kernels)
     return scores / tau
+
+
+def cross_batch_late_interaction_scores(
+    query_tokens: Tensor,
+    query_mask: Tensor,
+    passage_tokens: Tensor,
+    passage_mask: Tensor,
+    tau: float,
+    kernels: Kernels = "auto",
+    exchange: Exchange = "all_gather",
+) -> Tensor:
+    """This rank's queries against every rank's passages, ``[B, P]``, in rank order, with gradient.
+
+    ``all_gather`` holds all P passages' tokens at once; ``ring`` holds two ranks' at a time, for
+    more time and more bytes on the wire (:func:`erniesearch.objectives.ring.ring_scores`).
+    """
+    if exchange == "all_gather" or distributed.world_size() == 1:
+        passage_tokens, passage_mask = distributed.gather_tokens(passage_tokens, passage_mask)
+        return late_interaction_scores(
+            query_tokens, query_mask, passage_tokens, passage_mask, tau, kernels
+        )
+
+    def score(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
+        return late_interaction_scores(queries, query_mask, passages, mask, tau, kernels)
+
+    return ring_scores(score, query_tokens, passage_tokens, passage_mask)
 
 
 def attention_kl(

@@ -80,7 +80,8 @@ def build_engine(
         dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": queries_per_rank,
-            "gradient_accumulation_steps": stage.accumulation_steps,
+            # With gradient caching an update is one reduction, whatever it is made of.
+            "gradient_accumulation_steps": 1 if stage.chunk_size else stage.accumulation_steps,
             "gradient_clipping": training.max_grad_norm,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,

@@ -22,6 +22,7 @@ from erniesearch.errors import UserError
 from erniesearch.training import guards, preemption
 from erniesearch.training.checkpoint import Checkpointer
 from erniesearch.training.engine import build_engine, zero_section
+from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.model_folder import save_model
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
@@ -80,7 +81,7 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
         universal=resume is not None and resume.universal,
     )  # fmt: skip
     start_step, state = load_checkpoint(engine, resume)
-    model.running_accuracy = dict(state.get("running_accuracy", {}))
+    model.objective.running_accuracy = dict(state.get("running_accuracy", {}))
     guard = guards.NonFiniteGuard(
         folder, training.max_nonfinite, batches, data.pids, start_step, state.get("nonfinite", {})
     )
@@ -122,19 +123,17 @@ def run_steps(
             for group in engine.optimizer.param_groups:
                 group["lr"] = peaks[group["name"]] * factor
             done = step + 1
-            update = _update(
-                engine, loader, stage.accumulation_steps, device, partial(watchdog.at, done)
-            )
-            guard.check(done, update.losses, update.skipped)
-            num_tokens += update.num_tokens
+            made = update(engine, loader, stage, device, partial(watchdog.at, done))
+            guard.check(done, made.losses, made.skipped)
+            num_tokens += made.num_tokens
             if done % training.log_every == 0 or done == stage.steps:
-                sums = update.terms | {"num_tokens": torch.tensor(float(num_tokens), device=device)}
+                sums = made.terms | {"num_tokens": torch.tensor(float(num_tokens), device=device)}
                 means = distributed.mean_over_ranks(sums)
                 num_tokens = round(means.pop("num_tokens") * distributed.world_size())
                 num_queries = batches.sampler.global_batch * (done - logged)
                 norm = engine.get_global_grad_norm()
                 if norm is not None:
-                    means["grad_norm"] = float("nan") if update.skipped else float(norm)
+                    means["grad_norm"] = float("nan") if made.skipped else float(norm)
                 if guard.total:
                     means["skipped_updates"] = guard.total
                 seconds = time.monotonic() - began
@@ -157,7 +156,7 @@ def run_steps(
                 watchdog.at(done, "saving a checkpoint")
                 if monitor:
                     monitor.sync()
-                accuracy = engine.module.running_accuracy
+                accuracy = engine.module.objective.running_accuracy
                 checkpoints.save(done, {"running_accuracy": accuracy, "nonfinite": guard.state()})
             if stop:
                 checkpoints.wait()
@@ -176,30 +175,40 @@ class Update(NamedTuple):
     skipped: bool
 
 
-def _update(
+def update(
     engine: DeepSpeedEngine,
     loader: Iterator[Batch],
-    accumulation_steps: int,
+    stage: StageConfig,
     device: torch.device,
     progress: Callable[[str], Any],
 ) -> Update:
     """Forward and backward over the micro-steps, and the optimizer's step."""
-    terms: dict[str, torch.Tensor] = {}
-    losses: list[torch.Tensor] = []
+    micro_steps = []
     num_tokens, held = 0, False
-    for micro_step in range(accumulation_steps):
-        progress("reading data")
-        batch = next(loader)
-        num_tokens += batch.num_tokens
-        progress("forward pass")
-        own = engine(batch.to(device))
-        progress("backward pass")
-        engine.backward(guards.spoil_nonfinite(own["loss"]))
-        progress("optimizer's step")
-        if micro_step + 1 == accumulation_steps:
-            held = guards.hold_nonfinite_gradient(engine)
-        engine.step()
-        losses.append(own["loss"].detach())
-        for key, value in own.items():
-            terms[key] = terms.get(key, 0) + value.detach() / accumulation_steps
-    return Update(terms, losses, num_tokens, held or not engine.was_step_applied())
+    with one_reduction(engine) if stage.chunk_size else nullcontext(engine.backward) as backward:
+        for micro_step in range(stage.accumulation_steps):
+            progress("reading data")
+            batch = next(loader)
+            num_tokens += batch.num_tokens
+            batch = batch.to(device)
+            if stage.chunk_size:
+                own = cached_backward(
+                    engine.module, engine, backward, batch, stage.chunk_size,
+                    1 / stage.accumulation_steps, progress,
+                )  # fmt: skip
+            else:
+                progress("forward pass")
+                own = engine(batch)
+                progress("backward pass")
+                backward(guards.spoil_nonfinite(own["loss"]))
+                if micro_step + 1 < stage.accumulation_steps:
+                    engine.step()  # counts the micro-step
+            micro_steps.append({name: value.detach() for name, value in own.items()})
+    progress("optimizer's step")
+    held = guards.hold_nonfinite_gradient(engine)
+    engine.step()
+    means = {
+        name: torch.stack([own[name] for own in micro_steps]).mean() for name in micro_steps[0]
+    }
+    losses = [own["loss"] for own in micro_steps]
+    return Update(means, losses, num_tokens, held or not engine.was_step_applied())

@@ -1,0 +1,211 @@
+"""Gradient caching: one loss over a batch whose activations do not fit.
+
+    1. outputs o_1 … o_K of the batch's chunks, without gradient
+    2. L = objective(o_1, …, o_K) over the whole batch, every rank's passages included, and ∂L/∂o_k
+    3. each chunk once more, with gradient:  ∂L/∂θ = sum over k of (∂o_k/∂θ)ᵀ ∂L/∂o_k
+
+This is the chain rule and no approximation (Gao et al. 2021, arXiv 2101.06983). Dropout is seeded
+per chunk, so that both runs of a chunk draw the same masks. Activations of one chunk live at a
+time; what grows with the batch are outputs (vectors, token vectors, scores) and their gradients.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from erniesearch.data.collate import Batch
+from erniesearch.models.encoder import Encoded
+from erniesearch.models.joint import Chunk, JointModel, Work
+from erniesearch.models.terms import Outputs
+from erniesearch.training.guards import spoil_nonfinite
+
+Leaves = dict[tuple[Work, int], list[Tensor]]
+"""Outputs over the whole batch by kind of work and dropout pass; empty where not asked for."""
+
+
+def cached_backward(
+    model: JointModel,
+    forward: Callable[[Batch, Chunk], tuple[Tensor, ...]],
+    backward: Callable[[Tensor], Any],
+    batch: Batch,
+    chunk_size: int,
+    scale: float = 1.0,
+    progress: Callable[[str], Any] = lambda _: None,
+) -> dict[str, Tensor]:
+    """The terms of a micro-step, their gradient added to the parameters.
+
+    Args:
+        model: for its objective; its parameters are used through ``forward`` only.
+        forward: runs ``model(batch, chunk)``; an engine does it with its own hooks.
+        backward: of a scalar, once per chunk; wherever it leaves gradients, they must add up.
+        batch: this rank's.
+        chunk_size: texts or pairs per call of ``forward``.
+        scale: factor of the gradient.
+        progress: is told what is being done.
+
+    Returns:
+        As :meth:`Objective.terms`, without graph.
+    """
+    chunks = list(model.chunks(batch, chunk_size))
+    leaves: Leaves = {}
+    attention = _Attention(model, batch) if model.weights.attention else None
+    with torch.no_grad():
+        for number, chunk in enumerate(chunks):
+            progress(f"chunk {number + 1} of {len(chunks)}, forward pass")
+            if chunk.kind != "masked":
+                _store(leaves, batch, chunk, forward(batch, chunk))
+            if attention and chunk.kind == "pair":
+                attention.add(chunk.rows, *_tokens(leaves))
+    for (kind, _), parts in leaves.items():
+        for part in parts:
+            part.requires_grad_(kind != "pair" or model.objective.trains_teacher)
+    progress("loss over all chunks")
+    terms: dict[str, Tensor] = {}
+    if leaves:
+        outputs = _outputs(leaves, attention.term(*_tokens(leaves)) if attention else None)
+        terms = model.objective.terms(batch, outputs, model.training)
+        (scale * spoil_nonfinite(terms["loss"])).backward()
+        terms = {name: value.detach() for name, value in terms.items()}
+    num_masked = 0 if batch.mlm_labels is None else int((batch.mlm_labels != -100).sum())
+    masked_lm = torch.zeros((), device=batch.query_ids.device)
+    for number, chunk in enumerate(chunks):
+        progress(f"chunk {number + 1} of {len(chunks)}, backward pass")
+        if chunk.kind == "masked":
+            own = forward(batch, chunk)[0] / num_masked
+            masked_lm += own.detach()
+            backward(scale * model.weights.mlm * spoil_nonfinite(own))
+            continue
+        gradients = [part.grad for part in leaves[chunk.kind, chunk.number]]
+        if any(gradient is not None for gradient in gradients):
+            backward(_inner_product(forward(batch, chunk), gradients, chunk.rows))
+    if model.weights.mlm:
+        terms = {"mlm": masked_lm} | terms
+        terms["loss"] = terms.get("loss", 0) + model.weights.mlm * masked_lm
+    return terms
+
+
+def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...]) -> None:
+    total = len(batch.query_ids if chunk.kind == "query" else batch.passage_ids)
+    key = (chunk.kind, chunk.number)
+    if key not in leaves:
+        leaves[key] = [p.new_empty((total, *p.shape[1:]) if p.numel() else (0,)) for p in made]
+    for whole, part in zip(leaves[key], made, strict=True):
+        if part.numel():
+            whole[chunk.rows] = part
+
+
+def _tokens(leaves: Leaves) -> tuple[Tensor, Tensor]:
+    return leaves["query", 1][1], leaves["passage", 1][1]
+
+
+def _outputs(leaves: Leaves, attention: Tensor | None) -> Outputs:
+    outputs = Outputs(attention=attention)
+    if ("query", 1) in leaves:
+        queries, passages = Encoded(*leaves["query", 1]), Encoded(*leaves["passage", 1])
+        outputs = outputs._replace(queries=queries, passages=passages)
+    if ("query", 2) in leaves:
+        second = leaves["query", 2][0], leaves["passage", 2][0]
+        outputs = outputs._replace(second_queries=second[0], second_passages=second[1])
+    if ("pair", 3) in leaves:
+        outputs = outputs._replace(teacher_scores=leaves["pair", 3][0])
+    return outputs
+
+
+def _inner_product(
+    outputs: tuple[Tensor, ...], gradients: list[Tensor | None], rows: slice
+) -> Tensor:
+    """A scalar whose gradient with respect to ``outputs`` is ``gradients[rows]``."""
+    products = [
+        (output.float() * gradient[rows].float()).sum()
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if gradient is not None
+    ]
+    return torch.stack(products).sum()
+
+
+class _Attention:
+    """The attention term, computed while the teacher's projections of a chunk of pairs are there:
+    they are too large to keep. Its gradient with respect to the token vectors is kept instead."""
+
+    def __init__(self, model: JointModel, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        self._value: Tensor | None = None
+        self._gradients: list[Tensor] = []
+
+    def add(self, rows: slice, query_tokens: Tensor, passage_tokens: Tensor) -> None:
+        """The pairs ``rows``, which the teacher has just read."""
+        batch, group_size = self._batch, self._batch.group_size
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(query_tokens), torch.zeros_like(passage_tokens)]
+        first, last = rows.start // group_size, (rows.stop - 1) // group_size + 1
+        query = torch.arange(rows.start, rows.stop, device=query_tokens.device) // group_size
+        share = (rows.stop - rows.start) / len(passage_tokens)
+        with torch.enable_grad():
+            queries = query_tokens[first:last].detach().requires_grad_()
+            passages = passage_tokens[rows].detach().requires_grad_()
+            pairs = self._model.pairs(batch, rows)
+            value = share * self._model.attention_term(
+                batch, rows, pairs, queries[query - first], passages
+            )
+        parts = torch.autograd.grad(value, (queries, passages))
+        value = value.detach()
+        self._value = value if self._value is None else self._value + value
+        for whole, where, part in zip(
+            self._gradients, (slice(first, last), rows), parts, strict=True
+        ):
+            whole[where] += part
+
+    def term(self, query_tokens: Tensor, passage_tokens: Tensor) -> Tensor:
+        """The whole batch's, with gradient to the token vectors."""
+        term: Tensor = _WithGradient.apply(
+            query_tokens, passage_tokens, self._value, *self._gradients
+        )
+        return term
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number that is known already, with its known gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, queries: Tensor, passages: Tensor, value: Tensor, *gradients: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        queries, passages = ctx.saved_tensors
+        return grad * queries, grad * passages, None, None, None
+
+
+@contextmanager
+def one_reduction(engine: DeepSpeedEngine) -> Iterator[Callable[[Tensor], Any]]:
+    """A context for many backward passes of one update, and the backward to use in it; gradients
+    stay on their rank until its end and are averaged over ranks once.
+
+    Where parameters are bf16 the sum over passes is kept in fp32: added up in bf16, a chunk's
+    gradient would vanish beside that of the hundred before it.
+    """
+    plain = engine.zero_optimization_stage() == 0
+    sums: dict[Tensor, Tensor] = {}
+    low_precision = [p for p in engine.module.parameters() if p.dtype == torch.bfloat16]
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss, scale_wrt_gas=False)
+        for parameter in low_precision:
+            if (own := parameter.grad) is not None:
+                sums[parameter] = sums[parameter] + own if parameter in sums else own.float()
+                own.zero_()
+
+    with engine.no_sync() if plain else engine.coalesce_grad_reduction():
+        yield backward
+        for parameter, total in sums.items():
+            assert parameter.grad is not None
+            parameter.grad.copy_(total)
+    if plain:
+        engine.allreduce_gradients()

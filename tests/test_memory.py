@@ -1,0 +1,118 @@
+"""Peak memory against the global batch and the number of ranks, measured.
+
+ERNIESEARCH_MEMORY_RESULT names a file for the figures of the slow test (tests/golden/memory.json).
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, WORDS, ConfigMaker, run_python, write_beir, write_model
+
+from erniesearch.config import LossWeights
+from erniesearch.report import describe_machine
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"),
+]
+ALL_TERMS = LossWeights(
+    ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, attention=1.0, dual_reg=1.0
+)
+BATCHES = (64, 128, 256, 512, 1024)
+RANKS = (1, 2, 4, 8, 16)
+CHUNK = 64
+
+
+def measure(world_size: int, *arguments: str) -> dict[str, Any]:
+    status, output = run_python(
+        "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0", str(ROOT / "tests" / "memory_worker.py"), *arguments,
+        timeout=3000,
+        # Large blocks go back to the system when they are freed, so that peaks are of live tensors.
+        MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536",
+    )  # fmt: skip
+    assert status == 0, output[-4000:]
+    figures: dict[str, Any] = json.loads(output[output.index('{"mib"') :].splitlines()[0])
+    return figures
+
+
+class Updates:
+    """One update of the cascade with all terms, of a small BERT over texts of full length."""
+
+    def __init__(self, make_config: ConfigMaker, root: Path) -> None:
+        self.make_config, self.root = make_config, root
+        self.model = write_model(
+            root / "model", hidden_size=128, num_attention_heads=2, intermediate_size=512,
+            max_position_embeddings=128,
+        )  # fmt: skip
+        write_beir(root / "data", num_passages=5000, num_queries=1100)
+        for name, length in (("corpus", 40), ("queries", 14)):
+            path = root / "data" / f"{name}.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for i, row in enumerate(rows):
+                row["text"] = " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(length))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def measure(self, batch: int, chunk: int | None, **changes: Any) -> dict[str, Any]:
+        number = len(list(self.root.glob("*.json")))
+        config = self.make_config(
+            run_dir=self.root / f"run-{number}", steps=1,
+            dropout=0.0, queries_per_rank=batch, num_negatives=3, chunk_size=chunk,
+            max_query_length=16, max_passage_length=48, weights=ALL_TERMS,
+            late_interaction_dim=128, **changes,
+        )  # fmt: skip
+        settings = asdict(config)
+        settings["student"]["path"] = str(self.model)
+        settings["data"]["path"] = str(self.root / "data")
+        file = self.root / f"{number}.json"
+        file.write_text(json.dumps(settings))
+        return measure(1, "update", str(file))
+
+
+def assert_same_gradient(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    if "loss" in one:
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_caching_and_ring_bound_memory(make_config: ConfigMaker, tmp_path: Path) -> None:
+    updates = Updates(make_config, tmp_path)
+    plain, cached = updates.measure(32, None), updates.measure(32, 8)
+    assert_same_gradient(plain, cached)
+    assert cached["mib"] < 0.6 * plain["mib"]
+    gathered, ring = (measure(4, "exchange", kind, "4", "128") for kind in ("all_gather", "ring"))
+    assert_same_gradient(gathered, ring)
+    assert ring["mib"] < 0.7 * gathered["mib"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+def test_memory_against_batch_and_ranks(make_config: ConfigMaker, tmp_path: Path) -> None:
+    updates = Updates(make_config, tmp_path)
+    by_batch: dict[str, Any] = {}
+    for batch in BATCHES:
+        pair = {"plain": updates.measure(batch, None), "cached": updates.measure(batch, CHUNK)}
+        assert_same_gradient(*pair.values())
+        by_batch[str(batch)] = pair
+    by_ranks: dict[str, Any] = {}
+    for ranks in RANKS:
+        pair = {
+            kind: measure(ranks, "exchange", kind, "16", "256") for kind in ("all_gather", "ring")
+        }
+        assert_same_gradient(*pair.values())
+        by_ranks[str(ranks)] = pair
+    largest = by_batch[str(BATCHES[-1])]
+    assert largest["cached"]["mib"] < 0.25 * largest["plain"]["mib"]
+    # The ring's memory does not grow with the ranks; from 2 on a rank holds two blocks.
+    ring = [by_ranks[str(ranks)]["ring"]["mib"] for ranks in RANKS[1:]]
+    assert max(ring) < 1.25 * min(ring)
+    if result := os.environ.get("ERNIESEARCH_MEMORY_RESULT"):
+        facts = {
+            "global_batch": by_batch, "chunk_size": CHUNK, "ranks": by_ranks,
+            "machine": describe_machine(),
+        }  # fmt: skip
+        Path(result).write_text(json.dumps(facts, indent=2) + "\n")

@@ -126,6 +126,11 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(derive_seed(*parts))
 
 
+def has_reduce_scatter() -> bool:
+    """Whether the backend has one that can be relied on; gloo has not."""
+    return dist.get_backend() == "nccl"
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather of equally many rows; the backward is a reduce-scatter (sum).
 
@@ -142,12 +147,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        if dist.get_backend() == "nccl":
+        if has_reduce_scatter():
             own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
             _reduce_scatter(own, grad.contiguous())
             return own
         total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)  # gloo has no dependable reduce-scatter
+        dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
 

@@ -103,7 +103,7 @@ def main(job_file: str) -> None:
     from erniesearch import distributed
     from erniesearch.models.backbone import without_weights
     from erniesearch.training.engine import build_engine, zero_section
-    from erniesearch.training.loop import _update
+    from erniesearch.training.loop import update
     from erniesearch.training.stage import assemble_model, base_teacher
 
     job = json.loads(Path(job_file).read_text())
@@ -128,7 +128,7 @@ def main(job_file: str) -> None:
     seconds = 0.0
     for _ in range(updates):
         began = monotonic()
-        _update(engine, batches, stage.accumulation_steps, device, lambda what: None)
+        update(engine, batches, stage, device, lambda what: None)
         seconds = monotonic() - began
     peak = _highest() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     result = asdict(Measured(base, peak, seconds))

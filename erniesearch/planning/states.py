@@ -189,19 +189,25 @@ class Reduction:
 
     Follows a traced micro-step: :meth:`watch` before it, :meth:`turn` between forward and backward
     pass, :meth:`finish` after it; and :meth:`step` after the last one.
+    ``cached``: gradient caching leaves gradients where they are until the update's last chunk.
     """
 
     def __init__(
-        self, tracker: Tracker, layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool
-    ) -> None:
+        self, tracker: Tracker, layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool,
+        cached: bool,
+    ) -> None:  # fmt: skip
         self.tracker, self.layout, self.zero = tracker, layout, zero
-        self.ranks, self.width, self.gpu = ranks, width, gpu
+        self.ranks, self.width, self.gpu, self.cached = ranks, width, gpu, cached
+        self.hooked = zero.hooked and not cached
         self.filled = self.touched = self.partition = self.released = 0
         self.handles: list[Any] = []
         self.parameters: list[torch.nn.Parameter] = []
         self.gathered = width * gathered_weights(layout, zero, ranks)
         # The buffer that weights are gathered in stays until the last of them has been used.
         self.gathering = min(self.gathered, width * zero.prefetch)
+        # With bf16, gradient caching adds up in fp32.
+        self.sums = 4 * layout.trainable if cached and width == 2 else 0
+        tracker.hold(self.sums)
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Before a micro-step with these parameters: weights are gathered."""
@@ -218,10 +224,12 @@ class Reduction:
 
     def _arrived(self, parameter: torch.nn.Parameter) -> None:
         numel = parameter.numel()
+        if self.cached:
+            return
         if self.gathered and numel > self.zero.persistence:
             self.tracker.hold(-self.width * numel)  # its gathered weights go
             self.released += self.width * numel
-        if self.zero.hooked:
+        if self.hooked:
             self._into_bucket(parameter)
         elif self.zero.stage and self.gpu:
             self._touch(0)
@@ -260,8 +268,8 @@ class Reduction:
         before, self.partition = self.partition, 0
         if self.zero.stage == 0 and boundary:
             self.tracker.pulse(self.width * min(self.layout.trainable, FALLBACK_BUCKET))
-        if self.zero.stage >= 1 and (self.zero.hooked or boundary):
-            if not self.zero.hooked:
+        if self.zero.stage >= 1 and (self.hooked or boundary):
+            if not self.hooked:
                 for parameter in self.parameters:
                     self._into_bucket(parameter)
             self._flush()
@@ -270,6 +278,8 @@ class Reduction:
         if before:  # added to, and dropped
             self.tracker.hold(-self.partition)
             self.partition = before
+        if boundary:
+            self.tracker.hold(-self.sums)
         for handle in self.handles:
             handle.remove()
 

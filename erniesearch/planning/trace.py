@@ -12,6 +12,7 @@ from erniesearch.planning.batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident
 from erniesearch.planning.tracker import GpuKernels, Tracker, fake_world
 from erniesearch.training import guards
+from erniesearch.training.gradient_cache import cached_backward
 from erniesearch.training.stage import assemble_model, base_teacher
 
 
@@ -24,12 +25,14 @@ class Trace:
         moving: highest bytes of activations, gradients and buffers together, above them.
         flops: per update.
         sent: bytes that the model's own collectives send per update, by kind.
+        continued: whether the figures are continued from smaller traces.
     """
 
     resident: dict[str, int]
     moving: int
     flops: int
     sent: dict[str, int]
+    continued: bool = False
 
     @property
     def peak(self) -> int:
@@ -45,17 +48,21 @@ class StageTracer:
         name: of the training stage.
         device: "cuda" or "cpu", on which the training is to run.
         bf16: whether the forward pass computes in bfloat16.
+        zero: instead of the config's.
 
     Raises:
         UserError: for models that cannot be loaded or do not fit each other or the data settings.
     """
 
-    def __init__(self, config: RunConfig, name: str, device: str, bf16: bool) -> None:
+    def __init__(
+        self, config: RunConfig, name: str, device: str, bf16: bool,
+        zero: Zero | None = None,
+    ) -> None:  # fmt: skip
         # The gate's running accuracies are numbers that a trace does not have.
         objective = replace(config.objective, competence_gate=False)
         self.config, self.name = replace(config, objective=objective), name
         self.stage: StageConfig = getattr(config.stages, name)
-        self.zero = Zero.of(config.training)
+        self.zero = zero or Zero.of(config.training)
         self.device, self.width = device, 2 if bf16 else 4
         self.tracker = Tracker(gpu=device == "cuda")
         with self.tracker, without_weights():
@@ -71,16 +78,18 @@ class StageTracer:
         self.tracker.exclude(self.model.parameters())
         self.model.train()
 
-    def run(self, ranks: int, num_queries: int) -> Trace:
+    def run(self, ranks: int, num_queries: int, world_size: int | None = None) -> Trace:
         """An update with ``num_queries`` per rank and micro-step; of more than two micro-steps two
-        are run, since the others are like the second."""
+        are run, since the others are like the second. ``world_size``: how many ranks the model's
+        collectives see, if not all."""
         gpu = self.device == "cuda"
         steps = self.stage.accumulation_steps
         self.tracker.reset()
-        with fake_world(ranks, self.device), self.tracker:
+        with fake_world(world_size or ranks, self.device), self.tracker:
             reduction = Reduction(
-                self.tracker, self.layout, self.zero, ranks, self.width, gpu
-            )
+                self.tracker, self.layout, self.zero, ranks, self.width, gpu,
+                bool(self.stage.chunk_size),
+            )  # fmt: skip
             for micro_step in range(min(steps, 2)):
                 self._micro_step(reduction, num_queries, micro_step)
                 reduction.finish(micro_step + 1 == min(steps, 2))
@@ -94,12 +103,22 @@ class StageTracer:
         )
 
     def _micro_step(self, reduction: Reduction, num_queries: int, micro_step: int) -> None:
+        texts = num_queries * (1 + self.stage.num_negatives)
+        data = self.config.data
+        own = texts * (data.max_query_length + data.max_passage_length)
+        self.tracker.real_limit = max(1 << 22, 2 * own)
         batch = full_batch(self.config, self.name, num_queries, self.tokenizer, 0, micro_step)
         reduction.watch(self.model.parameters())
         with GpuKernels() if self.device == "cuda" else nullcontext():
-            loss = self.model(batch)["loss"]
-            reduction.turn()
-            guards.spoil_nonfinite(loss).backward()
+            if self.stage.chunk_size:
+                cached_backward(
+                    self.model, self.model, torch.Tensor.backward, batch, self.stage.chunk_size
+                )
+                reduction.turn()
+            else:
+                loss = self.model(batch)["loss"]
+                reduction.turn()
+                guards.spoil_nonfinite(loss).backward()
 
 
 def enabled_stages(config: RunConfig) -> list[str]:

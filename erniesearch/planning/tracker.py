@@ -1,7 +1,7 @@
 """Runs model code on tensors without contents, and counts bytes alive, FLOPs and bytes sent.
 
 Floating-point tensors are fake: they have shapes, types and storages, and nothing in them.
-Integers and masks are real, because lengths and positions decide shapes. So the model's own code
+Integers and masks of a rank's own batch are real, because lengths and positions decide shapes. So the model's own code
 runs as it is, on any machine, for any number of ranks (the process group is torch's fake one).
 """
 
@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from erniesearch import distributed
+
 aten = torch.ops.aten
 
 
@@ -30,13 +32,12 @@ aten = torch.ops.aten
 def fake_world(world_size: int, device: str) -> Iterator[None]:
     """Rank 0 of ``world_size`` ranks that do not exist; collectives return at once.
 
-    Code that asks for the backend is told the one that trains on ``device``.
+    Gathers go the way that they go with the backend that trains on ``device``.
     """
     assert not dist.is_initialized(), "planning needs a process without a process group"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    backend = "nccl" if device == "cuda" else "gloo"
     try:
-        with patch.object(dist, "get_backend", lambda group=None: backend):
+        with patch.object(distributed, "has_reduce_scatter", lambda: device == "cuda"):
             yield
     finally:
         dist.destroy_process_group()
@@ -76,6 +77,7 @@ class Tracker(TorchDispatchMode):
             kernel keeps a number.
 
     Attributes:
+        real_limit: elements up to which integers and masks are computed.
         live: bytes of tensors that exist, those given to :meth:`exclude` left out.
         held: bytes that the caller says are held besides (:meth:`hold`).
         peak: highest ``live + held`` so far.
@@ -87,6 +89,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.real_limit = 1 << 22
         self._sizes: dict[int, int] = {}
         self.live = self.held = 0
         self.reset()
@@ -137,10 +140,13 @@ class Tracker(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         imagined = any(isinstance(x, FakeTensor) for x in tensors)
         if func is aten._local_scalar_dense.default and imagined:
-            return torch.zeros((), dtype=args[0].dtype).item()
+            assert args[0].is_floating_point(), "a length is asked of a tensor without contents"
+            return 0.0
         if func is aten.index.Tensor and imagined:
             args = (args[0], _as_positions(args[1]))
-        if imagined or not (tensors or _makes_integers(func, args, kwargs)):
+        imagined |= not tensors and not _makes_integers(func, args, kwargs)
+        imagined |= _num_elements(args, tensors) > self.real_limit
+        if imagined:
             with self.fake:
                 out = func(*args, **kwargs)
         else:
@@ -170,9 +176,20 @@ class Tracker(TorchDispatchMode):
         if func is torch.ops.c10d._allgather_base_.default and not isinstance(args[0], FakeTensor):
             # Every rank looks like this one.
             args[0].view(-1, args[1].numel()).copy_(args[1].reshape(1, -1))
-        # The fake group leaves tensors alone, but takes real ones only.
-        real = tree_map_only(FakeTensor, lambda x: torch.empty(0, dtype=x.dtype), (args, kwargs))
-        return func(*real[0], **real[1])
+        if kind == "send" or func is torch.ops.c10d.recv_.default:
+            self._pass_on(kind == "send", args[0][0])
+        # What the fake group does with contents does not matter, but it takes real tensors only.
+        empty = tree_map_only(Tensor, lambda x: torch.empty(0, dtype=x.dtype), (args, kwargs))
+        return func(*empty[0], **empty[1])
+
+
+    def _pass_on(self, send: bool, tensor: Tensor) -> None:
+        """In a ring of ranks that look alike, what arrives is what was sent."""
+        if not isinstance(tensor, FakeTensor):
+            if send:
+                self._message = tensor
+            else:
+                tensor.copy_(self._message)
 
 
 COLLECTIVES = {
@@ -190,6 +207,21 @@ def _as_positions(index: list[Tensor | None]) -> list[Tensor | None]:
         else:
             found.append(part)
     return found
+
+
+def _num_elements(args: Any, tensors: list[Tensor]) -> int:
+    """At most about so many elements come out of a pointwise operation, or one given a size."""
+    sizes = [math.prod(x) for x in args if isinstance(x, list | torch.Size) and _are_integers(x)]
+    if 1 < len(tensors) < 4:
+        shapes = [tensor.shape for tensor in tensors]
+        width = max(map(len, shapes))
+        shapes = [torch.Size([1] * (width - len(shape))) + shape for shape in shapes]
+        sizes.append(math.prod(max(extent) for extent in zip(*shapes, strict=True)))
+    return max([*sizes, *(tensor.numel() for tensor in tensors)], default=0)
+
+
+def _are_integers(values: Any) -> bool:
+    return bool(values) and all(isinstance(value, int) for value in values)
 
 
 def _makes_integers(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from erniesearch.planning.trace import StageTracer, Trace
 
-MOST_CHUNKS, MOST_HOPS = 48, 32
-"""Chunks of gradient caching and hops of the ring that are traced one by one. Beyond, figures are
-continued: in the hops they are linear, in the queries at most quadratic."""
+MOST_CHUNKS, MOST_HOPS, MOST_TOKENS = 16, 32, 1 << 25
+"""Chunks of gradient caching, hops of the ring and gathered tokens that are traced one by one.
+Beyond, figures are continued: in the ranks they are linear, in the queries at most quadratic."""
 
 
 class Estimator:
@@ -31,16 +31,21 @@ class Estimator:
         )
 
     def _of_ranks(self, ranks: int, num_queries: int) -> Trace:
-        objective = self.tracer.config.objective
-        if objective.late_interaction_exchange == "all_gather" or ranks <= MOST_HOPS:
+        config, stage = self.tracer.config, self.tracer.stage
+        if config.objective.late_interaction_exchange == "ring":
+            most = MOST_HOPS
+        else:
+            own = num_queries * (1 + stage.num_negatives) * config.data.max_passage_length
+            most = max(4, MOST_TOKENS // own)
+        if ranks <= most:
             return self._trace(ranks, ranks, num_queries)
-        hops = [MOST_HOPS // 2, MOST_HOPS]
-        return continued(hops, [self._trace(ranks, h, num_queries) for h in hops], ranks)
+        worlds = [most // 2, most]
+        return continued(worlds, [self._trace(ranks, w, num_queries) for w in worlds], ranks)
 
-    def _trace(self, ranks: int, hops: int, num_queries: int) -> Trace:
-        key = (ranks, hops, num_queries)
+    def _trace(self, ranks: int, world_size: int, num_queries: int) -> Trace:
+        key = (ranks, world_size, num_queries)
         if key not in self._known:
-            self._known[key] = self.tracer.run(ranks, num_queries, world_size=hops)
+            self._known[key] = self.tracer.run(ranks, num_queries, world_size)
         return self._known[key]
 
 
@@ -60,7 +65,9 @@ def continued(points: list[int], traces: list[Trace], point: int) -> Trace:
     kinds = {kind for trace in traces for kind in trace.sent}
     return replace(
         traces[-1],
-        moving=figure([trace.moving for trace in traces]),
+        phases={
+            phase: figure([trace.phases[phase] for trace in traces]) for phase in traces[0].phases
+        },
         flops=figure([trace.flops for trace in traces]),
         sent={kind: figure([trace.sent.get(kind, 0) for trace in traces]) for kind in kinds},
         continued=True,
@@ -70,25 +77,22 @@ def continued(points: list[int], traces: list[Trace], point: int) -> Trace:
 def largest_batch(peak: Callable[[int], int], limit: int, guess: int, most: int = 8192) -> int:
     """The most queries whose ``peak`` is within ``limit``; 0 if one is too many, ``most`` if there
     may be more. ``peak`` never falls, and is not far from linear: few calls suffice."""
-    low, low_peak = 1, peak(1)
-    if low_peak > limit:
+    room = float(limit - peak(1))  # at ``low``
+    if room < 0:
         return 0
-    high = high_peak = None
-    probe = max(2, guess)
-    while high is None or high - low > 1:
-        if low >= most:
-            return most
-        found = peak(probe)
-        if found > limit:
-            high, high_peak = probe, found
+    low, high, probe = 1, most + 1, min(max(2, guess), most)
+    lack = 0.0  # at ``high``
+    while high - low > 1:
+        over = peak(probe) - limit
+        if over <= 0:
+            slope = (over + room) / (probe - low)
+            low, room, lack = probe, -over, lack / 2
         else:
-            slope = max(1.0, (found - low_peak) / (probe - low))
-            low, low_peak = probe, found
-        if high is None or high_peak is None:
-            probe = min(most, max(low + 1, low + int((limit - low_peak) / slope)))
+            high, lack, room = probe, over, room / 2
+        # Regula falsi, the bound that stays counting half (Illinois); without one, along the slope.
+        if lack:
+            probe = low + int((high - low) * room / (room + lack))
         else:
-            slope = (high_peak - low_peak) / (high - low)
-            # Between the two, and next to one of them once the answer is near.
-            probe = low + int((limit - low_peak) / slope)
-            probe = min(high - 1, max(low + 1, probe))
+            probe = low + int(room / slope) if slope > 0 else 4 * low
+        probe = min(high - 1, max(low + 1, probe))
     return low

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from erniesearch import stages
 from erniesearch.config import RunConfig, StageConfig
@@ -22,17 +23,23 @@ class Trace:
 
     Attributes:
         resident: bytes that stay between updates, by what they are.
-        moving: highest bytes of activations, gradients and buffers together, above them.
+        phases: highest bytes of activations, gradients and buffers together, above them, in each
+            phase of an update.
         flops: per update.
         sent: bytes that the model's own collectives send per update, by kind.
         continued: whether the figures are continued from smaller traces.
     """
 
     resident: dict[str, int]
-    moving: int
+    phases: dict[str, int]
     flops: int
     sent: dict[str, int]
     continued: bool = False
+
+    @property
+    def moving(self) -> int:
+        """Highest bytes above those that stay."""
+        return max(self.phases.values())
 
     @property
     def peak(self) -> int:
@@ -91,13 +98,16 @@ class StageTracer:
                 bool(self.stage.chunk_size),
             )  # fmt: skip
             for micro_step in range(min(steps, 2)):
+                self.tracker.phase = "forward"
                 self._micro_step(reduction, num_queries, micro_step)
+                self.tracker.phase = "reduction"
                 reduction.finish(micro_step + 1 == min(steps, 2))
+            self.tracker.phase = "step"
             reduction.step()
         scale = steps / min(steps, 2)
         return Trace(
             resident(self.layout, self.zero, ranks, self.width, gpu),
-            self.tracker.peak,
+            dict(self.tracker.peaks),
             round(self.tracker.flops * scale),
             {kind: round(sent * scale) for kind, sent in self.tracker.sent.items()},
         )
@@ -106,19 +116,28 @@ class StageTracer:
         texts = num_queries * (1 + self.stage.num_negatives)
         data = self.config.data
         own = texts * (data.max_query_length + data.max_passage_length)
-        self.tracker.real_limit = max(1 << 22, 2 * own)
+        gathered = dist.get_world_size() * texts * data.max_passage_length
+        self.tracker.real_limit = max(1 << 22, 2 * own, gathered)
         batch = full_batch(self.config, self.name, num_queries, self.tokenizer, 0, micro_step)
         reduction.watch(self.model.parameters())
         with GpuKernels() if self.device == "cuda" else nullcontext():
             if self.stage.chunk_size:
                 cached_backward(
-                    self.model, self.model, torch.Tensor.backward, batch, self.stage.chunk_size
-                )
+                    self.model, self.model, torch.Tensor.backward, batch, self.stage.chunk_size,
+                    progress=self._enter,
+                )  # fmt: skip
                 reduction.turn()
             else:
                 loss = self.model(batch)["loss"]
                 reduction.turn()
+                self.tracker.phase = "backward"
                 guards.spoil_nonfinite(loss).backward()
+
+
+    def _enter(self, progress: str) -> None:
+        for phase in ("forward", "loss", "backward"):
+            if phase in progress:
+                self.tracker.phase = phase
 
 
 def enabled_stages(config: RunConfig) -> list[str]:

@@ -80,7 +80,8 @@ class Tracker(TorchDispatchMode):
         real_limit: elements up to which integers and masks are computed.
         live: bytes of tensors that exist, those given to :meth:`exclude` left out.
         held: bytes that the caller says are held besides (:meth:`hold`).
-        peak: highest ``live + held`` so far.
+        peaks: highest ``live + held`` of each phase.
+        phase: which phase it is; the caller says.
         flops: of matrix products, attention and the fused kernels.
         sent: bytes that this rank sends, by kind of collective.
     """
@@ -98,7 +99,7 @@ class Tracker(TorchDispatchMode):
         """Begin a new count; what is alive stays alive."""
         self.held, self.flops = 0, 0
         self.sent: Counter[str] = Counter()
-        self.peak, self.held_at_peak = self.live, 0
+        self.phase, self.peaks = "forward", {"forward": self.live}
 
     def exclude(self, tensors: Iterator[Tensor]) -> None:
         """Count these tensors' storages no longer, nor views of them."""
@@ -117,8 +118,9 @@ class Tracker(TorchDispatchMode):
         self.held -= num_bytes
 
     def _look(self) -> None:
-        if self.live + self.held > self.peak:
-            self.peak, self.held_at_peak = self.live + self.held, self.held
+        now = self.live + self.held
+        if now > self.peaks.get(self.phase, 0):
+            self.peaks[self.phase] = now
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from erniesearch.planning.trace import StageTracer, Trace
 
@@ -49,6 +50,33 @@ class Estimator:
         return self._known[key]
 
 
+MOST_QUERIES = 8192
+"""Per rank; beyond, nobody asks."""
+
+
+def largest_fitting(estimate: Estimator, ranks: int, limit: int) -> int:
+    """The most queries per rank whose update stays within ``limit`` bytes; 0 if one is too many,
+    MOST_QUERIES if there may be more.
+
+    Solved on the polynomials through three traces, and checked by tracing the answer and one more.
+    """
+    points = [8, 32, 128]
+    guess = 1
+    for _ in range(3):
+        traces = [estimate(ranks, point) for point in points]
+        guess = largest_batch(partial(_continued_peak, points, traces), limit, points[-1])
+        if (not guess or estimate(ranks, guess).peak <= limit) and (
+            guess == MOST_QUERIES or estimate(ranks, guess + 1).peak > limit
+        ):
+            return guess
+        points = sorted({*points, max(2, guess)})[-3:]
+    return largest_batch(lambda num: estimate(ranks, num).peak, limit, guess)
+
+
+def _continued_peak(points: list[int], traces: list[Trace], point: int) -> int:
+    return continued(points, traces, point).peak
+
+
 def continued(points: list[int], traces: list[Trace], point: int) -> Trace:
     """The polynomial through all figures of ``traces`` at ``points``, at ``point``."""
 
@@ -74,13 +102,13 @@ def continued(points: list[int], traces: list[Trace], point: int) -> Trace:
     )
 
 
-def largest_batch(peak: Callable[[int], int], limit: int, guess: int, most: int = 8192) -> int:
-    """The most queries whose ``peak`` is within ``limit``; 0 if one is too many, ``most`` if there
-    may be more. ``peak`` never falls, and is not far from linear: few calls suffice."""
+def largest_batch(peak: Callable[[int], int], limit: int, guess: int) -> int:
+    """The most queries whose ``peak`` is within ``limit``; 0 if one is too many,
+    MOST_QUERIES if there may be more. ``peak`` never falls."""
     room = float(limit - peak(1))  # at ``low``
     if room < 0:
         return 0
-    low, high, probe = 1, most + 1, min(max(2, guess), most)
+    low, high, probe = 1, MOST_QUERIES + 1, min(max(2, guess), MOST_QUERIES)
     lack = 0.0  # at ``high``
     while high - low > 1:
         over = peak(probe) - limit

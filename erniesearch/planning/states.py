@@ -294,11 +294,3 @@ class Reduction:
         self.tracker.pulse(max(sizes) * (self.width + (4 if self.width == 2 else 0)))
         self.tracker.hold(-self.partition)
         self.partition = 0
-
-
-def offload_note(zero: Zero) -> str | None:
-    """What is not modelled."""
-    if not zero.offloads:
-        return None
-    names = " and ".join(zero.offloads)
-    return f"{names}: counted as if nothing were moved to the CPU; the real figures are lower"

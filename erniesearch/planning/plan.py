@@ -1,0 +1,232 @@
+"""What each training stage needs on each number of ranks, and what to change where that is more
+than there is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from erniesearch import stages
+from erniesearch.config import RunConfig, StageConfig
+from erniesearch.errors import UserError
+from erniesearch.planning.estimate import Estimator, largest_fitting
+from erniesearch.planning.states import Zero, engine_traffic
+from erniesearch.planning.trace import StageTracer, Trace
+
+SMALL_BUCKET = 50_000_000
+SMALL_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on; the defaults are an H100 SXM node and a 400 Gbit/s link per GPU."""
+
+    gpu_memory: float = 80.0
+    """Memory of a GPU in GiB."""
+    headroom: float = 3.0
+    """GiB of it that are kept free: CUDA's context, NCCL's buffers, what the allocator loses."""
+    gpu_tflops: float | None = None
+    """Peak of matrix products in TFLOP/s; null is 989 in bf16 and 67 in fp32."""
+    utilization: float = 0.35
+    """Share of that peak that training reaches."""
+    node_bandwidth: float = 450.0
+    """GB/s that a GPU sends to others of its node."""
+    network_bandwidth: float = 50.0
+    """GB/s that a GPU sends to other nodes."""
+    gpus_per_node: int = 8
+    """GPUs of a node; with no more ranks than that, nothing leaves it."""
+
+    def limit(self) -> int:
+        """Bytes that a rank may use."""
+        return int((self.gpu_memory - self.headroom) * (1 << 30))
+
+    def seconds(self, flops: int, sent: int, ranks: int, bf16: bool) -> tuple[float, float]:
+        """Of computing, and of sending::
+
+            FLOPs / (peak · utilization)        bytes sent / bandwidth of the slowest link in a ring
+        """
+        peak = self.gpu_tflops or (989.0 if bf16 else 67.0)
+        bandwidth = self.node_bandwidth if ranks <= self.gpus_per_node else self.network_bandwidth
+        return flops / (peak * 1e12 * self.utilization), sent / (bandwidth * 1e9)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the config and what it does to the peak, other things equal."""
+
+    setting: str
+    peak: int
+    fits: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one number of ranks; bytes and seconds are of one rank and one update.
+
+    Attributes:
+        queries: per rank and micro-step.
+        resident: bytes that stay between updates, by what they are.
+        phases: highest bytes above them in each phase.
+        peak: bytes at the highest point.
+        fits: whether that is within the machine's limit.
+        largest: queries per rank that fit at most.
+        sent: bytes on the wire, by what they are.
+        seconds_computing, seconds_sending: by the machine's figures, without overlap.
+        continued: figures come from smaller batches or fewer ranks, continued.
+        changes: what helps, where it does not fit.
+        notes: what the figures leave out.
+    """
+
+    stage: str
+    ranks: int
+    queries: int
+    resident: dict[str, int]
+    phases: dict[str, int]
+    peak: int
+    fits: bool
+    largest: int
+    flops: int
+    sent: dict[str, int]
+    seconds_computing: float
+    seconds_sending: float
+    continued: bool
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+
+class Planner:
+    """Plans the stages of one config.
+
+    Args:
+        config: the run's.
+        machine: what the ranks run on.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, config: RunConfig, machine: Machine, device: str = "cuda") -> None:
+        self.config, self.machine, self.device = config, machine, device
+        self._estimators: dict[str, Estimator] = {}
+
+    def estimator(self, name: str) -> Estimator:
+        """Of a stage as the config has it."""
+        if name not in self._estimators:
+            self._estimators[name] = self._estimator_of(self.config, name)
+        return self._estimators[name]
+
+    def stage(self, name: str, ranks: int) -> StagePlan:
+        """Plan one stage.
+
+        Raises:
+            UserError: if the ranks cannot share the stage's batch_size.
+        """
+        queries = stages.queries_per_rank(self.config, name, ranks)
+        estimate = self.estimator(name)
+        trace = estimate(ranks, queries)
+        tracer, limit = estimate.tracer, self.machine.limit()
+        sent = trace.sent | engine_traffic(
+            tracer.layout, tracer.zero, ranks, tracer.width, tracer.stage.accumulation_steps
+        )
+        seconds = self.machine.seconds(trace.flops, sum(sent.values()), ranks, tracer.width == 2)
+        fits = trace.peak <= limit
+        largest = largest_fitting(estimate, ranks, limit)
+        changes = () if fits else tuple(self._changes(name, ranks, queries, trace, largest))
+        return StagePlan(
+            name, ranks, queries, trace.resident, trace.phases, trace.peak, fits, largest,
+            trace.flops, sent, *seconds, trace.continued, changes, _notes(tracer.zero),
+        )  # fmt: skip
+
+    def _estimator_of(
+        self, config: RunConfig, name: str, zero: Zero | None = None
+    ) -> Estimator:
+        return Estimator(StageTracer(config, name, self.device, self._bf16(config), zero))
+
+    def _bf16(self, config: RunConfig) -> bool:
+        if config.training.precision == "auto":
+            return self.device == "cuda"
+        return config.training.precision == "bf16"
+
+    def _changes(
+        self, name: str, ranks: int, queries: int, trace: Trace, largest: int
+    ) -> Iterator[Change]:
+        limit = self.machine.limit()
+        stage: StageConfig = getattr(self.config.stages, name)
+        if largest:
+            steps = stage.accumulation_steps * -(-queries // largest)
+            key = "queries_per_rank" if stage.batch_size is None else "batch_size"
+            value = largest if stage.batch_size is None else largest * ranks
+            yield Change(
+                f"stages.{name}.{key}: {value} with accumulation_steps: {steps}",
+                self.estimator(name)(ranks, largest).peak, True,
+                "fewer cross-batch negatives: they come from one micro-step",
+            )  # fmt: skip
+        everything, everything_zero = self.config, None
+        for setting, config, zero in self._variants(name, ranks):
+            try:
+                peak = self._estimator_of(config, name, zero)(ranks, queries).peak
+            except UserError as error:
+                yield Change(setting, trace.peak, False, str(error))
+                continue
+            if peak < trace.peak:
+                yield Change(setting, peak, peak <= limit)
+            everything = _merged(everything, config, name)
+            everything_zero = zero or everything_zero
+        together = self._estimator_of(everything, name, everything_zero)(ranks, queries).peak
+        yield Change("all of these but the smaller batch", together, together <= limit)
+
+    def _variants(
+        self, name: str, ranks: int
+    ) -> Iterator[tuple[str, RunConfig, Zero | None]]:
+        config, training = self.config, self.config.training
+        zero = self.estimator(name).tracer.zero
+        if not training.activation_checkpointing:
+            changed = replace(training, activation_checkpointing=True)
+            yield ("training.activation_checkpointing: true",
+                   replace(config, training=changed), None)  # fmt: skip
+        stage: StageConfig = getattr(config.stages, name)
+        if not stage.chunk_size or stage.chunk_size > SMALL_CHUNK:
+            smaller = replace(stage, chunk_size=SMALL_CHUNK)
+            yield (f"stages.{name}.chunk_size: {SMALL_CHUNK}",
+                   replace(config, stages=replace(config.stages, **{name: smaller})), None)  # fmt: skip
+        objective = config.objective
+        if ranks > 1 and objective.late_interaction_exchange == "all_gather" and (
+            self.estimator(name).tracer.model.objective.needs_tokens
+        ):
+            changed_objective = replace(objective, late_interaction_exchange="ring")
+            yield ("objective.late_interaction_exchange: ring",
+                   replace(config, objective=changed_objective), None)  # fmt: skip
+        if not self._bf16(config):
+            changed = replace(training, precision="bf16")
+            yield "training.precision: bf16", replace(config, training=changed), None
+        if self.device == "cuda" and zero.stage and zero.reduce_bucket > SMALL_BUCKET:
+            yield (f"reduce_bucket_size {SMALL_BUCKET} in training.zero_json, as in"
+                   f" configs/deepspeed/zero{zero.stage}.json", config,
+                   replace(zero, reduce_bucket=SMALL_BUCKET))  # fmt: skip
+        if ranks > 1:
+            for number in range(zero.stage + 1, 4):
+                changed = replace(training, zero_stage=number, zero_json=None)  # type: ignore[arg-type]
+                yield f"training.zero_stage: {number}", replace(config, training=changed), None
+
+
+def _merged(config: RunConfig, other: RunConfig, name: str) -> RunConfig:
+    """``config`` with what a variant changed; of ZeRO stages the last one wins."""
+    training: dict[str, Any] = {}
+    if other.training.activation_checkpointing:
+        training["activation_checkpointing"] = True
+    if other.training.precision == "bf16":
+        training["precision"] = "bf16"
+    stage: StageConfig = getattr(config.stages, name)
+    chunk = getattr(other.stages, name).chunk_size or stage.chunk_size
+    objective = config.objective
+    if other.objective.late_interaction_exchange == "ring":
+        objective = other.objective
+    return replace(
+        config, objective=objective, training=replace(config.training, **training),
+        stages=replace(config.stages, **{name: replace(stage, chunk_size=chunk)}),
+    )  # fmt: skip
+
+
+def _notes(zero: Zero) -> tuple[str, ...]:
+    if not zero.offloads:
+        return ()
+    names = " and ".join(zero.offloads)
+    return (f"{names}: counted as if nothing were moved to the CPU; the figures are too high",)

@@ -30,7 +30,6 @@ from transformers import (
 from erniesearch.config import StudentConfig, TeacherConfig
 from erniesearch.errors import UserError
 
-
 _weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)
 
 

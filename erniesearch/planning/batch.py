@@ -19,9 +19,7 @@ def full_batch(
     stage: StageConfig = getattr(config.stages, name)
     generator = torch.Generator().manual_seed(micro_step + 1000 * step)
     num_passages = num_queries * (1 + stage.num_negatives)
-    query_ids, query_mask = _texts(
-        num_queries, config.data.max_query_length, tokenizer, generator
-    )
+    query_ids, query_mask = _texts(num_queries, config.data.max_query_length, tokenizer, generator)
     passage_ids, passage_mask = _texts(
         num_passages, config.data.max_passage_length, tokenizer, generator
     )

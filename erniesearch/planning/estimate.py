@@ -27,9 +27,7 @@ class Estimator:
         if most is None or num_queries <= most:
             return self._of_ranks(ranks, num_queries)
         points = [max(1, most // 4), max(2, most // 2), max(3, most)]
-        return continued(
-            points, [self._of_ranks(ranks, point) for point in points], num_queries
-        )
+        return continued(points, [self._of_ranks(ranks, point) for point in points], num_queries)
 
     def _of_ranks(self, ranks: int, num_queries: int) -> Trace:
         config, stage = self.tracer.config, self.tracer.stage
@@ -54,13 +52,14 @@ MOST_QUERIES = 8192
 """Per rank; beyond, nobody asks."""
 
 
-def largest_fitting(estimate: Estimator, ranks: int, limit: int) -> int:
+def largest_fitting(estimate: Estimator, ranks: int, limit: int, planned: int) -> int:
     """The most queries per rank whose update stays within ``limit`` bytes; 0 if one is too many,
     MOST_QUERIES if there may be more.
 
-    Solved on the polynomials through three traces, and checked by tracing the answer and one more.
+    Solved on the polynomials through three traces from ``planned`` queries on, and checked by
+    tracing the answer and one more.
     """
-    points = [8, 32, 128]
+    points = [planned, 4 * planned, 16 * planned]
     guess = 1
     for _ in range(3):
         traces = [estimate(ranks, point) for point in points]

@@ -69,9 +69,11 @@ def measure(config: RunConfig, name: str, ranks: int, num_queries: int) -> Measu
             with (Path(folder) / f"{rank}.log").open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", __name__, str(file)], env=own, stdout=log,
+                        [sys.executable, "-m", __name__, str(file)],
+                        env=own,
+                        stdout=log,
                         stderr=subprocess.STDOUT,
-                    )  # fmt: skip
+                    )
                 )
         try:
             failed = [rank for rank, process in enumerate(processes) if process.wait()]

@@ -42,7 +42,7 @@ class Machine:
     def seconds(self, flops: int, sent: int, ranks: int, bf16: bool) -> tuple[float, float]:
         """Of computing, and of sending::
 
-            FLOPs / (peak · utilization)        bytes sent / bandwidth of the slowest link in a ring
+        FLOPs / (peak · utilization)        bytes sent / bandwidth of the slowest link in a ring
         """
         peak = self.gpu_tflops or (989.0 if bf16 else 67.0)
         bandwidth = self.node_bandwidth if ranks <= self.gpus_per_node else self.network_bandwidth
@@ -113,6 +113,20 @@ class Planner:
             self._estimators[name] = self._estimator_of(self.config, name)
         return self._estimators[name]
 
+    def all(self, names: list[str], ranks: list[int]) -> list[StagePlan]:
+        """Every stage on every number of ranks; of several numbers, those that cannot share a
+        stage's batch_size are left out.
+
+        Raises:
+            UserError: if none is left for a stage.
+        """
+        plans = []
+        for name in names:
+            batch_size = getattr(self.config.stages, name).batch_size
+            possible = [n for n in ranks if batch_size is None or batch_size % n == 0]
+            plans += [self.stage(name, number) for number in possible or ranks[:1]]
+        return plans
+
     def stage(self, name: str, ranks: int) -> StagePlan:
         """Plan one stage.
 
@@ -128,16 +142,14 @@ class Planner:
         )
         seconds = self.machine.seconds(trace.flops, sum(sent.values()), ranks, tracer.width == 2)
         fits = trace.peak <= limit
-        largest = largest_fitting(estimate, ranks, limit)
+        largest = largest_fitting(estimate, ranks, limit, queries)
         changes = () if fits else tuple(self._changes(name, ranks, queries, trace, largest))
         return StagePlan(
             name, ranks, queries, trace.resident, trace.phases, trace.peak, fits, largest,
             trace.flops, sent, *seconds, trace.continued, changes, _notes(tracer.zero),
         )  # fmt: skip
 
-    def _estimator_of(
-        self, config: RunConfig, name: str, zero: Zero | None = None
-    ) -> Estimator:
+    def _estimator_of(self, config: RunConfig, name: str, zero: Zero | None = None) -> Estimator:
         return Estimator(StageTracer(config, name, self.device, self._bf16(config), zero))
 
     def _bf16(self, config: RunConfig) -> bool:
@@ -159,7 +171,7 @@ class Planner:
                 self.estimator(name)(ranks, largest).peak, True,
                 "fewer cross-batch negatives: they come from one micro-step",
             )  # fmt: skip
-        everything, everything_zero = self.config, None
+        everything, small_bucket, helping = self.config, False, 0
         for setting, config, zero in self._variants(name, ranks):
             try:
                 peak = self._estimator_of(config, name, zero)(ranks, queries).peak
@@ -168,14 +180,16 @@ class Planner:
                 continue
             if peak < trace.peak:
                 yield Change(setting, peak, peak <= limit)
-            everything = _merged(everything, config, name)
-            everything_zero = zero or everything_zero
-        together = self._estimator_of(everything, name, everything_zero)(ranks, queries).peak
-        yield Change("all of these but the smaller batch", together, together <= limit)
+                everything = _merged(everything, config, name)
+                small_bucket, helping = small_bucket or zero is not None, helping + 1
+        if helping > 1:
+            zero = Zero.of(everything.training)
+            if small_bucket:
+                zero = replace(zero, reduce_bucket=SMALL_BUCKET)
+            peak = self._estimator_of(everything, name, zero)(ranks, queries).peak
+            yield Change("all of these but the smaller batch", peak, peak <= limit)
 
-    def _variants(
-        self, name: str, ranks: int
-    ) -> Iterator[tuple[str, RunConfig, Zero | None]]:
+    def _variants(self, name: str, ranks: int) -> Iterator[tuple[str, RunConfig, Zero | None]]:
         config, training = self.config, self.config.training
         zero = self.estimator(name).tracer.zero
         if not training.activation_checkpointing:
@@ -185,11 +199,15 @@ class Planner:
         stage: StageConfig = getattr(config.stages, name)
         if not stage.chunk_size or stage.chunk_size > SMALL_CHUNK:
             smaller = replace(stage, chunk_size=SMALL_CHUNK)
+            changed_stage: dict[str, Any] = {name: smaller}
+            changed_stages = replace(config.stages, **changed_stage)
             yield (f"stages.{name}.chunk_size: {SMALL_CHUNK}",
-                   replace(config, stages=replace(config.stages, **{name: smaller})), None)  # fmt: skip
+                   replace(config, stages=changed_stages), None)  # fmt: skip
         objective = config.objective
-        if ranks > 1 and objective.late_interaction_exchange == "all_gather" and (
-            self.estimator(name).tracer.model.objective.needs_tokens
+        if (
+            ranks > 1
+            and objective.late_interaction_exchange == "all_gather"
+            and (self.estimator(name).tracer.model.objective.needs_tokens)
         ):
             changed_objective = replace(objective, late_interaction_exchange="ring")
             yield ("objective.late_interaction_exchange: ring",
@@ -208,21 +226,22 @@ class Planner:
 
 
 def _merged(config: RunConfig, other: RunConfig, name: str) -> RunConfig:
-    """``config`` with what a variant changed; of ZeRO stages the last one wins."""
-    training: dict[str, Any] = {}
+    """``config`` with what a variant changed."""
+    training, objective = config.training, config.objective
     if other.training.activation_checkpointing:
-        training["activation_checkpointing"] = True
+        training = replace(training, activation_checkpointing=True)
     if other.training.precision == "bf16":
-        training["precision"] = "bf16"
-    stage: StageConfig = getattr(config.stages, name)
-    chunk = getattr(other.stages, name).chunk_size or stage.chunk_size
-    objective = config.objective
+        training = replace(training, precision="bf16")
+    if other.training.zero_stage != training.zero_stage:
+        training = replace(training, zero_stage=other.training.zero_stage, zero_json=None)
     if other.objective.late_interaction_exchange == "ring":
-        objective = other.objective
+        objective = replace(objective, late_interaction_exchange="ring")
+    stage: StageConfig = getattr(config.stages, name)
+    chunk_size = getattr(other.stages, name).chunk_size or stage.chunk_size
+    changed: dict[str, Any] = {name: replace(stage, chunk_size=chunk_size)}
     return replace(
-        config, objective=objective, training=replace(config.training, **training),
-        stages=replace(config.stages, **{name: replace(stage, chunk_size=chunk)}),
-    )  # fmt: skip
+        config, objective=objective, training=training, stages=replace(config.stages, **changed)
+    )
 
 
 def _notes(zero: Zero) -> tuple[str, ...]:

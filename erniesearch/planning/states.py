@@ -12,7 +12,7 @@ Flat groups are padded to a multiple of 2 W, ZeRO-3's parameters one by one to a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class Layout:
             for edges, size in bounds:
                 begin, end = rank * size, (rank + 1) * size
                 inside = [
-                    high - low for low, high in zip(edges, edges[1:], strict=False)
+                    high - low for low, high in pairwise(edges)
                     if low < end and high > begin
                 ]  # fmt: skip
                 own += sum(inside)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from erniesearch import stages
 from erniesearch.config import RunConfig, StageConfig
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.batch import full_batch
@@ -133,13 +132,7 @@ class StageTracer:
                 self.tracker.phase = "backward"
                 guards.spoil_nonfinite(loss).backward()
 
-
     def _enter(self, progress: str) -> None:
         for phase in ("forward", "loss", "backward"):
             if phase in progress:
                 self.tracker.phase = phase
-
-
-def enabled_stages(config: RunConfig) -> list[str]:
-    """The training stages that the run contains."""
-    return [name for name in stages.TRAINING_STAGES if stages.is_enabled(config, name)]

@@ -1,8 +1,9 @@
 """Runs model code on tensors without contents, and counts bytes alive, FLOPs and bytes sent.
 
 Floating-point tensors are fake: they have shapes, types and storages, and nothing in them.
-Integers and masks of a rank's own batch are real, because lengths and positions decide shapes. So the model's own code
-runs as it is, on any machine, for any number of ranks (the process group is torch's fake one).
+Integers and masks of a rank's own batch are real, because lengths and positions decide shapes. So
+the model's own code runs as it is, on any machine, for any number of ranks (the process group is
+torch's fake one).
 """
 
 import math
@@ -183,7 +184,6 @@ class Tracker(TorchDispatchMode):
         # What the fake group does with contents does not matter, but it takes real tensors only.
         empty = tree_map_only(Tensor, lambda x: torch.empty(0, dtype=x.dtype), (args, kwargs))
         return func(*empty[0], **empty[1])
-
 
     def _pass_on(self, send: bool, tensor: Tensor) -> None:
         """In a ring of ranks that look alike, what arrives is what was sent."""

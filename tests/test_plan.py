@@ -246,7 +246,7 @@ def test_the_ring_holds_two_blocks_however_many_ranks(make_config: ConfigMaker) 
 def test_gradient_caching_bounds_activations(make_config: ConfigMaker) -> None:
     plain, cached = (
         StageTracer(make_config(chunk_size=size), "cascade", "cpu", False).run(2, 16)
-        for size in (None, 4)
+        for size in (None, 8)
     )
     assert cached.moving < 0.6 * plain.moving
     assert 1.25 * plain.flops < cached.flops < 1.5 * plain.flops
@@ -283,12 +283,12 @@ def test_the_largest_batch_of_a_stage(make_config: ConfigMaker) -> None:
 
 
 def test_what_helps_is_named_and_helps(make_config: ConfigMaker) -> None:
-    config = make_config(queries_per_rank=64, dropout=0.0)
+    config = make_config(queries_per_rank=32, dropout=0.0)
     planner = Planner(config, Machine(gpu_memory=1.03, headroom=1.0))
-    plan = planner.stage("cascade", 1024)
+    plan = planner.stage("cascade", 256)
     assert not plan.fits
     settings = {change.setting: change for change in plan.changes}
-    for key in ("activation_checkpointing", "chunk_size", "ring", "reduce_bucket_size", "all of"):
+    for key in ("activation_checkpointing", "chunk_size", "ring", "all of"):
         assert any(key in setting for setting in settings), key
     assert all(change.peak < plan.peak for change in plan.changes)
     assert all(change.fits == (change.peak <= planner.machine.limit()) for change in plan.changes)
@@ -311,7 +311,7 @@ def test_neither_data_nor_weights_are_needed(
     config = make_config(path=str(bare))
     config = replace(config, data=replace(config.data, path=str(tmp_path / "nowhere")))
     out = tmp_path / "plan.json"
-    status = run(config, tmp_path, "--gpus", "1,1024", "--gpu-memory", "80", "--json", str(out))
+    status = run(config, tmp_path, "--gpus", "1,1024", "--gpu-memory", "4", "--json", str(out))
     assert status == 0
     assert "1024" in capsys.readouterr().out
     content = json.loads(out.read_text())

@@ -6,7 +6,7 @@ from functools import partial
 
 from erniesearch.planning.trace import StageTracer, Trace
 
-MOST_CHUNKS, MOST_HOPS, MOST_TOKENS = 16, 32, 1 << 25
+MOST_CHUNKS, MOST_HOPS, MOST_TOKENS = 16, 32, 1 << 22
 """Chunks of gradient caching, hops of the ring and gathered tokens that are traced one by one.
 Beyond, figures are continued: in the ranks they are linear, in the queries at most quadratic."""
 

@@ -323,6 +323,15 @@ def test_neither_data_nor_weights_are_needed(
     assert few["peak"] == sum(few["resident"].values()) + max(few["phases"].values())
 
 
+def test_ranks_that_cannot_share_a_batch_are_named(
+    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--gpus", "1,2,16", "--stages.cascade.batch_size", "8", "--gpu-memory", "4"]
+    assert run(make_config(weights=DE), tmp_path, *options) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "cascade: 16 ranks cannot share stages.cascade.batch_size equally." in output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -72,7 +72,16 @@ def _plan(
 
     planner = Planner(config, machine)
     plans = planner.all(names, ranks)
-    show(Console(), plans, machine)
+    console = Console()
+    show(console, plans, machine)
+    for name in names:
+        planned = {plan.ranks for plan in plans if plan.stage == name}
+        if left_out := [str(number) for number in ranks if number not in planned]:
+            console.print(
+                f"{name}: {', '.join(left_out)} ranks cannot share stages.{name}.batch_size"
+                " equally.",
+                highlight=False,
+            )
     return [asdict(plan) for plan in plans]
 
 

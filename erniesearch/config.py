@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -341,6 +341,8 @@ def _check_keys(content: dict[Any, Any], cls: type, prefix: str, path: Path) -> 
             if not isinstance(value, dict):
                 raise UserError(f"{path}: '{prefix}{key}' must be a mapping, found {value!r}")
             _check_keys(value, hints[key], f"{prefix}{key}.", path)  # type: ignore[arg-type]
+        elif value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{path}: '{prefix}{key}' has no value: give one, or leave the key out")
 
 
 def validate(config: RunConfig) -> RunConfig:

@@ -143,7 +143,7 @@ def test_a_thousand_queries_of_pretrained_weights(tmp_path: Path) -> None:
                 num_negatives=1,
                 negatives="random",
                 weights=replace(ALL_TERMS, dual_reg=0.0),
-            )  # fmt: skip
+            )
         ),
     )
     file = tmp_path / "config.json"

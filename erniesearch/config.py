@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -239,6 +239,13 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints of a stage that are kept; the older ones are there for when the newest
     turns out to be damaged."""
+    validation_split: str | None = None
+    """Name of a qrels file (without .tsv), e.g. dev: every checkpoint of a stage with relevance
+    labels is measured on this split's queries with random negatives, and the best one is kept
+    beside the newest. Null measures nothing. The stage's result stays the model after its last
+    update; `erniesearch export-checkpoint --best` writes the best one."""
+    validation_queries: int = 256
+    """Queries of validation_split that are measured, rounded up to whole batches."""
     async_save: bool = False
     """Copy a checkpoint in memory and write it while the training goes on. Takes memory for one
     rank's part of the checkpoint; a kill during the write costs that checkpoint alone."""
@@ -341,6 +348,8 @@ def _check_keys(content: dict[Any, Any], cls: type, prefix: str, path: Path) -> 
             if not isinstance(value, dict):
                 raise UserError(f"{path}: '{prefix}{key}' must be a mapping, found {value!r}")
             _check_keys(value, hints[key], f"{prefix}{key}.", path)  # type: ignore[arg-type]
+        elif value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{path}: '{prefix}{key}' has no value: give one, or leave the key out")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -415,7 +424,8 @@ def validate(config: RunConfig) -> RunConfig:
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
             config.student.late_interaction_dim, "1 or more")  # fmt: skip
-    for key in ("log_every", "threads_per_process", "keep_checkpoints", "max_nonfinite"):
+    for key in ("log_every", "threads_per_process", "keep_checkpoints", "max_nonfinite",
+                "validation_queries"):  # fmt: skip
         require(getattr(config.training, key) >= 1, f"training.{key}",
                 getattr(config.training, key), "1 or more")  # fmt: skip
     for key in ("num_processes", "save_every", "num_workers", "max_grad_norm", "weight_decay"):

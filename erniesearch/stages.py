@@ -198,7 +198,8 @@ ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
     "log_every", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
-    "activation_checkpointing", "kernels", "late_interaction_exchange",
+    "activation_checkpointing", "validation_split", "validation_queries", "kernels",
+    "late_interaction_exchange",
 )  # fmt: skip
 
 

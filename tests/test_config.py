@@ -190,6 +190,7 @@ def test_shipped_zero_json_holds_only_the_zero_section(file: Path) -> None:
         (MINIMAL + "1: 1\n", "unknown key '1'"),
         (MINIMAL + "training: fast\n", "'training' must be a mapping, found 'fast'"),
         (MINIMAL + "stages: {mine: [1]}\n", "'stages.mine' must be a mapping, found [1]"),
+        (MINIMAL + "stages: {mine: {depth: }}\n", "'stages.mine.depth' has no value"),
         ("- a\n- b\n", "expected a mapping of keys to values at the top level"),
         ("", "expected a mapping"),
     ],

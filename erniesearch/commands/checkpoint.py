@@ -9,7 +9,7 @@ from erniesearch.errors import UserError, nearest
 
 
 def export_checkpoint_command(argv: list[str]) -> int:
-    """``erniesearch export-checkpoint --config FILE --stage NAME --out DIR``."""
+    """``erniesearch export-checkpoint --config FILE --stage NAME --out DIR [--best]``."""
     parser = config_parser(
         "export-checkpoint", "Write student and teacher of a stage's newest whole checkpoint as"
         " safetensors folders. Needs no GPU and one process, whatever ZeRO stage and number of"
@@ -23,6 +23,11 @@ def export_checkpoint_command(argv: list[str]) -> int:
         "--out", type=str | None, default=None,
         help="Folder to write: student/ and teacher/ as in stages/NAME/model.",
     )  # fmt: skip
+    parser.add_argument(
+        "--best", action="store_true",
+        help="The checkpoint with the lowest validation loss (training.validation_split) instead of"
+        " the newest.",
+    )  # fmt: skip
     config, settings = parse_config(parser, argv)
     if settings.stage not in TRAINING_STAGES:
         hint = nearest(settings.stage, TRAINING_STAGES)
@@ -32,6 +37,6 @@ def export_checkpoint_command(argv: list[str]) -> int:
     name_accelerator()
     from erniesearch.training.model_folder import export_checkpoint
 
-    step = export_checkpoint(config, settings.stage, Path(settings.out))
+    step = export_checkpoint(config, settings.stage, Path(settings.out), settings.best)
     sys.stdout.write(f"{settings.out}: stage {settings.stage} after {step} updates\n")
     return 0

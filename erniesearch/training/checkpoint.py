@@ -5,6 +5,7 @@ checkpoints/step-000050.TOKEN.tmp/  being written, or left by a killed run; neve
 checkpoints/step-000050.damaged-1/  set aside, because it was not what its manifest says
 """
 
+import math
 import os
 import re
 import shutil
@@ -34,7 +35,7 @@ class Checkpointer:
     Args:
         engine: its checkpoint files are written by our :class:`CheckpointWriter` from now on.
         folder: the stage's ``checkpoints``.
-        keep: checkpoints that stay.
+        keep: newest checkpoints that stay.
         in_background: write in a thread; errors show at the next :meth:`save` or :meth:`wait`.
     """
 
@@ -52,8 +53,9 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], validation_loss: float | None = None) -> None:
         """Save after ``step`` updates, with ``state`` for :func:`load_checkpoint` to return.
+        Of the checkpoints measured, the one with the lowest ``validation_loss`` stays too.
 
         Raises:
             UserError: on every rank, if any rank could not write (a full disk); the older
@@ -70,10 +72,10 @@ class Checkpointer:
             client_state={"universal_checkpoint_info": {}, "erniesearch": state},
         )  # fmt: skip
         if not self.writer.in_background:
-            self._publish(step, aside)
+            self._publish(step, aside, validation_loss)
             return
         self._thread = threading.Thread(
-            target=self._publish_in_background, args=(step, aside), daemon=True
+            target=self._publish_in_background, args=(step, aside, validation_loss), daemon=True
         )
         self._thread.start()
 
@@ -90,20 +92,20 @@ class Checkpointer:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _publish_in_background(self, step: int, aside: Path) -> None:
+    def _publish_in_background(self, step: int, aside: Path, loss: float | None) -> None:
         try:
-            self._publish(step, aside)
+            self._publish(step, aside, loss)
         except BaseException as error:  # raised again by wait()
             self._failure = error
 
-    def _publish(self, step: int, aside: Path) -> None:
+    def _publish(self, step: int, aside: Path, loss: float | None) -> None:
         """Manifest, sync, rename: once every rank has written its part."""
         parts = distributed.gather_objects(self.writer.finish(), self._group)
         errors = [f"{error} (rank {rank})" for rank, (_, error) in enumerate(parts) if error]
         error = errors[0] if errors else None
         if distributed.is_main() and not error:
             files = {name: facts for part, _ in parts for name, facts in part.items()}
-            error = self._finish(step, aside, files)
+            error = self._finish(step, aside, files, loss)
         self._check(step, error, aside)
 
     def _make_room(self, aside: Path) -> str | None:
@@ -115,18 +117,23 @@ class Checkpointer:
             return f"{error.filename}: {error.strerror}"
         return None
 
-    def _finish(self, step: int, aside: Path, files: dict[str, FileFacts]) -> str | None:
+    def _finish(
+        self, step: int, aside: Path, files: dict[str, FileFacts], loss: float | None
+    ) -> str | None:
         try:
             for path in aside.rglob("*"):  # what DeepSpeed writes past the writer: offloaded states
                 name = str(path.relative_to(aside))
                 if path.is_file() and name not in files:
                     files[name] = FileFacts(path.stat().st_size, manifest.hash_file(path))
             stage = self.engine.zero_optimization_stage()
-            Manifest(step, distributed.world_size(), int(stage), files).write(aside)
+            Manifest(step, distributed.world_size(), int(stage), files, loss).write(aside)
             manifest.sync_folder(aside)
             os.rename(aside, self.folder / _name(step))
             manifest.sync_folder(self.folder)
+            best = find_best(self.folder)
             for old in find_checkpoints(self.folder)[: -self.keep]:
+                if old == best:
+                    continue
                 gone = old.with_name(f"{old.name}.tmp")
                 os.rename(old, gone)  # a kill half-way must not leave half a checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
@@ -156,6 +163,20 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
+
+
+def find_best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, the earliest of equals; None if none was
+    measured. Reads manifests only."""
+    losses: dict[Path, float] = {}
+    for checkpoint in find_checkpoints(folder):
+        try:
+            loss = manifest.read_manifest(checkpoint).validation_loss
+        except Damaged:
+            continue  # told when it is about to be loaded
+        if loss is not None and math.isfinite(loss):
+            losses[checkpoint] = loss
+    return min(losses, key=losses.__getitem__) if losses else None
 
 
 def step_of(checkpoint: Path) -> int:

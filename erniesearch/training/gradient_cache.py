@@ -51,15 +51,7 @@ def cached_backward(
         As :meth:`Objective.terms`, without graph.
     """
     chunks = list(model.chunks(batch, chunk_size))
-    leaves: Leaves = {}
-    attention = _Attention(model, batch) if model.weights.attention else None
-    with torch.no_grad():
-        for number, chunk in enumerate(chunks):
-            progress(f"chunk {number + 1} of {len(chunks)}, forward pass")
-            if chunk.kind != "masked":
-                _store(leaves, batch, chunk, forward(batch, chunk))
-            if attention and chunk.kind == "pair":
-                attention.add(chunk.rows, *_tokens(leaves))
+    leaves, attention = _run(model, forward, batch, chunks, progress)
     for (kind, _), parts in leaves.items():
         for part in parts:
             part.requires_grad_(kind != "pair" or model.objective.trains_teacher)
@@ -86,6 +78,37 @@ def cached_backward(
         terms = {"mlm": masked_lm} | terms
         terms["loss"] = terms.get("loss", 0) + model.weights.mlm * masked_lm
     return terms
+
+
+def chunked_outputs(
+    model: JointModel,
+    forward: Callable[[Batch, Chunk], tuple[Tensor, ...]],
+    batch: Batch,
+    chunk_size: int,
+) -> Outputs:
+    """What the models make of a batch, without gradient and without masked words."""
+    chunks = list(model.chunks(batch, chunk_size))
+    leaves, attention = _run(model, forward, batch, chunks, lambda _: None)
+    return _outputs(leaves, attention.term(*_tokens(leaves)) if attention else None)
+
+
+def _run(
+    model: JointModel,
+    forward: Callable[[Batch, Chunk], tuple[Tensor, ...]],
+    batch: Batch,
+    chunks: list[Chunk],
+    progress: Callable[[str], Any],
+) -> tuple[Leaves, "_Attention | None"]:
+    leaves: Leaves = {}
+    attention = _Attention(model, batch) if model.weights.attention else None
+    with torch.no_grad():
+        for number, chunk in enumerate(chunks):
+            progress(f"chunk {number + 1} of {len(chunks)}, forward pass")
+            if chunk.kind != "masked":
+                _store(leaves, batch, chunk, forward(batch, chunk))
+            if attention and chunk.kind == "pair":
+                attention.add(chunk.rows, *_tokens(leaves))
+    return leaves, attention
 
 
 def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...]) -> None:

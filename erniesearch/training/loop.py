@@ -28,6 +28,7 @@ from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.resume import find_resume, load_checkpoint
 from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
+from erniesearch.training.validation import Validation, is_validated
 from erniesearch.training.watchdog import Watchdog
 
 
@@ -85,7 +86,8 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
     guard = guards.NonFiniteGuard(
         folder, training.max_nonfinite, batches, data.pids, start_step, state.get("nonfinite", {})
     )
-    run_steps(config, name, engine, peaks, batches, guard, start_step, folder, device)
+    validation = Validation(config, name, data, batches) if is_validated(config, name) else None
+    run_steps(config, name, engine, peaks, batches, guard, validation, start_step, folder, device)
     save_model(engine, folder / "model", tokenizer)
     engine.destroy()
 
@@ -97,6 +99,7 @@ def run_steps(
     peaks: dict[str, float],
     batches: StepBatches,
     guard: guards.NonFiniteGuard,
+    validation: Validation | None,
     start_step: int,
     folder: Path,
     device: torch.device,
@@ -152,12 +155,21 @@ def run_steps(
                 began, logged, num_tokens = time.monotonic(), done, 0
             last = done == stage.steps
             stop = distributed.any_rank(preemption.requested(), device) and not last
-            if last or stop or (training.save_every and done % training.save_every == 0):
+            due = last or (training.save_every and done % training.save_every == 0)
+            if due or stop:
+                validation_loss = None
+                if validation and due and not stop:  # who asks for a stop is in a hurry
+                    watchdog.at(done, "validating")
+                    figures = validation.measure(engine, device)
+                    validation_loss = figures["loss"]
+                    if monitor:
+                        monitor.log_validation(done, figures)
                 watchdog.at(done, "saving a checkpoint")
                 if monitor:
                     monitor.sync()
                 accuracy = engine.module.objective.running_accuracy
-                checkpoints.save(done, {"running_accuracy": accuracy, "nonfinite": guard.state()})
+                state = {"running_accuracy": accuracy, "nonfinite": guard.state()}
+                checkpoints.save(done, state, validation_loss)
             if stop:
                 checkpoints.wait()
                 raise preemption.Preempted(f"stage {name} stopped after update {done}, saved")

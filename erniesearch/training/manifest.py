@@ -26,12 +26,14 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files."""
+    """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files, and its
+    validation loss if it was measured."""
 
     step: int
     world_size: int
     zero_stage: int
     files: dict[str, FileFacts]
+    validation_loss: float | None = None
 
     def write(self, checkpoint: Path) -> None:
         """Write ``manifest.json`` into the checkpoint's folder."""

@@ -16,8 +16,8 @@ from erniesearch import distributed, stages
 from erniesearch.config import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
-from erniesearch.training.checkpoint import newest_whole, step_of
-from erniesearch.training.manifest import sync_folder
+from erniesearch.training.checkpoint import find_best, newest_whole, step_of
+from erniesearch.training.manifest import Damaged, Manifest, sync_folder, verify
 from erniesearch.training.resume import quiet
 from erniesearch.training.stage import build_model
 
@@ -50,8 +50,9 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     return state
 
 
-def export_checkpoint(config: RunConfig, stage: str, out: Path) -> int:
-    """Write the model of a stage's newest whole checkpoint, as :func:`save_model` would have.
+def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = False) -> int:
+    """Write the model of a stage's newest whole checkpoint, or of the one with the lowest
+    validation loss, as :func:`save_model` would have.
 
     One process, no GPU, whatever ZeRO stage and number of ranks wrote the checkpoint. Frozen
     parameters, which no checkpoint needs, are those that the stage starts from.
@@ -66,7 +67,7 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path) -> int:
     folder = stages.RunFolder(config.run_dir).stage(stage) / "checkpoints"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name another folder or delete it")
-    found = newest_whole(folder, set_aside=False)
+    found = _best_whole(folder) if best else newest_whole(folder, set_aside=False)
     if found is None:
         raise UserError(f"{folder}: no checkpoint; train stage {stage} first")
     checkpoint, manifest = found
@@ -90,6 +91,19 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path) -> int:
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     _write_parts(model, parameters, out, tokenizer)
     return step_of(checkpoint)
+
+
+def _best_whole(folder: Path) -> tuple[Path, Manifest]:
+    checkpoint = find_best(folder)
+    if checkpoint is None:
+        raise UserError(
+            f"{folder}: no checkpoint has a validation loss; train with"
+            " training.validation_split, or leave --best out"
+        )
+    try:
+        return checkpoint, verify(checkpoint)
+    except Damaged as problem:
+        raise UserError(f"{checkpoint}: the best checkpoint is damaged: {problem}") from None
 
 
 def _state_without_zero(checkpoint: Path) -> dict[str, Tensor]:

@@ -18,13 +18,16 @@ class Monitor:
     """Rank 0's log of a stage; lines after ``start_step`` left by a killed run are dropped.
 
     ``metrics.jsonl`` has one line per logged update: step, every term, learning rates, gradient
-    norm; and under ``speed`` what depends on the machine.
+    norm; and under ``speed`` what depends on the machine. ``validation.jsonl`` has one line per
+    measured checkpoint.
     """
 
     def __init__(self, folder: Path, name: str, start_step: int, steps: int) -> None:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(self.path, start_step)
+        self.validation_path = folder / "validation.jsonl"
+        for path in (self.path, self.validation_path):
+            drop_lines_after(path, start_step)
         self.handle = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.console = Console(stderr=True)
@@ -75,6 +78,20 @@ class Monitor:
                 f"  {speed['tokens_per_second']:.0f} tokens/s  {left:.0f} s left",
                 highlight=False,
             )
+
+    def log_validation(self, step: int, figures: dict[str, float]) -> None:
+        """Write a checkpoint's figures on the validation split."""
+        shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        with self.validation_path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **shown}) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        for key, value in figures.items():
+            self.writer.add_scalar(f"validation/{key}", value, step)
+        self.console.print(
+            f"{self.name} {step}/{self.steps}  validation loss {figures['loss']:.4f}",
+            highlight=False,
+        )
 
 
 def drop_lines_after(path: Path, step: int) -> None:

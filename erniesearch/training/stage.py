@@ -15,7 +15,7 @@ from erniesearch.config import (
     training_stages,
 )
 from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
-from erniesearch.data.formats import RetrievalData, read_negatives
+from erniesearch.data.formats import RetrievalData, read_negatives, with_split
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
@@ -86,6 +86,8 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
                 f"{stages.given_negatives(config)}: names no query of the split"
                 f" {config.data.train_split}"
             )
+    if config.training.validation_split is not None:
+        with_split(data, config.data.path, config.training.validation_split)
     student = config.student
     teacher = base_teacher(config)
     tokenizer = load_tokenizer(student)

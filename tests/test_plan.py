@@ -8,13 +8,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_TERMS, ConfigMaker, write_model
+from conftest import ALL_TERMS, ConfigMaker, run_python, write_model
 
 from erniesearch import cli, distributed
 from erniesearch.config import LossWeights, RunConfig, to_yaml
@@ -190,6 +190,7 @@ def test_traffic_of_two_ranks() -> None:
     assert gathered_weights(LAYOUT, zero(3), 2) == 10 + 5
     assert engine_traffic(LAYOUT, zero(3), 2, 4, 1) == {
         "gradients (reduce-scatter)": 4 * 17 // 2, "weights (all-gather)": 4 * 15 // 2,
+        "updated weights (all-gather)": 4 * 7 // 2,
     }  # fmt: skip
     twice = engine_traffic(LAYOUT, zero(3, reuse_distance=10), 2, 4, 1)
     assert twice["weights (all-gather)"] == 4 * 15
@@ -283,9 +284,9 @@ def test_the_largest_batch_of_a_stage(make_config: ConfigMaker) -> None:
 
 
 def test_what_helps_is_named_and_helps(make_config: ConfigMaker) -> None:
-    config = make_config(queries_per_rank=32, dropout=0.0)
-    planner = Planner(config, Machine(gpu_memory=1.03, headroom=1.0))
-    plan = planner.stage("cascade", 256)
+    config = make_config(queries_per_rank=16, dropout=0.0, zero_stage=0)
+    planner = Planner(config, Machine(gpu_memory=1.008, headroom=1.0))
+    plan = planner.stage("cascade", 64)
     assert not plan.fits
     settings = {change.setting: change for change in plan.changes}
     for key in ("activation_checkpointing", "chunk_size", "ring", "all of"):
@@ -384,6 +385,34 @@ def test_the_planned_peak_is_the_measured_one(larger: Callable[..., RunConfig]) 
     planned, measured = compare(config, "post_train", 1, 48)
     assert planned.peak > 200 << 20
     assert planned.peak == pytest.approx(measured.own, rel=0.15)
+
+
+@pytest.mark.distributed
+def test_planned_bytes_are_those_that_two_ranks_send(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    configs = [make_config(zero_stage=number, accumulation_steps=2) for number in range(4)]
+    configs.append(make_config(zero_stage=1, late_interaction_exchange="ring"))
+    job, out = tmp_path / "job.json", tmp_path / "sent.json"
+    job.write_text(json.dumps([asdict(config) for config in configs]))
+    status, output = run_python(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0", str(Path(__file__).with_name("wire_worker.py")), str(job),
+        str(out),
+    )  # fmt: skip
+    assert status == 0, output[-3000:]
+    for config, sent in zip(configs, json.loads(out.read_text()), strict=True):
+        tracer = StageTracer(config, "cascade", "cpu", False)
+        steps = tracer.stage.accumulation_steps
+        planned = dict(tracer.run(2, config.stages.cascade.queries_per_rank).sent)
+        for name, number in engine_traffic(tracer.layout, tracer.zero, 2, 4, steps).items():
+            kind = next(k for k in ("all_reduce", "reduce_scatter", "all_gather")
+                        if k.replace("_", "-") in name)  # fmt: skip
+            planned[kind] = planned.get(kind, 0) + number
+        assert planned.keys() == sent.keys()
+        for kind, number in planned.items():
+            # Padding of shards, norms and flags are a few bytes besides.
+            assert number == pytest.approx(sent[kind], rel=0.02, abs=200), (config.training, kind)
 
 
 SIX = {

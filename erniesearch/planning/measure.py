@@ -120,13 +120,15 @@ def main(job_file: str) -> None:
         _warm_up(config.training, device)
         gc.collect()
         base = _resident() if device.type == "cpu" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         model, tokenizer = assemble_model(config, name, config.student, base_teacher(config))
     if config.training.activation_checkpointing:
         model.enable_activation_checkpointing()
     engine, _ = build_engine(model, config.training, stage, num_queries, device)
     engine.train()
     updates = UPDATES.get(zero_section(config.training).get("stage", 0), 2)
-    batches = _batches(config, name, num_queries, tokenizer)
+    batches = full_batches(config, name, num_queries, tokenizer)
     seconds = 0.0
     for _ in range(updates):
         began = monotonic()
@@ -139,7 +141,8 @@ def main(job_file: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> Iterator[Any]:
+def full_batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> Iterator[Any]:
+    """Batches as planned, micro-step after micro-step, without end."""
     from erniesearch.planning.batch import full_batch
 
     stage: StageConfig = getattr(config.stages, name)

@@ -141,8 +141,7 @@ def resident(layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool) -> d
         return {"weights": width * (part * ranks + frozen), "master weights": 4 * part,
                 "Adam": 8 * part}  # fmt: skip
     part = sum(layout.shards(ranks))
-    parameters = [m for group in layout.groups for m in group] + list(layout.frozen)
-    small = sum(m for m in parameters if m <= zero.persistence) if ranks > 1 else 0
+    small = persistent_weights(layout, zero, ranks)
     return {
         "weights": width * (part + sum(-(-m // ranks) for m in layout.frozen) + small),
         "master weights": 4 * part,
@@ -150,6 +149,14 @@ def resident(layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool) -> d
         "gradients": width * part,
         "reduction bucket": width * (zero.reduce_bucket if gpu else min(zero.reduce_bucket, n)),
     }
+
+
+def persistent_weights(layout: Layout, zero: Zero, ranks: int) -> int:
+    """Elements of the parameters that ZeRO-3 leaves whole on every rank besides their shards."""
+    if zero.stage < 3 or ranks == 1:
+        return 0
+    parameters = [m for group in layout.groups for m in group] + list(layout.frozen)
+    return sum(m for m in parameters if m <= zero.persistence)
 
 
 def gathered_weights(layout: Layout, zero: Zero, ranks: int) -> int:
@@ -181,6 +188,8 @@ def engine_traffic(
         numel = gathered_weights(layout, zero, ranks)
         times = accumulation_steps * (1 if 2 * numel <= zero.reuse_distance else 2)
         sent["weights (all-gather)"] = times * bytes_sent("all_gather", width * numel, ranks)
+        updated = width * persistent_weights(layout, zero, ranks)
+        sent["updated weights (all-gather)"] = bytes_sent("all_gather", updated, ranks)
     return sent
 
 

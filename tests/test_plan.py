@@ -308,17 +308,18 @@ def test_neither_data_nor_weights_are_needed(
 ) -> None:  # fmt: skip
     bare = shutil.copytree(tiny_model, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    config = make_config(path=str(bare))
+    config = make_config(path=str(bare), weights=DE, zero_stage=0)
     config = replace(config, data=replace(config.data, path=str(tmp_path / "nowhere")))
     out = tmp_path / "plan.json"
-    status = run(config, tmp_path, "--gpus", "1,1024", "--gpu-memory", "4", "--json", str(out))
+    status = run(config, tmp_path, "--gpus", "1,1024", "--gpu-memory", "3.02", "--json", str(out))
     assert status == 0
     assert "1024" in capsys.readouterr().out
     content = json.loads(out.read_text())
     few, many = content["stages"]
     assert [few["ranks"], many["ranks"]] == [1, 1024]
-    assert few["sent"] == {"gradients (all-reduce)": 0, "updated weights (all-gather)": 0}
-    assert many["resident"]["Adam"] < few["resident"]["Adam"]
+    assert few["sent"] == {"gradients (all-reduce)": 0}
+    assert many["sent"]["gradients (all-reduce)"] > 0
+    assert many["largest"] < few["largest"]
     assert many["seconds_sending"] > 0
     assert few["peak"] == sum(few["resident"].values()) + max(few["phases"].values())
 
@@ -326,8 +327,8 @@ def test_neither_data_nor_weights_are_needed(
 def test_ranks_that_cannot_share_a_batch_are_named(
     make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--gpus", "1,2,16", "--stages.cascade.batch_size", "8", "--gpu-memory", "4"]
-    assert run(make_config(weights=DE), tmp_path, *options) == 0
+    options = ["--gpus", "1,2,16", "--stages.cascade.batch_size", "8", "--gpu-memory", "3.02"]
+    assert run(make_config(weights=DE, zero_stage=0), tmp_path, *options) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "cascade: 16 ranks cannot share stages.cascade.batch_size equally." in output
 

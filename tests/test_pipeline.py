@@ -14,6 +14,7 @@ import pytest
 from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start
 
 from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.distributed import free_port
 from erniesearch.stages import RunFolder
 
 pytestmark = pytest.mark.distributed
@@ -134,7 +135,7 @@ def test_every_launcher_starts_the_same_training(make_config: ConfigMaker, tmp_p
     two = ("--stages.cascade.queries_per_rank", "2")
     launchers = {
         "deepspeed": ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port",
-                      "29731", *arguments, *two),
+                      str(free_port()), *arguments, *two),
         "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node=2",
                      "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *arguments, *two),
         "plain": arguments,

@@ -30,6 +30,7 @@ def test_memory_tables_come_from_the_json(readme: str) -> None:
         for number, pair in facts[key].items():
             one, other = (f"{figures['mib']:,.0f}" for figures in pair.values())
             assert f"| {number} | {one} | {other} |" in text
+    assert f"{facts['pretrained']['mib']:,.0f} MiB" in text
 
 
 def test_every_linked_file_exists() -> None:

@@ -163,12 +163,15 @@ class Planner:
         limit = self.machine.limit()
         stage: StageConfig = getattr(self.config.stages, name)
         if largest:
-            steps = stage.accumulation_steps * -(-queries // largest)
+            # The fewest parts that fit and divide the batch: an update's queries stay the same.
+            parts = next(n for n in range(-(-queries // largest), queries + 1) if not queries % n)
+            fewer = queries // parts
             key = "queries_per_rank" if stage.batch_size is None else "batch_size"
-            value = largest if stage.batch_size is None else largest * ranks
+            value = fewer if stage.batch_size is None else fewer * ranks
+            steps = stage.accumulation_steps * parts
             yield Change(
                 f"stages.{name}.{key}: {value} with accumulation_steps: {steps}",
-                self.estimator(name)(ranks, largest).peak, True,
+                self.estimator(name)(ranks, fewer).peak, True,
                 "fewer cross-batch negatives: they come from one micro-step",
             )  # fmt: skip
         everything, small_bucket, helping = self.config, False, 0

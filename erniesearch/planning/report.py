@@ -22,7 +22,7 @@ def show(console: Console, plans: list[StagePlan], machine: Machine) -> None:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title="GiB and seconds per rank and update",
+        title="GiB and milliseconds per rank and update",
     )
     for title in ("stage", "GPUs", "batch", "states", "step", "peak", "fits", "most", "sent",
                   "compute", "send"):  # fmt: skip
@@ -32,13 +32,13 @@ def show(console: Console, plans: list[StagePlan], machine: Machine) -> None:
         table.add_row(
             plan.stage, str(plan.ranks), str(plan.queries), gib(sum(plan.resident.values())),
             gib(max(plan.phases.values())), gib(plan.peak), "yes" if plan.fits else "no",
-            largest, gib(sum(plan.sent.values())), f"{plan.seconds_computing:.2g}",
-            f"{plan.seconds_sending:.2g}",
+            largest, gib(sum(plan.sent.values())), f"{1e3 * plan.seconds_computing:.3g}",
+            f"{1e3 * plan.seconds_sending:.3g}",
         )  # fmt: skip
     console.print(table)
     console.print(
         "states stay between updates, step comes on top while one is made. batch and most are"
-        " queries per rank and micro-step, as planned and as fit. compute and send are seconds."
+        " queries per rank and micro-step, as planned and as fit. compute and send are milliseconds."
         f" A rank may use {gib(machine.limit())} GiB: {machine.gpu_memory:g} of a GPU less"
         f" {machine.headroom:g} for CUDA, NCCL and the allocator. All texts are counted at their"
         " full length. Times are an estimate:"

@@ -38,7 +38,7 @@ def show(console: Console, plans: list[StagePlan], machine: Machine) -> None:
     console.print(table)
     console.print(
         "states stay between updates, step comes on top while one is made. batch and most are"
-        " queries per rank and micro-step, as planned and as fit. compute and send are milliseconds."
+        " queries per rank and micro-step, as planned, as fit; compute and send are milliseconds."
         f" A rank may use {gib(machine.limit())} GiB: {machine.gpu_memory:g} of a GPU less"
         f" {machine.headroom:g} for CUDA, NCCL and the allocator. All texts are counted at their"
         " full length. Times are an estimate:"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from erniesearch import distributed
 from erniesearch.config import RunConfig, from_dict
@@ -94,3 +95,5 @@ if __name__ == "__main__":
         measure_update(from_dict(RunConfig, json.loads(Path(sys.argv[2]).read_text())))
     else:
         measure_exchange(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))  # type: ignore[arg-type]
+    # Left to the end of the process, gloo's threads may end it by an abort.
+    dist.destroy_process_group()

@@ -5,6 +5,7 @@ Every rank knows every rank's tensors, so each can compute what one process woul
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from erniesearch import distributed
@@ -85,3 +86,4 @@ if __name__ == "__main__":
     check("eager", torch.float32, 1e-6)
     check("torch", torch.bfloat16, 1e-2)
     sys.stdout.write("as one process\n")
+    dist.destroy_process_group()

@@ -72,13 +72,14 @@ def show_measured(console: Console, rows: list[tuple[str, int, int, Trace, Measu
         pad_edge=False,
         title="GiB of the rank that needs most",
     )
-    for title in ("stage", "ranks", "queries", "planned", "measured", "ratio", "process before",
-                  "total planned", "total measured"):  # fmt: skip
+    for title in ("stage", "ranks", "batch", "planned", "measured", "ratio", "before"):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, ranks, queries, trace, measured in rows:
         table.add_row(
             stage, str(ranks), str(queries), gib(trace.peak), gib(measured.own),
             f"{trace.peak / measured.own:.2f}", gib(measured.base),
-            gib(trace.peak + measured.base), gib(measured.peak),
         )  # fmt: skip
     console.print(table)
+    console.print(
+        "before is what the process held before the model; the other figures come on top."
+    )

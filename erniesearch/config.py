@@ -5,7 +5,7 @@ The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -233,7 +233,11 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Clip the gradient's global norm; 0 switches clipping off."""
     log_every: int = 1
-    """Updates between two lines in metrics.jsonl and TensorBoard."""
+    """Updates between two lines in metrics.jsonl and the trackers."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where the figures are shown besides metrics.jsonl; each needs the package of its name."""
     save_every: int = 50
     """Updates between two checkpoints; 0 saves none before the end of the stage."""
     keep_checkpoints: int = 2

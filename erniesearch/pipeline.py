@@ -25,6 +25,7 @@ from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
 from erniesearch.training.process import hold_lock
 from erniesearch.training.stage import check_inputs
+from erniesearch.training.trackers import check_trackers
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine", "cascade",
          "export", "evaluate")  # fmt: skip
@@ -59,6 +60,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
     check_inputs(config, data)
     if any(name in TRAINING_STAGES for name in names):
+        check_trackers(config.training.trackers)
         open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)

@@ -196,7 +196,7 @@ def queries_per_rank(config: RunConfig, stage: str, world_size: int) -> int:
 # One partitioning of parameters each: a stage continues after a change within a row.
 ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
-    "log_every", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
+    "log_every", "trackers", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
     "activation_checkpointing", "validation_split", "validation_queries", "kernels",
     "late_interaction_exchange",

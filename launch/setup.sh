@@ -2,7 +2,7 @@
 # The set-up that quickstart.sh and test.sh share: .venv with pinned packages and the MiniLM weights.
 # Usage: source launch/setup.sh [dev]
 # FAISS comes for the GPU where nvidia-smi lists one, else for the CPU (never both: one module).
-# PYTHON names the interpreter (3.11 or newer). TORCH_INDEX_URL, if set, is where torch comes from
+# PYTHON names the interpreter (3.11 or newer). TORCH_INDEX_URL, if set, is where torch alone comes from
 # (PyTorch's own index has builds without CUDA, several gigabytes smaller).
 set -euo pipefail
 extras=cpu

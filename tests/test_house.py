@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_imports_point_down() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "imports point down KEPT" in result.stdout
+
+
+def test_design_lists_the_layers_that_are_checked() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    checked = [layer.replace("erniesearch.", "") for layer in contract["layers"]]
+    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    listed = design.split("**Imports point down**", 1)[1].split("```")[1]
+    assert listed.split("\n")[1:-1] == checked
 
 
 def imported(path: Path) -> set[str]:

@@ -16,7 +16,7 @@ from erniesearch.retrieval.system import SearchSystem
 from erniesearch.serve.app import create_app
 
 playwright = pytest.importorskip(
-    "playwright.sync_api", reason="no playwright: pip install 'erniesearch[browser]'"
+    "playwright.sync_api", reason="no playwright: pip install playwright"
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)

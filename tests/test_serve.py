@@ -349,6 +349,5 @@ def test_a_package_that_is_missing_is_named(run_dir: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == (
-        "erniesearch: error: the package uvicorn is not installed:"
-        " pip install 'erniesearch[serve]'\n"
+        "erniesearch: error: the package uvicorn is not installed: pip install fastapi uvicorn\n"
     )

@@ -20,14 +20,14 @@ pytestmark = pytest.mark.distributed
 STEPS, EVERY = 12, 2
 
 
-def train(config: RunConfig, root: Path, world_size: int = 1) -> Path:
+def train(config: RunConfig, root: Path, world_size: int = 1, **environment: str) -> Path:
     """Returns the stage's folder."""
     file = root / f"{Path(config.run_dir).name}.json"
     file.write_text(json.dumps([("cascade", asdict(config))]))
     worker = str(ROOT / "tests" / "distributed_worker.py")
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"]
     launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    status, output = run_python(*launcher, worker, str(file))
+    status, output = run_python(*launcher, worker, str(file), **environment)
     assert status == 0, output[-4000:]
     return RunFolder(config.run_dir).stage("cascade")
 

@@ -44,7 +44,7 @@ def serve_command(argv: list[str]) -> int:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise UserError(
-            f"the package {error.name} is not installed: pip install 'erniesearch[serve]'"
+            f"the package {error.name} is not installed: pip install fastapi uvicorn"
         ) from None
     serve(
         lambda: SearchSystem.from_run(settings.run, settings.cross_encoder_depth != 0),

@@ -69,8 +69,7 @@ def check_analyzer(stemmer: str | None, tokenizer: Tokenizer) -> None:
             importlib.import_module("rjieba")
         except ImportError:
             raise UserError(
-                "evaluation.bm25_tokenizer: jieba needs the package rjieba: pip install"
-                " 'erniesearch[zh]'"
+                "evaluation.bm25_tokenizer: jieba needs the package rjieba: pip install rjieba"
             ) from None
 
 

@@ -32,7 +32,9 @@ def require_onnx() -> None:
     """Raises UserError where the packages are missing."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--onnx: {name} is not installed: pip install 'erniesearch[onnx]'")
+            raise UserError(
+                f"--onnx: {name} is not installed: pip install onnx onnxruntime onnxscript"
+            )
 
 
 def export_onnx(folder: Path) -> float:

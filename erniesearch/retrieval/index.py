@@ -208,12 +208,12 @@ def faiss_call(work: Callable[[], Result], what: str) -> Result:
 def require_faiss() -> None:
     """Raises: UserError: if FAISS is not installed."""
     if faiss is None:
-        raise UserError("FAISS is not installed: pip install 'erniesearch[cpu]' (or [gpu])")
+        raise UserError("FAISS is not installed: pip install faiss-cpu (or faiss-gpu)")
 
 
 def require_gpu() -> None:
     """Raises: UserError: if FAISS was built without GPUs, or there is none."""
     require_faiss()
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        raise UserError("--gpu: this FAISS has no GPU: pip install 'erniesearch[gpu]' on a machine"
-                        " with one, or leave it out")  # fmt: skip
+        raise UserError("--gpu: this FAISS has no GPU: on a machine with one, put faiss-gpu in the"
+                        " place of faiss-cpu; or leave it out")  # fmt: skip

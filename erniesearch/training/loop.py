@@ -28,6 +28,7 @@ from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.resume import find_resume, load_checkpoint
 from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
+from erniesearch.training.trackers import open_trackers
 from erniesearch.training.validation import Validation, is_validated
 from erniesearch.training.watchdog import Watchdog
 
@@ -111,7 +112,11 @@ def run_steps(
     loader = iter(
         DataLoader(Subset(batches, todo), batch_size=None, num_workers=training.num_workers)
     )
-    monitor = Monitor(folder, name, start_step, stage.steps) if distributed.is_main() else None
+    monitor = (
+        Monitor(folder, name, start_step, stage.steps, open_trackers(config, folder, start_step))
+        if distributed.is_main()
+        else None
+    )
     names = [key for key, weight in asdict(stage.weights).items() if weight]
     watch = guards.TermWatch(names, config.objective.competence_gate)
     checkpoints = Checkpointer(

@@ -1,14 +1,15 @@
-"""What a user sees of a training: progress, metrics.jsonl, TensorBoard."""
+"""What a user sees of a training: progress, metrics.jsonl, and trackers such as TensorBoard."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from erniesearch.progress import SECONDS_BETWEEN_LINES, progress_bar
 from erniesearch.stages import write_atomically
@@ -19,17 +20,24 @@ class Monitor:
 
     ``metrics.jsonl`` has one line per logged update: step, every term, learning rates, gradient
     norm; and under ``speed`` what depends on the machine. ``validation.jsonl`` has one line per
-    measured checkpoint.
+    measured checkpoint. The same figures go to ``trackers``, which are finished at the end.
     """
 
-    def __init__(self, folder: Path, name: str, start_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        start_step: int,
+        steps: int,
+        trackers: Sequence[GeneralTracker],
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.validation_path = folder / "validation.jsonl"
         for path in (self.path, self.validation_path):
             drop_lines_after(path, start_step)
         self.handle = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.trackers = trackers
         self.console = Console(stderr=True)
         self.name, self.steps, self.start_step = name, steps, start_step
         self.started = self.printed = time.monotonic()
@@ -48,7 +56,8 @@ class Monitor:
     ) -> None:
         self.progress.stop()
         self.handle.close()
-        self.writer.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def sync(self) -> None:
         """Bring what is logged to the disk: a checkpoint must not be ahead of its log."""
@@ -63,9 +72,7 @@ class Monitor:
         line = {"step": step, **shown, "learning_rate": rates, "speed": speed}
         self.handle.write(json.dumps(line) + "\n")
         self.handle.flush()
-        for prefix, values in (("loss", terms), ("learning_rate", rates), ("speed", speed)):
-            for key, value in values.items():
-                self.writer.add_scalar(f"{prefix}/{key}", value, step)
+        self._track(step, {"loss": terms, "learning_rate": rates, "speed": speed})
         note = f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
         self.progress.update(self.task, completed=step, note=note)
         now = time.monotonic()
@@ -86,12 +93,16 @@ class Monitor:
             handle.write(json.dumps({"step": step, **shown}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-        for key, value in figures.items():
-            self.writer.add_scalar(f"validation/{key}", value, step)
+        self._track(step, {"validation": figures})
         self.console.print(
             f"{self.name} {step}/{self.steps}  validation loss {figures['loss']:.4f}",
             highlight=False,
         )
+
+    def _track(self, step: int, groups: dict[str, dict[str, float]]) -> None:
+        tagged = {f"{g}/{key}": value for g, part in groups.items() for key, value in part.items()}
+        for tracker in self.trackers:
+            tracker.log(tagged, step=step)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

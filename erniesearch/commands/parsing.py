@@ -19,8 +19,11 @@ def config_parser(command: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"erniesearch {command}", description=description, exit_on_error=False
     )
-    parser.add_argument("--config", action=ActionConfigFile,
-                        help="YAML file of the run, or the name of a shipped one (quickstart).")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of the run, or the name of a shipped one (quickstart).",
+    )
     return parser
 
 
@@ -45,7 +48,8 @@ def parse_config(
             key = arg[2:].split("=")[0]
             raise UserError(f"unknown option '--{key}'{nearest(key, known)}")
     if not {"-h", "--help", "--config", "--run_dir"} & {arg.split("=")[0] for arg in argv}:
-        raise UserError(f"no configuration: give --config FILE, or a shipped one's name: {', '.join(config_names())}")
+        names = ", ".join(config_names())
+        raise UserError(f"no configuration: give --config FILE, or a shipped one's name: {names}")
     settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import deepspeed

@@ -30,9 +30,11 @@ commands:
   data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
   data check           lengths, copies, judgements and splits of a data set
   data pydocs          write the embedded docstring corpus in BEIR layout
+  init config NAME     a copy of a shipped configuration, to be edited
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
+CONFIG is a YAML file, or the name of a shipped one (quickstart).
 `erniesearch COMMAND --help` explains every option; --version prints the version.
 """
 
@@ -44,7 +46,7 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 75 for
     a training that stopped on request and can be continued."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not argv or argv[0] in ("-h", "--help"):
@@ -88,9 +90,20 @@ COMMANDS = {
     "data import": "data:import_command",
     "data check": "data:check_command",
     "data pydocs": "data:pydocs_command",
+    "init config": "init:config_command",
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",
 }
+
+
+def _drop_local_rank(argv: list[str]) -> list[str]:
+    """Without ``--local_rank``, which launchers add, in front of a module's command too;
+    LOCAL_RANK says the same."""
+    for flag in ("--local_rank", "--local-rank"):
+        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    return argv
 
 
 def _tell(error: Exception) -> None:

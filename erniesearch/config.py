@@ -227,7 +227,8 @@ class TrainingConfig:
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; null means 1, or the stage in zero_json."""
     zero_json: str | None = None
-    """JSON file with a `zero_optimization` section only, see configs/deepspeed/."""
+    """JSON file with a `zero_optimization` section only, or the name of a shipped one: zero0 to
+    zero3."""
     weight_decay: float = 0.01
     """AdamW's weight decay; biases and LayerNorm have none."""
     max_grad_norm: float = 1.0

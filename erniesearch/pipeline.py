@@ -4,7 +4,6 @@ are unchanged; then export, index, evaluate, report."""
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from erniesearch import __version__, launcher, stages, steps
+from erniesearch import __version__, installation, launcher, stages, steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import RetrievalData, load_beir, with_split
@@ -149,12 +148,8 @@ def planned(config: RunConfig) -> list[str]:
 def _write_record(config: RunConfig, root: Path) -> None:
     """Resolved config, versions and commit into the run folder."""
     stages.write_atomically(root / "config.yaml", to_yaml(config))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
     versions = {
-        "erniesearch": __version__, "commit": commit.stdout.strip() or None,
+        "erniesearch": __version__, "commit": installation.commit(),
         "python": platform.python_version(), "torch": torch.__version__,
         "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
     }  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any
 
 from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig, StageConfig
 from erniesearch.errors import UserError
+from erniesearch.installation import zero_file
 
 STUDENT_CHAIN = {
     "post_train": (),
@@ -233,7 +234,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         training = _decisive(asdict(config.training))
         training["zero_stage"] = ZERO_FAMILY[config.training.zero_stage]
         if config.training.zero_json:
-            training["zero_json"] = hash_files([Path(config.training.zero_json)])
+            training["zero_json"] = hash_files([zero_file(config.training.zero_json)])
         settings["training"] = training
     settings["upstream"] = [
         fingerprint(config, name, world_size) for name in upstream(config, stage)

@@ -145,11 +145,17 @@ def test_value_that_yaml_cannot_read_is_refused(value: str, tmp_path: Path) -> N
         parse("--config", str(file))
 
 
-def test_launchers_rank_argument_is_ignored(tmp_path: Path) -> None:
+def test_launchers_rank_argument_is_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
-    given = ("--local_rank=1", "--local-rank=1", "--local_rank", "1", "--config", str(file))
-    assert parse(*given) == DEFAULT
+    own = ("train", "--config", str(file), "--print_config")
+    for given in (own, ("--local_rank=1", *own), (*own, "--local-rank=1", "--local_rank", "1")):
+        with pytest.raises(SystemExit) as stop:
+            main(list(given))
+        assert stop.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["run_dir"] == "runs/x"
 
 
 def test_from_dict_is_the_inverse_of_asdict() -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import drop_local_rank, name_accelerator, require_positive
+from erniesearch.commands.parsing import name_accelerator, require_positive
 
 
 def encode_command(argv: list[str]) -> int:
@@ -62,7 +62,7 @@ def encode_command(argv: list[str]) -> int:
         "--pooling", type=Literal["cls", "mean"] | None, default=None,
         help="For encoders whose folder does not say it.",
     )  # fmt: skip
-    settings = parser.parse_args(drop_local_rank(argv)).as_dict()
+    settings = parser.parse_args(argv).as_dict()
     require_positive(settings, "batch_size", "shard_size", "max_length")
     name_accelerator()
     from erniesearch.retrieval.encode_shards import encode_collection

@@ -1,4 +1,4 @@
-"""``init …``: models to start from where there are no pretrained ones."""
+"""``init …``: configurations, and models where there are no pretrained ones, to start from."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,30 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from erniesearch.commands.parsing import name_accelerator
+from erniesearch.errors import UserError
+from erniesearch.installation import config_names, shipped_config
+
+
+def config_command(argv: list[str]) -> int:
+    """``erniesearch init config NAME --out FILE``."""
+    names = ", ".join(config_names())
+    parser = ArgumentParser(
+        prog="erniesearch init config", exit_on_error=False,
+        description=f"Copy a configuration that comes with the package, to be edited: {names}.",
+    )  # fmt: skip
+    parser.add_argument("name", type=str, help=f"One of {names}.")
+    parser.add_argument("--out", type=str, required=True, help="File to write; must not exist.")
+    settings = parser.parse_args(argv)
+    source, out = shipped_config(settings.name), Path(settings.out)
+    try:
+        with out.open("x", encoding="utf-8") as handle:
+            handle.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"--out {out}: is there already") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    sys.stdout.write(f"{out}: a copy of {settings.name}; set run_dir, data.path, student.path\n")
+    return 0
 
 
 def encoder_command(argv: list[str]) -> int:

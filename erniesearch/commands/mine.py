@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import drop_local_rank, name_accelerator, require_positive
+from erniesearch.commands.parsing import name_accelerator, require_positive
 from erniesearch.config import MineConfig
 from erniesearch.errors import UserError
 
@@ -52,7 +52,7 @@ def mine_command(argv: list[str]) -> int:
         "--gpu", type=bool, default=False, help="Search on all GPUs (start one process)."
     )
     parser.add_argument("--seed", type=int, default=42, help="Draws max_queries.")
-    options = parser.parse_args(drop_local_rank(argv)).as_dict()
+    options = parser.parse_args(argv).as_dict()
     require_positive(
         options, "depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search"
     )

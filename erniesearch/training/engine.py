@@ -3,7 +3,6 @@
 import json
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,6 +10,7 @@ import torch
 
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
+from erniesearch.installation import zero_file
 from erniesearch.models.joint import JointModel
 
 # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a minute, and
@@ -36,7 +36,7 @@ def zero_section(training: TrainingConfig) -> dict[str, Any]:
     """
     if training.zero_json is None:
         return {"stage": 1 if training.zero_stage is None else training.zero_stage}
-    path = Path(training.zero_json)
+    path = zero_file(training.zero_json)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

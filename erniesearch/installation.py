@@ -1,0 +1,69 @@
+"""What this copy of the package brings along: configurations by name, and the commit it is at."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from erniesearch.errors import UserError, nearest
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def configs() -> Path:
+    """Folder of the shipped configurations: in the package in a wheel, beside it in a checkout."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """What the shipped configurations are called: ``quickstart``, ``msmarco/en``, …"""
+    files = configs().rglob("*.yaml")
+    return sorted(file.relative_to(configs()).with_suffix("").as_posix() for file in files)
+
+
+def shipped_config(name: str) -> Path:
+    """The file of a shipped configuration.
+
+    Raises:
+        UserError: if there is none of that name; names them all.
+    """
+    names = config_names()
+    if name not in names:
+        raise UserError(
+            f"{name}: no such config file{nearest(name, names)}; shipped under a name are"
+            f" {', '.join(names)}"
+        )
+    return configs() / f"{name}.yaml"
+
+
+def config_file(given: str) -> Path:
+    """A run's YAML file by path, or, where no such file is, a shipped one by name.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    path = Path(given)
+    if path.is_file() or (path.exists() and given not in config_names()):
+        return path
+    return shipped_config(given)
+
+
+def zero_file(given: str) -> Path:
+    """``training.zero_json`` by path, or, where no such file is, a shipped one by name (zero2)."""
+    path, shipped = Path(given), configs() / "deepspeed" / f"{given}.json"
+    return shipped if not path.is_file() and shipped.is_file() else path
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is part of; None for an installed wheel, even
+    one inside another project's repository, and where there is no git."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists() or not (root / "pyproject.toml").is_file():
+        return None
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(
+        ["git", "--git-dir", str(root / ".git"), "rev-parse", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return result.stdout.strip() or None

@@ -38,7 +38,7 @@ def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
 
 
 def orphans(run_dir: Path) -> list[int]:
-    """Processes whose command line names the run folder."""
+    """Processes of a run's steps: their command lines name its folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -46,7 +46,7 @@ def orphans(run_dir: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"train" in command and str(run_dir).encode() in command:
+            if f"{run_dir}/config.yaml".encode() in command:
                 found.append(int(entry.name))
     return found
 

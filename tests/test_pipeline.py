@@ -177,7 +177,8 @@ def test_step_ends_with_its_pipeline(
     data = write_beir(tmp_path / "data", num_passages=20_000, num_queries=20_000)
     run_dir = tmp_path / "run"
     file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(make_config(run_dir=run_dir, negatives="bm25", path=str(data))))
+    config = make_config(run_dir=run_dir, negatives="bm25")
+    file.write_text(to_yaml(replace(config, data=replace(config.data, path=str(data)))))
     step = RunFolder(run_dir).stage("bm25")
     process = start("-m", "erniesearch.cli", "run", str(file), "--only", "bm25")
     deadline = time.monotonic() + 100

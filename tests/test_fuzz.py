@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -57,9 +56,10 @@ def _process_state() -> Iterator[None]:
 def first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of training, a stage makes its first batch; other steps do nothing."""
 
-    def step(config: RunConfig, name: str, folder: object, data: Any, *_: object) -> None:
+    def step(config: RunConfig, name: str, *_: object) -> None:
         # A batch of millions of queries is no mistake in itself.
         if name in TRAINING_STAGES and getattr(config.stages, name).queries_per_rank < 1000:
+            data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
             build_batches(config, name, data, load_tokenizer(config.student))[0]
 
     monkeypatch.setattr(pipeline, "_run_step", step)

@@ -11,10 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start
+from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start, write_beir
 
+from erniesearch import pipeline, stages
 from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.distributed import free_port
+from erniesearch.launcher import StageFailed, num_processes
+from erniesearch.models.backbone import load_tokenizer
+from erniesearch.models.cross_encoder import CrossEncoder
+from erniesearch.models.encoder import StudentEncoder
+from erniesearch.retrieval.encode import Retriever
 from erniesearch.stages import RunFolder
 
 pytestmark = pytest.mark.distributed
@@ -24,7 +30,7 @@ def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
     """Every stage, few steps."""
     config = make_config(run_dir=run_dir, save_every=20, num_processes=2)
     small = StageConfig(steps=4, queries_per_rank=2, num_negatives=2)
-    stages = replace(
+    settings = replace(
         config.stages,
         post_train=replace(small, num_negatives=0, weights=LossWeights(mlm=1.0, de=1.0, li=1.0)),
         contrastive=replace(small, weights=LossWeights(de=1.0)),
@@ -34,11 +40,11 @@ def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
         # Long enough to be caught in the middle.
         cascade=replace(small, steps=80, negatives="mined", weights=ALL_TERMS),
     )
-    return replace(config, stages=stages)
+    return replace(config, stages=settings)
 
 
 def orphans(run_dir: Path) -> list[int]:
-    """Processes whose command line names the run folder."""
+    """Processes of a run's steps: their command lines name its folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -46,7 +52,7 @@ def orphans(run_dir: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"train" in command and str(run_dir).encode() in command:
+            if f"{run_dir}/config.yaml".encode() in command:
                 found.append(int(entry.name))
     return found
 
@@ -106,9 +112,8 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
 
     whole = tmp_path / "whole"
     shutil.copytree(run_dir, whole)
-    for name in ("cascade", "export", "evaluate"):
-        shutil.rmtree(whole / "stages" / name)
-    status, output = run_python(*command, "--run_dir", str(whole), timeout=400)
+    shutil.rmtree(whole / "stages" / "cascade")
+    status, output = run_python(*command, "--run_dir", str(whole), "--only", "cascade", timeout=400)
     assert status == 0, output[-3000:]
     assert losses_of(RunFolder(whole).stage("cascade")) == trace
 
@@ -126,6 +131,73 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
         )  # fmt: skip
         assert status == 0, output
         assert re.findall(r"^ *(\d)\. p\d+", output, re.MULTILINE) == ["1", "2", "3"]
+
+
+def test_gpu_work_is_not_done_in_the_pipelines_process(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it left on a GPU would lack the ranks that train there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model in the pipeline's process")
+
+    config = make_config(weights=LossWeights(de=1.0, li=1.0))
+    folder = RunFolder(tmp_path / "run")
+    student = StudentEncoder(config.student)
+    student.save(folder.model("cascade", "student"), student.state_dict())
+    load_tokenizer(config.student).save_pretrained(folder.model("cascade", "student"))
+    expected = stages.fingerprint(config, "cascade", num_processes(config))
+    stages.mark_done(folder.stage("cascade"), expected, steps=4)
+    metrics = {"step": 4, "loss": 1.0, "speed": {"seconds": 1.0, "queries_per_second": 1.0}}
+    (folder.stage("cascade") / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    for model in (StudentEncoder, CrossEncoder, Retriever):
+        monkeypatch.setattr(model, "__init__", refuse)
+    pipeline.run(config, ["evaluate"])
+    rows = [
+        row["name"] for row in json.loads((folder.root / "evaluation.json").read_text())["rows"]
+    ]
+    assert rows == ["BM25", "dual-encoder, before training", "dual-encoder, after cascade",
+                    "late interaction, reranking"]  # fmt: skip
+    assert (folder.index / "index").is_file()
+
+    # A mistake that the step finds is told by it, once.
+    shutil.rmtree(folder.stage("evaluate"))
+    shutil.rmtree(folder.model("cascade", "student"))
+    with pytest.raises(StageFailed) as failed:
+        pipeline.run(config, ["evaluate"])
+    assert failed.value.status == 2
+    assert not (folder.stage("evaluate") / "done.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_step_ends_with_its_pipeline(
+    make_config: ConfigMaker, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Asked to stop or killed, the pipeline leaves no process and nothing half-written."""
+    data = write_beir(tmp_path / "data", num_passages=20_000, num_queries=20_000)
+    run_dir = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    config = make_config(run_dir=run_dir, negatives="bm25")
+    file.write_text(to_yaml(replace(config, data=replace(config.data, path=str(data)))))
+    step = RunFolder(run_dir).stage("bm25")
+    process = start("-m", "erniesearch.cli", "run", str(file), "--only", "bm25")
+    deadline = time.monotonic() + 100
+    while not (step / "started.json").exists():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert len(orphans(run_dir)) == 1
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == (75 if number == signal.SIGTERM else -number), output[-3000:]
+    assert "Traceback" not in output
+    assert output.count("run the same command again to continue") == (number == signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while orphans(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert orphans(run_dir) == []
+    assert [path.name for path in step.iterdir()] == ["started.json"]
 
 
 def test_every_launcher_starts_the_same_training(make_config: ConfigMaker, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from conftest import ConfigMaker, losses_of, run_python, start
 from test_pipeline import orphans
 from test_resume import wait_for_step
 
+from erniesearch import pipeline
 from erniesearch.config import to_yaml
 from erniesearch.errors import UserError
-from erniesearch.launcher import StageFailed, launch, num_processes
+from erniesearch.launcher import StageFailed, check_devices, launch, num_processes, stop
 from erniesearch.stages import RunFolder
 from erniesearch.training import preemption
 from erniesearch.training.checkpoint import find_checkpoints
@@ -114,6 +116,77 @@ def test_slurm_says_how_many_ranks(
             num_processes(config)
     monkeypatch.setenv("SLURM_STEP_ID", "0")  # a task of the job: srun is not for it to start
     assert num_processes(config) == (per_node or 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("visible", "seen", "status"),
+    [("4,5,6,7", "4,5", 0), ("GPU-6fa1,GPU-90be", "GPU-6fa1,GPU-90be", 75), ("", "-1,-1", 2)],
+)
+def test_ranks_get_the_gpus_that_are_visible(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str,
+    seen: str, status: int,
+) -> None:  # fmt: skip
+    """By the real launcher; a rank's exit status comes through it."""
+    package = tmp_path / "erniesearch"  # stands in for the real one in the ranks
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(
+        "import os, sys\n"
+        "with open('rank-' + os.environ['RANK'], 'w') as file:\n"
+        "    print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['LOCAL_RANK'],\n"
+        "          os.environ['WORLD_SIZE'], *sys.argv[1:], file=file)\n"
+        f"sys.exit({status} * int(os.environ['RANK']))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = make_config()
+    if status == 0:
+        launch(config, "cascade", 2)
+    else:
+        wanted = preemption.Preempted if status == 75 else StageFailed
+        with pytest.raises(wanted) as ended:
+            launch(config, "cascade", 2)
+        assert status == getattr(ended.value, "status", 75)
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text().split() == [
+            seen, str(rank), "2", "train", "--config", f"{config.run_dir}/config.yaml",
+            "--stage", "cascade",
+        ]  # fmt: skip
+
+
+def test_more_processes_than_gpus_are_refused_before_a_start(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = make_config(num_processes=8)
+    with pytest.raises(UserError, match=r"num_processes is 8, but the GPUs .* are 4: lower it"):
+        pipeline.run(config)
+    assert not Path(config.run_dir).exists()
+    check_devices(make_config(num_processes=4))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the job's nodes may have others
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    check_devices(config)
+
+
+def test_stop_reaches_what_runs(make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch,
+                                tmp_path: Path) -> None:  # fmt: skip
+    """Also a launcher that has no ranks yet: they would start, and train to the end."""
+    (tmp_path / "deepspeed" / "launcher").mkdir(parents=True)
+    (tmp_path / "deepspeed" / "launcher" / "launch.py").write_text("import time; time.sleep(60)\n")
+    monkeypatch.chdir(tmp_path)
+    alarm = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.start()
+    started = time.monotonic()
+    with (
+        preemption.listening(stop),
+        pytest.raises(preemption.Preempted, match="in or after stage cascade"),
+    ):
+        launch(make_config(), "cascade", 2)
+    alarm.join()
+    assert time.monotonic() - started < 30
+    with preemption.listening():
+        pass  # forgets the request
 
 
 def test_stage_of_a_slurm_job_starts_through_srun(

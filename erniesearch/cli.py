@@ -76,6 +76,7 @@ COMMANDS = {
     "run": "train:run_command",
     "plan": "plan:plan_command",
     "train": "train:train_command",
+    "step": "train:step_command",  # started by run; not in USAGE
     "report": "search:report_command",
     "search": "search:search_command",
     "serve": "serve:serve_command",

@@ -1,5 +1,8 @@
-"""How the pipeline starts a stage's ranks: ``srun`` in a Slurm job, else DeepSpeed's launcher."""
+"""How the pipeline starts its steps: a training stage's ranks by ``srun`` in a Slurm job, else by
+DeepSpeed's launcher; any other step as one process of its own."""
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -11,17 +14,18 @@ from pathlib import Path
 import psutil
 import torch
 
-from erniesearch.config import RunConfig
+from erniesearch.config import TRAINING_STAGES, RunConfig
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.training import preemption
 from erniesearch.training.process import pipeline_token
 
+DEEPSPEED = "deepspeed.launcher.launch"
 _running: subprocess.Popen[bytes] | None = None
 
 
 class StageFailed(RuntimeError):
-    """A training process ended with an error that it has already printed."""
+    """A step's process ended with an error that it has already printed."""
 
     def __init__(self, stage: str, status: int) -> None:
         super().__init__(f"stage {stage} failed with exit status {status}")
@@ -58,28 +62,48 @@ def num_processes(config: RunConfig) -> int:
     return num_nodes() * (per_node or torch.cuda.device_count() or 2)
 
 
-def launch(config: RunConfig, name: str, world_size: int) -> None:
-    """Train a stage on ``world_size`` ranks and wait for them.
+def check_devices(config: RunConfig) -> None:
+    """Whether every rank of this node gets a GPU, where there are any.
 
     Raises:
-        StageFailed: if a rank fails.
-        Preempted: if this process or a rank was asked to stop; the ranks have saved a checkpoint.
+        UserError: for more processes than GPUs; a Slurm job's nodes need not be like this one.
+    """
+    wanted, visible = config.training.num_processes, torch.cuda.device_count()
+    if not in_slurm_job() and 0 < visible < wanted:
+        raise UserError(
+            f"training.num_processes is {wanted}, but the GPUs that this process sees are"
+            f" {visible}: lower it, or name more in CUDA_VISIBLE_DEVICES"
+        )
+
+
+def launch(config: RunConfig, name: str, world_size: int) -> None:
+    """Run a step and wait for it: a training stage on ``world_size`` ranks, any other in one
+    process on this node.
+
+    Raises:
+        StageFailed: if a process fails.
+        Preempted: if this process or a rank was asked to stop; ranks have saved a checkpoint.
     """
     global _running
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(config.training.threads_per_process),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    slurm = in_slurm_job()
-    command = _srun(world_size, environment) if slurm else _deepspeed(world_size)
-    if not slurm:  # Slurm itself ends what a job leaves behind, on other nodes too
+    environment = dict(os.environ)
+    file = str(Path(config.run_dir) / "config.yaml")
+    srun = name in TRAINING_STAGES and in_slurm_job()
+    if name in TRAINING_STAGES:
+        environment["OMP_NUM_THREADS"] = str(config.training.threads_per_process)
+        environment["TOKENIZERS_PARALLELISM"] = "false"
+        command = _srun(world_size, environment) if srun else _deepspeed(world_size)
+        command += ["train", "--config", file, "--stage", name]
+    else:
+        command = [sys.executable, "-m", "erniesearch.cli", "step", "--config", file,
+                   "--name", name, "--world_size", str(world_size)]  # fmt: skip
+    if not srun:  # Slurm itself ends what srun leaves behind, on other nodes too
         environment["ERNIESEARCH_PIPELINE"] = pipeline_token()
-    command += ["train", "--config", str(Path(config.run_dir) / "config.yaml"), "--stage", name]
     _running = subprocess.Popen(command, env=environment)
     try:
         status = _running.wait()
     except BaseException:
         _running.terminate()
+        _running.wait()
         raise
     finally:
         _running = None
@@ -90,31 +114,43 @@ def launch(config: RunConfig, name: str, world_size: int) -> None:
 
 
 def stop() -> None:
-    """Ask the ranks for a checkpoint; :func:`launch` then raises.
+    """Ask the running step to end, ranks with a checkpoint; :func:`launch` then raises.
 
     Raises:
-        Preempted: at once if no ranks run: the steps of this process have nothing to save.
+        Preempted: at once if none runs: this process has nothing to save.
     """
     if _running is None:
         raise preemption.Preempted("stopped between two stages")
-    if in_slurm_job():
-        _running.send_signal(signal.SIGUSR1)  # srun hands it to every task
-        return
     with suppress(psutil.NoSuchProcess):
-        # DeepSpeed's runner starts its launcher, the launcher starts the ranks; neither of the
-        # two would hand the signal on.
-        for launcher in psutil.Process(_running.pid).children():
-            for rank in launcher.children():
-                with suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGUSR1)
+        process = psutil.Process(_running.pid)
+        # DeepSpeed's launcher would not hand the signal on to its ranks, as srun does. Before
+        # there are any, it dies of it.
+        ranks = process.children() if DEEPSPEED in _running.args else []  # type: ignore[operator]
+        for receiver in ranks or [process]:
+            with suppress(psutil.NoSuchProcess):
+                receiver.send_signal(signal.SIGUSR1)
 
 
 def _deepspeed(world_size: int) -> list[str]:
+    """What DeepSpeed's runner (the command ``deepspeed``) would start on one node: it can say any
+    name of a GPU, and the runner, given a number of ranks, takes the machine's first GPUs,
+    whatever CUDA_VISIBLE_DEVICES says."""
+    node = json.dumps({"localhost": _devices(world_size)}).encode()
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(world_size), "--master_port", str(free_port()),
+        sys.executable, "-m", DEEPSPEED, f"--world_info={base64.urlsafe_b64encode(node).decode()}",
+        "--master_port", str(free_port()),
         "--quiet", "--no_local_rank", "--module", "erniesearch.cli",
     ]  # fmt: skip
+
+
+def _devices(world_size: int) -> list[str]:
+    """The ranks' CUDA_VISIBLE_DEVICES, one each: the first of this process's own, which may be
+    UUIDs; -1, which is none, where a user has hidden the GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(i) for i in range(world_size)]
+    named = [name.strip() for name in visible.split(",") if name.strip()][:world_size]
+    return named + ["-1"] * (world_size - len(named))
 
 
 def _srun(world_size: int, environment: dict[str, str]) -> list[str]:

@@ -2,24 +2,20 @@
 are unchanged; then export, index, evaluate, report."""
 
 import json
-import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import deepspeed
-import torch
-import transformers
 from rich.console import Console
 
-from erniesearch import __version__, launcher, stages, steps
+from erniesearch import __version__, launcher, stages
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
-from erniesearch.data.formats import RetrievalData, load_beir, with_split
+from erniesearch.data.formats import load_beir, with_split
 from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
-from erniesearch.export import export_all, write_cards
+from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
@@ -51,53 +47,34 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
         names = [name for name in names if name in only]
     folder = stages.RunFolder(config.run_dir)
     world_size = launcher.num_processes(config)
-    # The steps in this process take every core, unless the user says how many.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
     check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
     check_inputs(config, data)
-    if any(name in TRAINING_STAGES for name in names):
+    if any(
+        not stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size))
+        for name in names
+        if name in TRAINING_STAGES
+    ):
+        launcher.check_devices(config)
         open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)
         for name in names:
-            _run_step(config, name, folder, data, held_out, world_size)
+            _run_step(config, name, folder, world_size)
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
         console.print(f"summary: {folder.root / 'summary.md'}")
 
 
-def _run_step(
-    config: RunConfig,
-    name: str,
-    folder: stages.RunFolder,
-    data: RetrievalData,
-    held_out: RetrievalData,
-    world_size: int,
-) -> None:
-    expected = stages.fingerprint(config, name, world_size)
-    if stages.is_done(folder.stage(name), expected):
+def _run_step(config: RunConfig, name: str, folder: stages.RunFolder, world_size: int) -> None:
+    if stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size)):
         console.print(f"[bold]{name}[/]: done before")
         return
     _check_upstream(config, name, world_size, folder)
     console.rule(f"[bold]{name}[/]", align="left")
-    if name in TRAINING_STAGES:
-        launcher.launch(config, name, world_size)
-        return
-    stages.claim(folder.stage(name), expected)
-    facts: dict[str, Any]
-    if name == "bm25":
-        facts = steps.make_bm25_negatives(config, data)
-    elif name == "mine":
-        facts = steps.make_mined_negatives(config, data)
-    elif name == "export":
-        facts = {"folders": [str(path) for path in export_all(config)]}
-    else:
-        facts = steps.evaluate_run(config, held_out)
-        write_cards(config, Report.load(folder.root).for_card())
-    stages.mark_done(folder.stage(name), expected, **facts)
+    launcher.launch(config, name, world_size)
 
 
 def _check_upstream(
@@ -152,8 +129,9 @@ def _write_record(config: RunConfig, root: Path) -> None:
         cwd=Path(__file__).parent,
     )  # fmt: skip
     versions = {
-        "erniesearch": __version__, "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(), "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+        "erniesearch": __version__,
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
+    }
     stages.write_atomically(root / "environment.json", json.dumps(versions, indent=2) + "\n")

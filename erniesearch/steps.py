@@ -1,15 +1,30 @@
-"""What the pipeline does in its own process: BM25, mining, evaluation."""
+"""What the pipeline does beside training: BM25, mining, export, evaluation.
 
+Each step runs in a process of its own, which a pipeline starts (``erniesearch.launcher``): a
+process that has worked on a GPU keeps its context and cache there until it ends, and the next
+stage's ranks need the room.
+"""
+
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from erniesearch import stages
 from erniesearch.config import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
 from erniesearch.data.corpora import rows_of
-from erniesearch.data.formats import RetrievalData, Run, write_negatives, write_trec_run
+from erniesearch.data.formats import (
+    RetrievalData,
+    Run,
+    load_beir,
+    write_negatives,
+    write_trec_run,
+)
+from erniesearch.export import export_all, write_cards
 from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
@@ -21,14 +36,42 @@ from erniesearch.retrieval.trained import (
     trained_student,
     trained_teacher,
 )
+from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.stage import part_settings
 
 BM25_NEGATIVES = 32
 console = Console(stderr=True, highlight=False)
 
 
-def make_bm25_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any]:
+def run_step(config: RunConfig, name: str, world_size: int) -> None:
+    """Run one step of :data:`STEPS` in this process and mark it done, unless it is.
+
+    Args:
+        world_size: ranks of the run's training stages.
+
+    Raises:
+        UserError: for anything wrong with the input.
+        RankFailed: for a full disk.
+    """
+    exit_with_pipeline()
+    # Every core, unless the user says how many.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    folder = stages.RunFolder(config.run_dir).stage(name)
+    expected = stages.fingerprint(config, name, world_size)
+    if stages.is_done(folder, expected):
+        return
+    with failures_told(folder):
+        lock = claim_folder(folder, expected)
+        try:
+            stages.mark_done(folder, expected, **STEPS[name](config))
+        finally:
+            if lock:
+                lock.close()
+
+
+def make_bm25_negatives(config: RunConfig) -> dict[str, Any]:
     """Hard negatives for every training query; returns facts for ``done.json``."""
+    data = _training_data(config)
     relevant = data.relevant()
     negatives = bm25_negatives(
         data.queries, relevant, data.pids, data.passages, BM25_NEGATIVES,
@@ -38,8 +81,9 @@ def make_bm25_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any
     return {"queries": len(negatives)}
 
 
-def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, Any]:
+def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     """Hard negatives by the current dual-encoder, denoised by the teacher where one is trained."""
+    data = _training_data(config)
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
@@ -55,8 +99,15 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     return facts
 
 
-def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:
-    """Every row of the table; also indexes the whole corpus with the last dual-encoder."""
+def export_models(config: RunConfig) -> dict[str, Any]:
+    """The last models as folders for other libraries."""
+    return {"folders": [str(path) for path in export_all(config)]}
+
+
+def evaluate_run(config: RunConfig) -> dict[str, Any]:
+    """Every row of the table, which the exports' cards get too; also indexes the whole corpus with
+    the last dual-encoder."""
+    held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
     data = evaluate.evaluation_subset(held_out, config.evaluation, config.seed)
     table = _TableMaker(config, held_out, data)
     table.add_bm25()
@@ -76,11 +127,25 @@ def evaluate_run(config: RunConfig, held_out: RetrievalData) -> dict[str, Any]:
         for name in TRAINING_STAGES
         if stages.is_enabled(config, name)
     }
-    Report(
+    report = Report(
         Path(config.data.path).name, config.evaluation.split, len(data.queries), len(data.pids),
         config.evaluation.rerank_depth, describe_machine(), facts, table.rows,
-    ).save(table.folder.root)  # fmt: skip
+    )  # fmt: skip
+    report.save(table.folder.root)
+    write_cards(config, report.for_card())
     return {"rows": len(table.rows)}
+
+
+STEPS: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
+    "bm25": make_bm25_negatives,
+    "mine": make_mined_negatives,
+    "export": export_models,
+    "evaluate": evaluate_run,
+}
+
+
+def _training_data(config: RunConfig) -> RetrievalData:
+    return load_beir(config.data.path, config.data.train_split, config.data.use_titles)
 
 
 class _TableMaker:

@@ -1,4 +1,4 @@
-"""``run`` and ``train``: a whole pipeline, one stage."""
+"""``run``, ``train`` and ``step``: a whole pipeline, one training stage, one other step."""
 
 import os
 import sys
@@ -65,6 +65,30 @@ def train_command(argv: list[str]) -> int:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+    return 0
+
+
+def step_command(argv: list[str]) -> int:
+    """``erniesearch step --config … --name … --world_size …``, which ``run`` starts."""
+    parser = config_parser(
+        "step", "Do one step other than training in this process. `erniesearch run` starts it, and"
+        " holds the run's folder meanwhile.",
+    )  # fmt: skip
+    parser.add_argument("--name", type=str, help="bm25, mine, export or evaluate.")
+    parser.add_argument("--world_size", type=int, help="Ranks of the run's training stages.")
+    config, settings = parse_config(parser, argv)
+
+    def stop() -> None:
+        raise preemption.Preempted
+
+    try:
+        with preemption.listening(stop):  # before the slow imports
+            name_accelerator()
+            from erniesearch.steps import run_step
+
+            run_step(config, settings.name, settings.world_size)
+    except preemption.Preempted:
+        return preemption.EXIT_STATUS  # the pipeline tells
     return 0
 
 

@@ -27,11 +27,11 @@ LOST = re.compile(
 
 
 def claim_folder(folder: Path, expected: str) -> IO[str] | None:
-    """Rank 0 claims a stage's folder and holds its lock until it closes the file returned."""
+    """Rank 0 claims a step's folder and holds its lock until it closes the file returned."""
     lock = None
     if distributed.is_main():
         # The ranks of a run just killed may still be ending.
-        lock = hold_lock(folder.with_name(f".{folder.name}.lock"), "training", patience=20)
+        lock = hold_lock(folder.with_name(f".{folder.name}.lock"), "process", patience=20)
         stages.claim(folder, expected)
     distributed.barrier()
     return lock

@@ -100,9 +100,7 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if func in INDEXED and isinstance(args[0], GpuTensor):  # indices may be the CPU's
         tensors = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
-    elsewhere = [
-        x for x in tensors if not isinstance(x, GpuTensor) and (x.dim() or func in JOINS)
-    ]
+    elsewhere = [x for x in tensors if not isinstance(x, GpuTensor) and (x.dim() or func in JOINS)]
     if elsewhere and any(isinstance(x, GpuTensor) for x in tensors):
         raise Mixed(f"{func}: {[tuple(x.shape) for x in elsewhere]} on the CPU, others on the GPU")
 

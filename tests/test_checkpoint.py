@@ -304,8 +304,7 @@ def test_exported_checkpoint_equals_the_finished_model(
         assert name == "words" or share_that_bf16_cannot_hold(model / "teacher") > 0.5, name
         assert share_that_bf16_cannot_hold(model / "student") > 0.5, name
         ours, theirs = (
-            {p.relative_to(folder) for p in folder.rglob("*")}
-            for folder in (out, model)
+            {p.relative_to(folder) for p in folder.rglob("*")} for folder in (out, model)
         )
         assert ours == theirs
 

@@ -99,7 +99,9 @@ def check(
         ),
         seed,
     )
-    assert_close(got[0] + got[1], expected[0] + expected[1], TOLERANCE[dtype])
+    # A GPU's exp and log are approximate.
+    tolerance = TOLERANCE[dtype] * (4 if where.device == "cuda" else 1)
+    assert_close(got[0] + got[1], expected[0] + expected[1], tolerance)
 
 
 @pytest.mark.parametrize("where", PLACES)

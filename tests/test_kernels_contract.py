@@ -167,7 +167,7 @@ def test_infinity_stays_in_its_pairs(where: Where) -> None:
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [False, True])
 def test_a_losing_minus_infinity_loses(where: Where, dtype: torch.dtype, group: bool) -> None:
     """As if the token were not there; where it is alone, it wins."""

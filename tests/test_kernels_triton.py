@@ -60,7 +60,7 @@ def assert_sound(forms: Iterable[Configuration]) -> None:
     for form in forms:
         compiled = compile_one(form)
         limit = SHARED_LIMIT[form.capability] - MARGIN
-        if compiled.spill_bytes:
+        if compiled.spills():
             wrong.append(f"{form.name}: {compiled.spill_bytes} bytes of spills")
         if compiled.registers > 255:
             wrong.append(f"{form.name}: {compiled.registers} registers")
@@ -90,7 +90,7 @@ def test_some_rarer_forms() -> None:
     from erniesearch_kernels.ahead_of_time import rarer_forms
 
     kinds: dict[str, Configuration] = {}
-    for capability, dtype in ((90, torch.bfloat16), (89, torch.float32)):
+    for capability, dtype in ((100, torch.bfloat16), (89, torch.float32)):
         for form in rarer_forms(capability, dtype):
             kinds.setdefault(form.name.rsplit("/", 1)[1], form)
     assert {"winners16", "winners32", "bounds64", "unsaved", "unit16", "tf32", "unaligned",
@@ -123,6 +123,18 @@ def test_capabilities_are_those_that_are_compiled_for() -> None:
     from erniesearch_kernels import ahead_of_time
 
     assert ahead_of_time.CAPABILITIES == CAPABILITIES
+
+
+def test_tiles_follow_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from erniesearch_kernels import triton_tiles as tiles
+
+    rows = []
+    for index, version in enumerate([(9, 0), (8, 9), (12, 0), (99, 0)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, v=version: v)
+        capability = tiles.capability.__wrapped__(torch.device("cuda", index))
+        assert capability == 10 * version[0] + version[1]
+        rows.append(tiles.forward_config(torch.bfloat16, 128, capability)["BLOCK_M"])
+    assert rows == [256, 128, 128, 128]  # a GPU that is not known gets the small ones
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def compiled_table(report: dict[str, Any]) -> list[str]:
         shared = max(x["shared"] for x in own) / 1024
         lines.append(
             f"| sm_{capability} | {len(own)} | {max(x['registers'] for x in own)} "
-            f"| {sum(x['spills'] > 0 for x in own)} "
+            f"| {sum(x['spills'] > 0 for x in own)} (most: {max(x['spills'] for x in own)} bytes) "
             f"| {shared:.1f} of {report['shared_limit'][str(capability)] // 1024} |"
         )
     lines += [

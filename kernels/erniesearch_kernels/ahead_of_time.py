@@ -104,6 +104,11 @@ class Compiled:
     loop: dict[str, int]  # of the shortest loop around most matrix products, by mnemonic
     inner_loop: dict[str, int]  # of a loop inside it that also has matrix products, if any
 
+    def spills(self) -> bool:
+        """Whether registers ran out. (ptxas also gives up one or two of them where that lets twice
+        as many blocks run, at 64 and at 128: not counted.)"""
+        return self.spill_bytes > (16 if self.registers in (64, 128) else 0)
+
     def matrix(self) -> str:
         """The widest matrix instruction in use, empty if none is."""
         return next((name for name in MATRIX if self.instructions.get(name)), "")
@@ -192,9 +197,11 @@ def rarer_forms(capability: int, dtype: torch.dtype, dim: int = 128) -> Iterator
     for usual in configurations(capability, (dim,), (dtype,)):
         for suffix, form in _changes(usual):
             yield replace(form, name=f"{usual.name}/{suffix}")
+    if dtype == torch.float32:
+        return
     label = f"{str(dtype).removeprefix('torch.')}/d{dim}"
     shared = {"DIM": dim, "BLOCK_D": padded_dim(dim), "PRECISION": "ieee", "WIDEN": False}
-    for head_dim in (32, 80, 128, 256):
+    for head_dim in (32, 128, 256):  # others are padded to these and 64
         for usual in _kl_configurations(capability, dtype, label, shared, head_dim):
             if not usual.name.startswith("token_kl"):
                 yield replace(usual, name=f"{usual.name}/head{head_dim}")
@@ -206,12 +213,18 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
     def changed(**choices: Any) -> Configuration:
         return replace(usual, meta=meta | choices)
 
-    yield (
-        "unaligned",
-        replace(
-            usual, aligned=False, meta=meta | ({"ALIGNED": False} if "ALIGNED" in meta else {})
-        ),
-    )
+    loads = {"ALIGNED": False} if "ALIGNED" in meta else {}
+    yield "unaligned", replace(usual, aligned=False, meta=meta | loads)
+    if usual.dtype == torch.float32 and "PRECISION" in meta:
+        choices = {"PRECISION": "tf32"}
+        if "TEACHER_PRECISION" in meta:
+            choices["TEACHER_PRECISION"] = "tf32"
+        yield "tf32", changed(**choices)
+    if TEACHER & set(usual.kernel.arg_names) and usual.kernel is not TEACHER_LSE:
+        other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
+        yield f"teacher_{str(other).removeprefix('torch.')}", replace(usual, teacher=other)
+    if usual.dtype == torch.float32:
+        return  # the rest changes what does not depend on the dtype
     if "winner_ptr" in usual.kernel.arg_names:  # passages over 256 and over 32,768 tokens
         yield "winners16", replace(usual, winners="*i16")
         if usual.name.startswith("token_kl") or usual.name.endswith("/masked"):
@@ -221,14 +234,6 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
     if "SAVE" in meta:
         yield "unsaved", changed(SAVE=False)
         yield "unit16", changed(UNIT=16)
-    if usual.dtype == torch.float32 and "PRECISION" in meta:
-        choices = {"PRECISION": "tf32"}
-        if "TEACHER_PRECISION" in meta:
-            choices["TEACHER_PRECISION"] = "tf32"
-        yield "tf32", changed(**choices)
-    if TEACHER & set(usual.kernel.arg_names) and usual.kernel is not TEACHER_LSE:
-        other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
-        yield f"teacher_{str(other).removeprefix('torch.')}", replace(usual, teacher=other)
     if meta.get("HAS_P_MASK"):
         absent = usual.absent | {"q_mask_ptr", "p_mask_ptr"} & set(usual.kernel.arg_names)
         free = {name: False for name in ("HAS_Q_MASK", "HAS_P_MASK") if name in meta}

@@ -9,24 +9,27 @@ from pathlib import Path
 import erniesearch_kernels as kernels
 import pytest
 import torch
-from kernel_cases import PLACES, Where
+from kernel_cases import PLACES, Where, assert_close, differentiate
+from torch import Tensor
 
 ROOT = Path(kernels.__file__).parents[2]
 
 SIGNATURES = {
     "maxsim": "(queries: 'Tensor', passages: 'Tensor', query_mask: 'Tensor | None' = None, "
     "passage_mask: 'Tensor | None' = None, *, normalize: 'bool' = False, "
-    "save_winners: 'bool' = True, backend: 'str' = 'auto') -> 'Tensor'",
+    "save_winners: 'bool' = True, empty_score: 'float' = 0.0, backend: 'str' = 'auto') "
+    "-> 'Tensor'",
     "maxsim_varlen": "(queries: 'Tensor', passages: 'Tensor', query_cu_seqlens: 'Tensor', "
     "passage_cu_seqlens: 'Tensor', max_query_length: 'int', max_passage_length: 'int', *, "
-    "backend: 'str' = 'auto') -> 'Tensor'",
+    "empty_score: 'float' = 0.0, backend: 'str' = 'auto') -> 'Tensor'",
     "maxsim_token_kl": "(queries: 'Tensor', passages: 'Tensor', teacher_map: 'Tensor', "
     "tau: 'float', query_mask: 'Tensor | None' = None, passage_mask: 'Tensor | None' = None, *, "
-    "backend: 'str' = 'auto') -> 'tuple[Tensor, Tensor]'",
+    "empty_score: 'float' = 0.0, backend: 'str' = 'auto') -> 'tuple[Tensor, Tensor]'",
     "maxsim_attention_kl": "(queries: 'Tensor', passages: 'Tensor', teacher_queries: 'Tensor', "
     "teacher_keys: 'Tensor', tau: 'float', query_mask: 'Tensor | None' = None, "
     "passage_mask: 'Tensor | None' = None, *, scale: 'float | None' = None, "
-    "teacher_lse: 'Tensor | None' = None, backend: 'str' = 'auto') -> 'tuple[Tensor, Tensor]'",
+    "teacher_lse: 'Tensor | None' = None, empty_score: 'float' = 0.0, backend: 'str' = 'auto') "
+    "-> 'tuple[Tensor, Tensor]'",
 }
 
 
@@ -163,6 +166,34 @@ def test_infinity_stays_in_its_pairs(where: Where) -> None:
         assert scores[:, [0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [False, True])
+def test_a_losing_minus_infinity_loses(where: Where, dtype: torch.dtype, group: bool) -> None:
+    """As if the token were not there; where it is alone, it wins."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.rand(2, 5, 32, generator=generator).to(where.device, dtype)
+    passages = torch.rand(2, 70, 32, generator=generator).to(where.device, dtype)
+    mask = torch.ones(2, 70, dtype=torch.bool, device=where.device)
+    passages[0, [3, 66], 0] = float("-inf")
+    mask[0, [3, 66]] = False
+    if group:
+        passages, mask = (x.unsqueeze(0).expand(2, *x.shape).clone() for x in (passages, mask))
+    given, without = (
+        differentiate(
+            lambda q, p, m=m: kernels.maxsim(q, p, None, m, backend=where.backend),
+            (queries, passages), 0,
+        )
+        for m in (torch.ones_like(mask), mask)
+    )  # fmt: skip
+    assert_close(given[0] + given[1], without[0] + without[1], 1e-6)
+    for m in (None, ~mask):
+        alone = passages[..., 3:4, :] if m is None else passages
+        scores = kernels.maxsim(queries, alone, None, m, backend=where.backend)
+        assert scores[:, 0].eq(float("-inf")).all()
+        assert (scores[:, 1].isfinite()).all()
+
+
 def test_signed_infinities_follow_the_maximum_in_float32() -> None:
     passages = torch.tensor([[[float("-inf")], [2.0]]])
     queries = torch.ones(1, 1, 1)
@@ -170,3 +201,73 @@ def test_signed_infinities_follow_the_maximum_in_float32() -> None:
     mask = torch.tensor([[True, False]])
     scores = kernels.maxsim(queries, passages, None, mask, backend="torch")
     assert scores.item() == float("-inf")
+
+
+@pytest.mark.parametrize("where", [*PLACES, pytest.param(Where("eager", "cpu"), id="eager")])
+def test_score_of_empty_passages(where: Where) -> None:
+    """0 by default, or what the caller wants; without a gradient either way."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 3, 32, generator=generator).to(where.device)
+    passages = torch.randn(2, 2, 5, 32, generator=generator).to(where.device)
+    mask = torch.ones(2, 2, 5, dtype=torch.bool, device=where.device)
+    mask[0, 1] = False
+    packed, bounds = passages[0, 0], torch.tensor([0, 2, 2, 5], device=where.device)
+    teacher = torch.full((2, 2, 3, 5), 0.2, device=where.device)
+    heads = [torch.zeros(2, 2, 1, n, 16, device=where.device) for n in (3, 5)]
+
+    def scores(name: str, q: Tensor, p: Tensor, **given: float) -> Tensor:
+        options = given | {"backend": where.backend}
+        if name == "pairs":
+            return kernels.maxsim(q, p[0], None, mask[0], **options)
+        if name == "group":
+            return kernels.maxsim(q, p, None, mask, **options)
+        if name == "varlen":
+            return kernels.maxsim_varlen(
+                q[0], packed, torch.tensor([0, 3], device=where.device), bounds, 3, 3, **options
+            )
+        if name == "map":
+            return kernels.maxsim_token_kl(q, p, teacher, 1.0, None, mask, **options)[0]
+        return kernels.maxsim_attention_kl(q, p, *heads, 1.0, None, mask, **options)[0]
+
+    for name in ("pairs", "group", "varlen", "map", "heads"):
+        leaves = queries.clone().requires_grad_(), passages.clone().requires_grad_()
+        usual, given = scores(name, *leaves), scores(name, *leaves, empty_score=-1e4)
+        empty = usual == 0
+        assert empty.sum() == {"pairs": 2, "group": 1, "varlen": 1, "map": 1, "heads": 1}[name]
+        assert given[empty].eq(-1e4).all()
+        assert torch.equal(given[~empty], usual[~empty])
+        grads = [torch.autograd.grad(x.sum(), leaves, allow_unused=True) for x in (usual, given)]
+        for x, y in zip(*grads, strict=True):
+            assert x is y is None or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_nan_read_their_own_passage_only(where: Where, dtype: torch.dtype) -> None:
+    """Behind every tensor lie numbers that would show."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> Tensor:
+        buffer = torch.full((3 * count, 32), 1e30, dtype=dtype, device=where.device)
+        buffer[:count] = torch.randn(count, 32, generator=generator).to(buffer)
+        return buffer[:count].detach()
+
+    queries, passages = tokens(10), tokens(23)
+    queries[1, 3] = float("nan")
+    bounds = [torch.tensor(x, device=where.device) for x in ([0, 5, 10], [0, 20, 23])]
+    functions = [
+        lambda q, p: kernels.maxsim_varlen(q, p, *bounds, 5, 20, backend=where.backend),
+        lambda q, p: kernels.maxsim(q.view(2, 5, 32), p.view(1, 23, 32), backend=where.backend),
+        lambda q, p: kernels.maxsim(
+            q.view(2, 5, 32), p[:22].view(2, 1, 11, 32), backend=where.backend
+        ),
+    ]
+    for function in functions:
+        leaves = queries.detach().requires_grad_(), passages.detach().requires_grad_()
+        scores = function(*leaves)
+        assert scores[0].isnan().all()
+        assert scores[1].isfinite().all()
+        grads = torch.autograd.grad(scores, leaves, torch.ones_like(scores))
+        for grad in grads:
+            assert grad.nan_to_num(0.0).abs().max() < 1e3
+        assert grads[0][5:].isfinite().all()

@@ -4,8 +4,6 @@ import erniesearch_kernels as kernels
 import pytest
 import torch
 from erniesearch_kernels.reference import maxsim_reference, maxsim_varlen_reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import (
     PLACES,
     TOLERANCE,
@@ -263,32 +261,6 @@ def test_varlen_equals_padded(where: Where) -> None:
         *(b.to(device) for b in bounds), 9, 18, backend=where.backend,
     )  # fmt: skip
     assert relative_error(packed, padded) < 1e-6
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    shape=st.tuples(
-        st.integers(1, 6), st.integers(1, 40), st.integers(1, 6), st.integers(1, 70),
-        st.sampled_from([1, 3, 16, 33]),
-    ),
-    group=st.booleans(), masks=st.booleans(), normalize=st.booleans(),
-    seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_fuzz(shape: tuple[int, ...], group: bool, masks: bool, normalize: bool, seed: int) -> None:
-    # In float64, so that near-ties resolve alike and every difference is a mistake.
-    check(
-        Where("torch", "cpu"), shape, torch.float64,
-        group=group, masks=masks, normalize=normalize, kind="normal", seed=seed,
-    )  # fmt: skip
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    query_lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5),
-    passage_lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
-)
-def test_fuzz_varlen(query_lengths: list[int], passage_lengths: list[int]) -> None:
-    check_varlen(Where("torch", "cpu"), query_lengths, passage_lengths, 16, torch.float64, "normal")
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

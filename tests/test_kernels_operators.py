@@ -1,13 +1,15 @@
 """Operators inside PyTorch: gradcheck, opcheck, torch.compile, autocast, second derivatives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import erniesearch_kernels as kernels
 import pytest
 import torch
 from erniesearch_kernels import ops
-from kernel_cases import random_mask, random_tokens
+from kernel_cases import assert_close, differentiate, random_mask, random_tokens
 from torch import Tensor
 
 
@@ -180,3 +182,72 @@ def test_scores_alone_can_be_differentiated() -> None:
     want = torch.autograd.grad(expected.square().sum(), (x["queries"], x["group"]))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Launched(Exception):
+    """In place of a launch."""
+
+
+def test_kernels_are_launched_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operator makes it the current one, forward and backward."""
+    current: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def launch(queries: Tensor) -> Callable[..., None]:
+        def launcher(*arguments: Any) -> None:
+            assert [y.data_ptr() for y in current] == [queries.data_ptr()], "on any device"
+            raise Launched
+
+        return launcher
+
+    x = operands(torch.float32)
+    q, p, group, packed = x["queries"], x["passages"], x["group"], x["packed_queries"]
+    varlen = packed, x["packed_passages"], x["query_bounds"], x["passage_bounds"]
+    teacher = x["teacher_map"], None, None, None
+    winners = torch.zeros(4, 3, 4, dtype=torch.uint8)
+    grad, lse = torch.zeros(3, 4), torch.zeros(3, 2, 4)
+    calls: list[tuple[Any, Tensor, tuple[Any, ...]]] = [
+        (ops.maxsim_op, q, (q, p, None, None, False, True)),
+        (ops.maxsim_backward_op, q, (grad, q, p, None, None, winners, False, True, True)),
+        (ops.maxsim_varlen_op, packed, (*varlen, 4, 5)),
+        (ops.maxsim_varlen_backward_op, packed, (grad, *varlen, winners, 4, 5, True, True)),
+        (ops.maxsim_kl_op, q, (q, group, None, None, *teacher, 0.7, 1.0)),
+        (
+            ops.maxsim_kl_backward_op, q,
+            (lse[..., 0], lse[..., 0], q, group, None, None, *teacher, winners, lse, lse,
+             0.7, 1.0, True, True),
+        ),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for op, queries, arguments in calls:
+        names = [f"{kind}_{step}" for kind in ("maxsim", "varlen", "kl")
+                 for step in ("forward", "backward")]  # fmt: skip
+        module = SimpleNamespace(**dict.fromkeys(names, launch(queries)))
+        monkeypatch.setattr(ops, "_triton_maxsim", lambda module=module: module)
+        monkeypatch.setattr(ops, "_triton_token_kl", lambda module=module: module)
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        with pytest.raises(Launched):
+            op(*detached, "triton")
+        assert not current
+
+
+@pytest.mark.cuda
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = {k: v.detach() for k, v in operands(torch.float32).items()}
+    other = {k: v.to("cuda:1") for k, v in x.items()}
+    for name in NAMES:
+        outputs = []
+        for tensors, backend in ((x, "torch"), (other, "triton")):
+            function, inputs = functions(tensors, backend)[name]
+            outputs.append(differentiate(function, inputs, 0))
+        assert_close(outputs[1][0] + outputs[1][1], outputs[0][0] + outputs[0][1], 1e-5)
+    assert torch.cuda.current_device() == 0

@@ -1,9 +1,11 @@
-"""What the compiler makes of every shipped configuration, and the time that this predicts.
+"""What the compiler makes of every form of every kernel, and the time that this predicts.
 
-    python kernels/benchmarks/aot_report.py
+    python kernels/benchmarks/aot_report.py                     # about 12 minutes on one core
+    python kernels/benchmarks/aot_report.py --capabilities 90   # renews these columns only
 
-Runs without a GPU and writes ``results/aot.json``: registers, spills, shared memory, matrix
-instructions, and the instruction mix of the loop around the matrix products.
+Runs without a GPU and writes ``results/aot.json``, one line per form: for each compute capability
+the tile, warps, registers, bytes of spills and of shared memory, matrix instructions, and how many
+instructions the loop around the matrix products has.
 
 The prediction, for bfloat16 on an H200, counts the steps of that loop in all programs::
 
@@ -20,16 +22,28 @@ measurement.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from candidates import CASES, Case
-from erniesearch_kernels.ahead_of_time import Compiled, Configuration, compile_for, configurations
+from erniesearch_kernels.ahead_of_time import (
+    CAPABILITIES,
+    Compiled,
+    Configuration,
+    compile_one,
+    configurations,
+    rarer_forms,
+)
+from erniesearch_kernels.triton_tiles import SHARED_LIMIT
 
 OUTPUT = Path(__file__).parent / "results" / "aot.json"
+FIELDS = ("tile", "warps", "registers", "spills", "shared", "matrix", "products", "loop")
 # An H200: multiprocessors, clock under load (Hz); dense bfloat16 rate and memory bandwidth measured
 # on such a card; L2 to multiprocessors as estimated from other kernels' published times.
 SM, CLOCK, MEASURED_FLOPS, DEVICE_BYTES, L2_BYTES = 132, 1.755e9, 790e12, 4.3e12, 4.5e12
@@ -103,45 +117,73 @@ def predict(case: Case, operation: str, step: str, meta: dict[str, Any], compile
     }
 
 
-def predictions(configuration: Configuration, compiled: Compiled) -> dict[str, Any]:
+def predictions(form: Configuration, compiled: Compiled) -> dict[str, Any]:
     """By case, for the kernels that the predicted cases run."""
-    kernel, dtype, dim, *form = configuration.name.split("/")
+    kernel, dtype, dim, *variant = form.name.split("/")
     found = {}
     for name, (operation, wanted) in PREDICTED.items():
         for step in STEPS:
             # The backward does not know the even form.
             own = "masked" if wanted and step != "forward" else wanted
-            if (kernel, dtype, dim, form) == (
+            if (kernel, dtype, dim, variant) == (
                 f"{operation}_{step}", "bfloat16", "d128", [own] if own else [],
             ):  # fmt: skip
-                found[name] = predict(CASES[name], operation, step, configuration.meta, compiled)
+                found[name] = predict(CASES[name], operation, step, form.meta, compiled)
     return found
 
 
+def forms(capability: int) -> Iterator[Configuration]:
+    """Every usual form and every rarer one, at d=128 (float16 compiles to what bfloat16 does)."""
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from configurations(capability, dtypes=(dtype,))
+        yield from rarer_forms(capability, dtype)
+
+
+def column(form: Configuration, compiled: Compiled) -> list[Any]:
+    """In the order of ``FIELDS``."""
+    tile = "x".join(str(form.meta[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in form.meta)
+    matrix = compiled.matrix()
+    return [
+        tile, form.meta["num_warps"], compiled.registers, compiled.spill_bytes,
+        compiled.shared_bytes, matrix, compiled.instructions.get(matrix, 0),
+        sum(compiled.loop.values()),
+    ]  # fmt: skip
+
+
+def lines(table: dict[str, Any]) -> str:
+    """JSON with one line per entry."""
+    entries = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+    return "{\n" + ",\n".join(entries) + "\n }"
+
+
+def write(report: dict[str, Any]) -> None:
+    limits = {str(k): SHARED_LIMIT[k] for k in CAPABILITIES}
+    head = {"triton": report["triton"], "fields": FIELDS, "shared_limit": limits}
+    parts = [f' "{name}": {json.dumps(value)}' for name, value in head.items()]
+    parts += [f' "{name}": {lines(report[name])}' for name in ("predicted_h200", "forms")]
+    OUTPUT.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main() -> None:
-    report: dict[str, Any] = {"triton": triton.__version__, "configurations": []}
-    for configuration in configurations():
-        for capability in (80, 90):
-            compiled = compile_for(configuration, capability)
-            entry = {
-                "name": configuration.name,
-                "capability": capability,
-                "tile": {
-                    k: v for k, v in configuration.meta.items()
-                    if k.startswith(("BLOCK_", "num_"))
-                },
-                "registers": compiled.registers,
-                "spill_bytes": compiled.spill_bytes,
-                "shared_bytes": compiled.shared_bytes,
-                "HGMMA": compiled.count("HGMMA"),
-                "HMMA": compiled.count("HMMA"),
-                "loop_instructions": sum(compiled.loop.values()),
-                "loop_mix": dict(sorted(compiled.loop.items(), key=lambda item: -item[1])[:12]),
-            }  # fmt: skip
-            if capability == 90 and (predicted := predictions(configuration, compiled)):
-                entry["predicted_h200"] = predicted
-            report["configurations"].append(entry)
-    OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
+    report: dict[str, Any] = {"triton": triton.__version__, "predicted_h200": {}, "forms": {}}
+    wanted = parser.parse_args().capabilities
+    if OUTPUT.exists():
+        earlier = json.loads(OUTPUT.read_text())
+        if earlier["triton"] == triton.__version__ and set(wanted) != set(CAPABILITIES):
+            report = earlier
+    for capability in wanted:
+        for form in forms(capability):
+            compiled = compile_one(form)
+            entry = report["forms"].setdefault(form.name, {})
+            entry[str(capability)] = column(form, compiled)
+            if compiled.spills():
+                sys.stderr.write(f"{form.name} spills on sm_{capability}\n")
+            if capability == 90:
+                for case, times in predictions(form, compiled).items():
+                    report["predicted_h200"][f"{case} {form.name}"] = times
+        write(report)
     sys.stdout.write(f"{OUTPUT}\n")
 
 

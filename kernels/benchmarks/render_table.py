@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+USUAL = {"even", "masked", "normalized", "group", "varlen"}
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -69,32 +70,48 @@ def ratios(results: dict[str, Any]) -> list[str]:
 
 
 def compiled_table(report: dict[str, Any]) -> list[str]:
+    columns = {
+        name: {int(k): dict(zip(report["fields"], v, strict=True)) for k, v in by.items()}
+        for name, by in report["forms"].items()
+    }
     lines = [
-        f"`results/aot.json`: compiled by Triton {report['triton']} for sm_90, bfloat16, d=128.",
+        f"`results/aot.json`: {len(columns)} forms compiled by Triton {report['triton']}, d=128.",
         "",
-        "| kernel | tile | warps | registers | spills | shared, KB | HGMMA | HMMA | loop |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | forms | most registers | forms that spill | most shared memory, KB (of the limit) |",
+        "|---|---|---|---|---|",
     ]
-    predictions: list[str] = []
-    for entry in report["configurations"]:
-        if entry["capability"] != 90 or "bfloat16" not in entry["name"]:
-            continue
-        tile = entry["tile"]
-        sides = "x".join(
-            str(tile[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in tile
-        )
+    for capability in sorted({k for by in columns.values() for k in by}):
+        own = [by[capability] for by in columns.values() if capability in by]
+        shared = max(x["shared"] for x in own) / 1024
         lines.append(
-            f"| {entry['name'].replace('/bfloat16/d128', '')} | {sides} | {tile['num_warps']} "
-            f"| {entry['registers']} | {entry['spill_bytes']} "
-            f"| {entry['shared_bytes'] / 1024:.0f} | {entry['HGMMA']} | {entry['HMMA']} "
-            f"| {entry['loop_instructions']} |"
+            f"| sm_{capability} | {len(own)} | {max(x['registers'] for x in own)} "
+            f"| {sum(x['spills'] > 0 for x in own)} (most: {max(x['spills'] for x in own)} bytes) "
+            f"| {shared:.1f} of {report['shared_limit'][str(capability)] // 1024} |"
         )
-        for case, times in entry.get("predicted_h200", {}).items():
-            predictions.append(
-                f"| {case} | {entry['name'].split('/')[0]} | {times['tensor_ms']} "
-                f"| {times['issue_ms']} | {times['l2_ms']} | {times['memory_ms']} "
-                f"| {times['overlapped_ms']} | {times['serial_ms']} |"
-            )
+    lines += [
+        "",
+        "The usual forms in bfloat16 on sm_90 (*products*: matrix instructions; *loop*: "
+        "instructions of the loop around them):",
+        "",
+        "| kernel | tile | warps | registers | spills | shared, KB | products | loop |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, by in columns.items():
+        kernel, dtype, _dim, *variant = name.split("/")
+        if dtype != "bfloat16" or not set(variant) <= USUAL or len(variant) > 1:
+            continue
+        x = by[90]
+        lines.append(
+            f"| {'/'.join([kernel, *variant])} | {x['tile']} | {x['warps']} | {x['registers']} "
+            f"| {x['spills']} | {x['shared'] / 1024:.0f} | {x['products']} {x['matrix']} "
+            f"| {x['loop']} |"
+        )
+    predictions = []
+    for key, times in report["predicted_h200"].items():
+        case, name = key.split()
+        parts = ("tensor", "issue", "l2", "memory", "overlapped", "serial")
+        figures = " | ".join(str(times[f"{part}_ms"]) for part in parts)
+        predictions.append(f"| {case} | {name.split('/')[0]} | {figures} |")
     lines += [
         "",
         "Predicted on an H200, in milliseconds (model: `aot_report.py`; never measured). "

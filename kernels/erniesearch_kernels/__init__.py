@@ -64,6 +64,13 @@ def _resolve(backend: str, queries: Tensor) -> str:
     return backend
 
 
+def _with_empty(scores: Tensor, passage_mask: Tensor | None, empty_score: float) -> Tensor:
+    """``empty_score`` where a passage has no real token (the operators give 0)."""
+    if passage_mask is None or empty_score == 0.0:
+        return scores
+    return torch.where(passage_mask.any(-1), scores, empty_score)
+
+
 def maxsim(
     queries: Tensor,
     passages: Tensor,
@@ -72,6 +79,7 @@ def maxsim(
     *,
     normalize: bool = False,
     save_winners: bool = True,
+    empty_score: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over query tokens of the maximal similarity to a passage token.
@@ -88,11 +96,14 @@ def maxsim(
         normalize: divide every token vector by its length (at least 1e-12) first.
         save_winners: keep the winners (1, 2 or 4 bytes each) for the backward; otherwise it finds
             them again, which costs a second forward.
+        empty_score: of passages without real tokens. 0 lies above every negative score: give a
+            large negative number where such passages are ranked among others.
         backend: see the module.
 
     Returns:
-        ``[num_queries, num_passages]`` or ``[num_queries, group_size]``. A query or a passage
-        without real tokens scores 0 and neither gives nor receives a gradient.
+        ``[num_queries, num_passages]`` or ``[num_queries, group_size]``. A query without real
+        tokens scores 0, a passage without any ``empty_score``; neither gives nor receives a
+        gradient.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and unknown backends.
@@ -104,12 +115,14 @@ def maxsim(
     validation.check_padded(queries, passages, query_mask, passage_mask)
     backend = _resolve(backend, queries)
     if backend == "eager":
-        return reference.maxsim_reference(
+        scores = reference.maxsim_reference(
             queries, passages, query_mask, passage_mask, normalize=normalize
         )
-    return ops.maxsim_op(
-        queries, passages, query_mask, passage_mask, normalize, save_winners, backend
-    )[0]
+    else:
+        scores, _ = ops.maxsim_op(
+            queries, passages, query_mask, passage_mask, normalize, save_winners, backend
+        )
+    return _with_empty(scores, passage_mask, empty_score)
 
 
 def maxsim_varlen(
@@ -120,6 +133,7 @@ def maxsim_varlen(
     max_query_length: int,
     max_passage_length: int,
     *,
+    empty_score: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """``maxsim`` of all pairs, on tokens packed without padding.
@@ -132,10 +146,11 @@ def maxsim_varlen(
         passage_cu_seqlens: ``[num_passages + 1]``, likewise.
         max_query_length: at least the longest query's number of tokens.
         max_passage_length: at least the longest passage's.
+        empty_score: of empty passages, as in ``maxsim``.
         backend: see the module.
 
     Returns:
-        ``[num_queries, num_passages]``; empty queries and passages score 0.
+        ``[num_queries, num_passages]``; empty queries score 0.
 
     Raises:
         ValueError: as ``maxsim``; bounds that do not fit their tokens (on CPU tensors).
@@ -146,13 +161,16 @@ def maxsim_varlen(
     )  # fmt: skip
     backend = _resolve(backend, queries)
     if backend == "eager":
-        return reference.maxsim_varlen_reference(
+        scores = reference.maxsim_varlen_reference(
             queries, passages, query_cu_seqlens, passage_cu_seqlens
         )
-    return ops.maxsim_varlen_op(
-        queries, passages, query_cu_seqlens, passage_cu_seqlens,
-        max_query_length, max_passage_length, backend,
-    )[0]  # fmt: skip
+    else:
+        scores, _ = ops.maxsim_varlen_op(
+            queries, passages, query_cu_seqlens, passage_cu_seqlens,
+            max_query_length, max_passage_length, backend,
+        )  # fmt: skip
+    real = None if empty_score == 0.0 else passage_cu_seqlens.diff().unsqueeze(-1) > 0
+    return _with_empty(scores, real, empty_score)
 
 
 def maxsim_token_kl(
@@ -163,6 +181,7 @@ def maxsim_token_kl(
     query_mask: Tensor | None = None,
     passage_mask: Tensor | None = None,
     *,
+    empty_score: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Own-group scores and the KL of token similarities to a given teacher map, in one pass.
@@ -178,10 +197,11 @@ def maxsim_token_kl(
         tau: the student's temperature.
         query_mask: ``[num_queries, query_length]``.
         passage_mask: ``[num_queries, group_size, passage_length]``.
+        empty_score: of passages without real tokens, as in ``maxsim``; their KL is 0.
         backend: see the module.
 
     Returns:
-        ``(scores, kl)``, both ``[num_queries, group_size]``; both 0 without real tokens.
+        ``(scores, kl)``, both ``[num_queries, group_size]``, and 0 for queries without real tokens.
 
     Raises:
         ValueError: as ``maxsim``; a ``tau`` that is not positive.
@@ -191,14 +211,15 @@ def maxsim_token_kl(
     validation.check_tau(tau)
     backend = _resolve(backend, queries)
     if backend == "eager":
-        return reference.maxsim_token_kl_reference(
+        scores, kl = reference.maxsim_token_kl_reference(
             queries, passages, teacher_map, tau, query_mask, passage_mask
         )
-    scores, kl, *_ = ops.maxsim_kl_op(
-        queries, passages, query_mask, passage_mask, teacher_map.detach(), None, None, None,
-        tau, 1.0, backend,
-    )  # fmt: skip
-    return scores, kl
+    else:
+        scores, kl, *_ = ops.maxsim_kl_op(
+            queries, passages, query_mask, passage_mask, teacher_map.detach(), None, None, None,
+            tau, 1.0, backend,
+        )  # fmt: skip
+    return _with_empty(scores, passage_mask, empty_score), kl
 
 
 def maxsim_attention_kl(
@@ -212,6 +233,7 @@ def maxsim_attention_kl(
     *,
     scale: float | None = None,
     teacher_lse: Tensor | None = None,
+    empty_score: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``maxsim_token_kl`` with the teacher's attention map rebuilt tile by tile.
@@ -236,6 +258,7 @@ def maxsim_attention_kl(
         scale: of the teacher's attention logits; ``head_dim ** -0.5`` if None.
         teacher_lse: ``[num_queries, group_size, heads, query_length]``, log-sum-exp of each head's
             whole attention row, every real token of the cross-encoder's input included.
+        empty_score: as in ``maxsim_token_kl``.
         backend: see the module.
 
     Returns:
@@ -252,13 +275,14 @@ def maxsim_attention_kl(
     backend = _resolve(backend, queries)
     scale = teacher_queries.shape[-1] ** -0.5 if scale is None else scale
     if backend == "eager":
-        return reference.maxsim_attention_kl_reference(
+        scores, kl = reference.maxsim_attention_kl_reference(
             queries, passages, teacher_queries, teacher_keys, tau, query_mask, passage_mask,
             scale=scale, teacher_lse=teacher_lse,
         )  # fmt: skip
-    scores, kl, *_ = ops.maxsim_kl_op(
-        queries, passages, query_mask, passage_mask,
-        None, teacher_queries.detach(), teacher_keys.detach(),
-        None if teacher_lse is None else teacher_lse.detach(), tau, scale, backend,
-    )  # fmt: skip
-    return scores, kl
+    else:
+        scores, kl, *_ = ops.maxsim_kl_op(
+            queries, passages, query_mask, passage_mask,
+            None, teacher_queries.detach(), teacher_keys.detach(),
+            None if teacher_lse is None else teacher_lse.detach(), tau, scale, backend,
+        )  # fmt: skip
+    return _with_empty(scores, passage_mask, empty_score), kl

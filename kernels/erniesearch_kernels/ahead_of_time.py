@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration without a GPU, and read what came out.
+"""Compile every form of every kernel without a GPU, and read what came out.
 
 For tests (no spills, shared memory within the limit, matrix instructions present) and for
 ``kernels/benchmarks/aot_report.py``. Needs Triton, and a process without ``TRITON_INTERPRET``.
@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,38 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from erniesearch_kernels import triton_maxsim as maxsim
+from erniesearch_kernels import triton_tiles as tiles
 from erniesearch_kernels import triton_token_kl as token_kl
-from erniesearch_kernels.triton_common import padded_dim
+from erniesearch_kernels.triton_common import SIZES, UNALIGNED
+from erniesearch_kernels.triton_tiles import padded_dim
 
-# Opt-in maximum of shared memory per block, bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+CAPABILITIES = (80, 89, 90, 100, 120)
+# Left free of a block's shared memory: room for what the next compiler adds.
+MARGIN = 4 * 1024
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-TOKENS = {"q_ptr", "p_ptr", "tq_ptr", "tk_ptr", "map_ptr", "out_ptr"}
+TEACHER_LSE = token_kl.teacher_lse_kernel
+STUDENT = {"q_ptr", "p_ptr", "out_ptr"}
+TEACHER = {"tq_ptr", "tk_ptr", "map_ptr"}
 OPTIONS = ("num_warps", "num_stages")
+# The matrix instructions of tensor cores: Hopper's and datacenter Blackwell's take whole
+# warpgroups, the others' one warp.
+MATRIX = ("HGMMA", "UTCHMMA", "HMMA")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel with its compile-time choices, as it is launched for some inputs."""
+    """One kernel with its compile-time choices, as it is launched for some inputs on some GPU."""
 
     name: str
     kernel: Any
+    capability: int
     dtype: torch.dtype
     meta: dict[str, Any]
     absent: frozenset[str] = field(default_factory=frozenset)  # pointers that are None
-    # Integers that are 1 (compiled in, as the launcher does), and that 16 divides.
-    ones: frozenset[str] = field(default_factory=frozenset)
-    divisible: frozenset[str] = field(default_factory=frozenset)
-
-    def integers(self) -> frozenset[str]:
-        """Names of the run-time integers."""
-        names = (name for name in self.kernel.arg_names if name not in self.meta)
-        return frozenset(name for name in names if self._type(name) == "i32")
+    teacher: torch.dtype | None = None  # None: as ``dtype``
+    winners: str = "*u8"
+    bounds: str = "*i32"
+    aligned: bool = True  # tensors begin at multiples of 16 bytes
 
     def source(self) -> ASTSource:
         signature, constants, attributes = {}, dict(self.meta), {}
@@ -56,31 +61,36 @@ class Configuration:
         for index, name in enumerate(self.kernel.arg_names):
             if name in self.absent:
                 constants[name] = None
-            if name in self.ones:
-                constants[name] = 1
             if name in constants:
                 signature[name] = "constexpr"
                 continue
             signature[name] = self._type(name)
-            if signature[name].startswith("*") or name in self.divisible:
+            # What the launcher tells the compiler of pointers, and of no integer.
+            if signature[name].startswith("*") and self._tells_alignment(name):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
 
+    def _tells_alignment(self, name: str) -> bool:
+        if name in UNALIGNED:
+            return False
+        return self.aligned or name not in STUDENT | TEACHER or name == "out_ptr"
+
     def _type(self, name: str) -> str:
-        if name in TOKENS and not (name == "out_ptr" and self.kernel is TEACHER_LSE):
+        if name == "out_ptr" and self.kernel is TEACHER_LSE:
+            return "*fp32"
+        if name in STUDENT:
             return POINTER[self.dtype]
-        if name in ("q_mask_ptr", "p_mask_ptr", "winner_ptr"):
+        if name in TEACHER:
+            return POINTER[self.teacher or self.dtype]
+        if name in UNALIGNED:
             return "*u8"
+        if name in ("winner_ptr", "bounds_ptr"):
+            return self.winners if name == "winner_ptr" else self.bounds
         if name in ("unit_ptr", "query_of_row_ptr"):
             return "*i64"
-        if name == "bounds_ptr":
-            return "*i32"
-        if name.endswith("_ptr"):
-            return "*fp32"
-        return "fp32" if name in ("inverse_tau", "scale") else "i32"
-
-
-TEACHER_LSE = token_kl.teacher_lse_kernel
+        if name in SIZES:
+            return "i32"
+        return "*fp32" if name.endswith("_ptr") else "fp32"
 
 
 @dataclass(frozen=True)
@@ -94,17 +104,24 @@ class Compiled:
     loop: dict[str, int]  # of the shortest loop around most matrix products, by mnemonic
     inner_loop: dict[str, int]  # of a loop inside it that also has matrix products, if any
 
-    def count(self, mnemonic: str) -> int:
-        return self.instructions.get(mnemonic, 0)
+    def spills(self) -> bool:
+        """Whether registers ran out. (ptxas also gives up one or two of them where that lets twice
+        as many blocks run, at 64 and at 128: not counted.)"""
+        return self.spill_bytes > (16 if self.registers in (64, 128) else 0)
+
+    def matrix(self) -> str:
+        """The widest matrix instruction in use, empty if none is."""
+        return next((name for name in MATRIX if self.instructions.get(name)), "")
 
 
 def _maxsim_variants() -> Iterator[tuple[str, dict[str, bool]]]:
     plain = {"HAS_Q_MASK": False, "HAS_P_MASK": False, "GROUP": False, "VARLEN": False,
              "EVEN": False, "NORMALIZE": False}  # fmt: skip
+    masks = {"HAS_Q_MASK": True, "HAS_P_MASK": True}
     yield "even", plain | {"EVEN": True}
-    yield "masked", plain | {"HAS_Q_MASK": True, "HAS_P_MASK": True}
-    yield "normalized", plain | {"HAS_Q_MASK": True, "HAS_P_MASK": True, "NORMALIZE": True}
-    yield "group", plain | {"HAS_Q_MASK": True, "HAS_P_MASK": True, "GROUP": True}
+    yield "masked", plain | masks
+    yield "normalized", plain | masks | {"NORMALIZE": True}
+    yield "group", plain | masks | {"GROUP": True}
     yield "varlen", plain | {"VARLEN": True}
 
 
@@ -116,31 +133,25 @@ def _absent(flags: dict[str, bool]) -> frozenset[str]:
         names.add("p_mask_ptr")
     if not flags.get("VARLEN"):
         names |= {"unit_ptr", "bounds_ptr", "query_of_row_ptr"}
+    if "REBUILD" in flags:
+        names |= {"map_ptr"} if flags["REBUILD"] else {"tq_ptr", "tk_ptr", "tlse_ptr"}
     return frozenset(names)
 
 
-def _for(kernel: Any, name: str, dtype: torch.dtype, meta: dict[str, Any]) -> Configuration:
+def _for(
+    kernel: Any, name: str, capability: int, dtype: torch.dtype, meta: dict[str, Any]
+) -> Configuration:
     accepted = {k: v for k, v in meta.items() if k in kernel.arg_names or k in OPTIONS}
     absent = _absent(meta) & set(kernel.arg_names)
-    if "REBUILD" in meta:
-        teacher = {"map_ptr"} if meta["REBUILD"] else {"tq_ptr", "tk_ptr", "tlse_ptr"}
-        absent |= teacher & set(kernel.arg_names)
-    # 32 query tokens are one unit; the lengths of the even form are multiples of 16.
-    ones = {"units_per_query"} & set(kernel.arg_names)
-    divisible = {"query_length"}
-    if meta.get("EVEN"):
-        divisible.add("passage_length")
-    divisible &= set(kernel.arg_names)
-    return Configuration(
-        name, kernel, dtype, accepted, absent, frozenset(ones), frozenset(divisible)
-    )
+    return Configuration(name, kernel, capability, dtype, accepted, absent)
 
 
 def configurations(
+    capability: int,
     dims: tuple[int, ...] = (128,),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
 ) -> Iterator[Configuration]:
-    """Every shipped configuration at query length 32, for token dims ``dims``."""
+    """Every kernel in its usual forms at query length 32, for token dims ``dims``."""
     for dtype in dtypes:
         label = str(dtype).removeprefix("torch.")
         for dim in dims:
@@ -148,46 +159,91 @@ def configurations(
             shared = {"DIM": dim, "BLOCK_D": block_d, "PRECISION": "ieee", "WIDEN": False}
             for variant, flags in _maxsim_variants():
                 name = f"{label}/d{dim}/{variant}"
+                normalize = flags["NORMALIZE"]
                 meta = shared | flags | {"SAVE": True, "PACK": dtype != torch.float32, "UNIT": 32}
-                forward = maxsim.forward_config(dtype, block_d, 32 if flags["GROUP"] else 0)
-                yield _for(maxsim.forward_kernel, f"maxsim_forward/{name}", dtype, meta | forward)
+                steps = [("query_gradient", tiles.query_gradient_config(dtype, block_d)),
+                         ("passage_gradient", tiles.passage_gradient_config(
+                             dtype, block_d, capability, normalize))]  # fmt: skip
                 if variant == "even":
-                    continue  # the backward does not know the difference
-                yield _for(
-                    maxsim.query_gradient_kernel, f"maxsim_query_gradient/{name}", dtype,
-                    meta | maxsim.query_gradient_config(dtype, block_d),
-                )  # fmt: skip
-                yield _for(
-                    maxsim.passage_gradient_kernel, f"maxsim_passage_gradient/{name}", dtype,
-                    meta | maxsim.passage_gradient_config(dtype, block_d),
-                )  # fmt: skip
-            yield from _kl_configurations(dtype, f"{label}/d{dim}", shared)
+                    steps = []  # the backward does not know the difference
+                rows = 32 if flags["GROUP"] else 0
+                forward = tiles.forward_config(dtype, block_d, capability, normalize, rows)
+                for step, config in [("forward", forward), *steps]:
+                    kernel = getattr(maxsim, f"{step}_kernel")
+                    yield _for(kernel, f"maxsim_{step}/{name}", capability, dtype, meta | config)
+            yield from _kl_configurations(capability, dtype, f"{label}/d{dim}", shared)
 
 
 def _kl_configurations(
-    dtype: torch.dtype, label: str, shared: dict[str, Any]
+    capability: int, dtype: torch.dtype, label: str, shared: dict[str, Any], head_dim: int = 64
 ) -> Iterator[Configuration]:
-    head: dict[str, Any] = {"HEAD_DIM": 64, "BLOCK_H": 64, "HAS_Q_MASK": True, "HAS_P_MASK": True,
-            "TEACHER_PRECISION": "ieee"}  # fmt: skip
-    lse_config = token_kl.kl_config(dtype, head["BLOCK_H"])
-    yield _for(TEACHER_LSE, f"teacher_lse/{label}", dtype, shared | head | lse_config)
+    head: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "BLOCK_H": padded_dim(head_dim), "HAS_Q_MASK": True,
+        "HAS_P_MASK": True, "TEACHER_PRECISION": "ieee",
+    }  # fmt: skip
+    lse_config = tiles.kl_config(dtype, head["BLOCK_H"])
+    yield _for(TEACHER_LSE, f"teacher_lse/{label}", capability, dtype, shared | head | lse_config)
     for rebuild in (False, True):
         name = f"{'attention' if rebuild else 'token'}_kl"
-        for step, kernel in (
-            ("forward", token_kl.forward_kernel),
-            ("query_gradient", token_kl.query_gradient_kernel),
-            ("passage_gradient", token_kl.passage_gradient_kernel),
-        ):
-            backward = step != "forward"
-            config = token_kl.kl_config(dtype, shared["BLOCK_D"], backward=backward)
-            meta = shared | head | {"REBUILD": rebuild} | config
-            yield _for(kernel, f"{name}_{step}/{label}", dtype, meta)
+        for step in ("forward", "query_gradient", "passage_gradient"):
+            config = tiles.kl_config(dtype, shared["BLOCK_D"], backward=step != "forward")
+            meta = shared | head | {"REBUILD": rebuild, "ALIGNED": not rebuild} | config
+            kernel = getattr(token_kl, f"{step}_kernel")
+            yield _for(kernel, f"{name}_{step}/{label}", capability, dtype, meta)
 
 
-def compile_for(configuration: Configuration, capability: int) -> Compiled:
+def rarer_forms(capability: int, dtype: torch.dtype, dim: int = 128) -> Iterator[Configuration]:
+    """What other inputs make of the usual forms, one change at a time."""
+    for usual in configurations(capability, (dim,), (dtype,)):
+        for suffix, form in _changes(usual):
+            yield replace(form, name=f"{usual.name}/{suffix}")
+    if dtype == torch.float32:
+        return
+    label = f"{str(dtype).removeprefix('torch.')}/d{dim}"
+    shared = {"DIM": dim, "BLOCK_D": padded_dim(dim), "PRECISION": "ieee", "WIDEN": False}
+    for head_dim in (32, 128, 256):  # others are padded to these and 64
+        for usual in _kl_configurations(capability, dtype, label, shared, head_dim):
+            if not usual.name.startswith("token_kl"):
+                yield replace(usual, name=f"{usual.name}/head{head_dim}")
+
+
+def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
+    meta = usual.meta
+
+    def changed(**choices: Any) -> Configuration:
+        return replace(usual, meta=meta | choices)
+
+    loads = {"ALIGNED": False} if "ALIGNED" in meta else {}
+    yield "unaligned", replace(usual, aligned=False, meta=meta | loads)
+    if usual.dtype == torch.float32 and "PRECISION" in meta:
+        choices = {"PRECISION": "tf32"}
+        if "TEACHER_PRECISION" in meta:
+            choices["TEACHER_PRECISION"] = "tf32"
+        yield "tf32", changed(**choices)
+    if TEACHER & set(usual.kernel.arg_names) and usual.kernel is not TEACHER_LSE:
+        other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
+        yield f"teacher_{str(other).removeprefix('torch.')}", replace(usual, teacher=other)
+    if usual.dtype == torch.float32:
+        return  # the rest changes what does not depend on the dtype
+    if "winner_ptr" in usual.kernel.arg_names:  # passages over 256 and over 32,768 tokens
+        yield "winners16", replace(usual, winners="*i16")
+        if usual.name.startswith("token_kl") or usual.name.endswith("/masked"):
+            yield "winners32", replace(usual, winners="*i32")
+    if meta.get("VARLEN"):
+        yield "bounds64", replace(usual, bounds="*i64")
+    if "SAVE" in meta:
+        yield "unsaved", changed(SAVE=False)
+        yield "unit16", changed(UNIT=16)
+    if meta.get("HAS_P_MASK"):
+        absent = usual.absent | {"q_mask_ptr", "p_mask_ptr"} & set(usual.kernel.arg_names)
+        free = {name: False for name in ("HAS_Q_MASK", "HAS_P_MASK") if name in meta}
+        yield "unmasked", replace(usual, absent=absent, meta=meta | free)
+
+
+def compile_one(configuration: Configuration) -> Compiled:
     """Compile for ``sm_<capability>`` and read the machine code."""
     options = {k: v for k, v in configuration.meta.items() if k in OPTIONS}
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("cuda", configuration.capability, 32)
     kernel = triton.compile(configuration.source(), target=target, options=options)
     tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -243,7 +299,7 @@ def _matrix_loops(
         begin = labels.get(target[1], address) if name == "BRA" and target else address
         if begin < address:
             inside = [n for a, n, _ in lines if begin <= a <= address]
-            products = sum(n in ("HGMMA", "HMMA") for n in inside)
+            products = sum(n in MATRIX for n in inside)
             weight = products * 1000 + sum(n == "FFMA" for n in inside)
             loops.append((weight, -len(inside), begin, address, inside))
     if not loops:

@@ -7,7 +7,8 @@ A forward returns what its backward needs besides the inputs; those outputs are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -34,9 +35,15 @@ def _triton_token_kl() -> ModuleType:
     return triton_token_kl
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    # Autocast stays on inside an operator and would turn the products into bfloat16 ones.
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _on_its_own(x: Tensor) -> Iterator[None]:
+    """Where ``x`` lies and without autocast, whatever the caller's state.
+
+    Triton launches on the current GPU, which need not be the tensors'. Autocast stays on inside an
+    operator and would turn the products into bfloat16 ones.
+    """
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def _grads(like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -80,7 +87,7 @@ def maxsim_op(
     forward = (
         _triton_maxsim().maxsim_forward if backend == "triton" else torch_backend.maxsim_forward
     )
-    with _full_precision(queries):
+    with _on_its_own(queries):
         return forward(queries, passages, query_mask, passage_mask, normalize, save_winners)
 
 
@@ -107,7 +114,7 @@ def maxsim_backward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of queries and passages; ``winners`` None: found again."""
     module = _triton_maxsim() if backend == "triton" else torch_backend
-    with _full_precision(queries):
+    with _on_its_own(queries):
         if winners is None:
             _, winners = module.maxsim_forward(
                 queries, passages, query_mask, passage_mask, normalize, True
@@ -165,7 +172,7 @@ def maxsim_varlen_op(
     forward = (
         _triton_maxsim().varlen_forward if backend == "triton" else torch_backend.varlen_forward
     )
-    with _full_precision(queries):
+    with _on_its_own(queries):
         return forward(
             queries, passages, query_cu_seqlens, passage_cu_seqlens,
             max_query_length, max_passage_length,
@@ -193,7 +200,7 @@ def maxsim_varlen_backward_op(
     need_queries: bool, need_passages: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of packed queries and passages."""
-    with _full_precision(queries):
+    with _on_its_own(queries):
         if backend == "triton":
             grads = _triton_maxsim().varlen_backward(
                 grad, queries, passages, query_cu_seqlens, passage_cu_seqlens, winners,
@@ -263,7 +270,7 @@ def maxsim_kl_op(
     teacher_lse: Tensor | None, tau: float, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, KL, winners, log-sum-exp of student rows, norm of teacher rows (Triton only)."""
-    with _full_precision(queries):
+    with _on_its_own(queries):
         if backend == "triton":
             return _triton_token_kl().kl_forward(
                 queries, passages, query_mask, passage_mask,
@@ -303,7 +310,7 @@ def maxsim_kl_backward_op(
     tau: float, scale: float, need_queries: bool, need_passages: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of queries and passages."""
-    with _full_precision(queries):
+    with _on_its_own(queries):
         if backend == "triton":
             grads = _triton_token_kl().kl_backward(
                 grad_scores, grad_kl, queries, passages, query_mask, passage_mask,

@@ -1,22 +1,29 @@
-"""What the Triton kernels share: device functions, and launch choices that depend on the dtype."""
+"""What the Triton kernels share: how they are declared, and functions on tiles and arguments."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_DIM = 256
 # The interpreter computes bfloat16 products wrongly: there, tiles are widened first.
 INTERPRET = triton.knobs.runtime.interpret
+# Integers that change with the batch. The launcher would compile a kernel of its own for each that
+# is 1 or a multiple of 16; no load of tokens is wider for knowing it.
+SIZES = (
+    "num_units", "query_length", "units_per_query", "num_passages", "passage_length",
+    "winner_stride", "passages_per_program", "num_row_blocks", "num_rows", "group_size", "heads",
+)  # fmt: skip
+# Loaded byte by byte, and slices of larger masks begin anywhere.
+UNALIGNED = ("q_mask_ptr", "p_mask_ptr")
 
 
-def padded_dim(dim: int) -> int:
-    """The tile width of ``dim``-dimensional tokens: a power of two that a matrix unit takes."""
-    if dim > MAX_DIM:
-        raise ValueError(f'd={dim}, the Triton kernels take at most {MAX_DIM}; use backend="torch"')
-    return max(16, triton.next_power_of_2(dim))
+def kernel(function: Any) -> Any:
+    """``triton.jit`` of a kernel that is compiled once for all batch sizes and lengths."""
+    return triton.jit(function, do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -30,12 +30,23 @@ from erniesearch_kernels.triton_common import (
     balanced,
     dot,
     inverse_norm,
+    kernel,
     narrow,
     norm_jacobian,
-    padded_dim,
     precision,
     row_max,
 )
+from erniesearch_kernels.triton_tiles import (
+    capability,
+    forward_config,
+    padded_dim,
+    passage_gradient_config,
+    query_gradient_config,
+    unit_length,
+)
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+MINUS_INFINITY_BITS = tl.constexpr(-0x00800000)
 
 
 @triton.jit
@@ -54,7 +65,7 @@ def _query_rows(
     return row, token, real & (token < query_length)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, unit_ptr, bounds_ptr, sums_ptr, winner_ptr,
     num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
@@ -115,10 +126,11 @@ def forward_kernel(
         t = tile * BLOCK_N + columns
         if VARLEN:
             begin = tl.load(bounds_ptr + j).to(tl.int64)
-            real = t < (tl.load(bounds_ptr + j + 1) - begin)
+            length = (tl.load(bounds_ptr + j + 1) - begin).to(tl.int32)
         else:
             begin = j * passage_length
-            real = t < passage_length
+            length = passage_length
+        real = t < length
         if HAS_P_MASK:
             real = real & (tl.load(p_mask_ptr + begin + t, mask=real, other=0) != 0)
         pointers = p_ptr + (begin + t)[None, :] * DIM + dims[:, None]
@@ -130,10 +142,15 @@ def forward_kernel(
         if NORMALIZE:
             s = s * inverse_norm(p, 0)[None, :]
         if PACK:
-            bits = s.to(tl.int32, bitcast=True)
-            bits = (bits & (-BLOCK_N)) | (BLOCK_N - 1 - columns)[None, :]
+            # A column's bits would turn -inf into NaN: the lowest finite number stands in for it.
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            keep, code = -BLOCK_N, (BLOCK_N - 1 - columns)[None, :]
+            if not EVEN:
+                keep = tl.where(real, -BLOCK_N, 0)[None, :]
+                code = tl.where(real[None, :], code, MINUS_INFINITY_BITS)
+            bits = (s.to(tl.int32, bitcast=True) & keep) | code
             s = bits.to(tl.float32, bitcast=True)
-        if not EVEN:
+        elif not EVEN:
             s = tl.where(real[None, :], s, float("-inf"))
         tile_best = row_max(s)
         if PACK:
@@ -151,6 +168,8 @@ def forward_kernel(
         alive = tl.where(tile == 0, any_real, tl.maximum(alive, any_real))
         if tile == tiles - 1:
             value = best
+            if PACK:  # all real similarities were -inf
+                value = tl.where(value < 0.9999 * LOWEST, float("-inf"), value)
             if NORMALIZE:
                 value = value * inverse_norm(q, 1)
             counts = valid & (alive > 0)
@@ -160,14 +179,15 @@ def forward_kernel(
             limit = units_per_query if GROUP else num_units
             tl.store(sums_ptr + j * limit + units, sums, mask=units < limit)
             if SAVE:
-                index = tl.where(counts, tl.minimum(winner, passage_length - 1), 0)
+                # Where all are NaN, the position found may lie behind the passage.
+                index = tl.where(counts, tl.minimum(winner, length - 1), 0)
                 tl.store(
                     winner_ptr + j * winner_stride + winner_row,
                     index.to(winner_ptr.dtype.element_ty), mask=stored,
                 )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def query_gradient_kernel(
     g_ptr, scale_ptr, q_ptr, p_ptr, q_mask_ptr, query_of_row_ptr, bounds_ptr, winner_ptr, out_ptr,
     num_rows, query_length, num_passages, passage_length, winner_stride,
@@ -217,7 +237,7 @@ def query_gradient_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def passage_gradient_kernel(
     g_ptr, scale_ptr, q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, query_of_row_ptr, bounds_ptr,
     winner_ptr, out_ptr,
@@ -282,43 +302,6 @@ def passage_gradient_kernel(
     )  # fmt: skip
 
 
-def forward_config(dtype: torch.dtype, block_d: int, group_rows: int = 0) -> dict[str, int]:
-    """Tile shape of the forward; ``group_rows`` > 0: tokens per query in the own-group form."""
-    wide = block_d > 128
-    if group_rows:
-        rows = min(32 if wide else 64, max(16, triton.next_power_of_2(group_rows)))
-        columns = 32 if wide or dtype == torch.float32 else 64
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 2}
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32 if wide else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    if wide:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    # Many rows halve what comes from L2; 64 columns waste less of a last tile.
-    return {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-
-
-def query_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
-    """Rows per program of the query gradient."""
-    rows = min(32, 8192 // (block_d * dtype.itemsize))
-    return {"BLOCK_M": rows, "num_warps": 8, "num_stages": 2}  # 4 warps spill at some dims
-
-
-def passage_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
-    """Passage tokens per program and query tokens per step of the passage gradient."""
-    wide = block_d > 128
-    if dtype == torch.float32:  # without tensor cores, loads that run ahead spill registers
-        columns = 32 if wide else 64
-        return {"BLOCK_N": columns, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
-    if wide:
-        return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-
-
-def unit_length(query_length: int) -> int:
-    """Query tokens per unit: 32 unless 16 wastes less of the last one."""
-    return 32 if -(-query_length // 32) * 2 == -(-query_length // 16) else 16
-
-
 def _passages_per_program(num_row_blocks: int, num_passages: int) -> int:
     # A program's query tile is read once for its passages; leave enough programs for any GPU.
     return max(1, min(16, num_row_blocks * num_passages // 2048))
@@ -334,8 +317,9 @@ def maxsim_forward(
     num_passages, passage_length = passages.shape[-3:-1]
     total_passages = num_queries * num_passages if group else num_passages
     config = forward_config(
-        queries.dtype, padded_dim(queries.shape[-1]), query_length if group else 0
-    )
+        queries.dtype, padded_dim(queries.shape[-1]), capability(queries.device), normalize,
+        query_length if group else 0,
+    )  # fmt: skip
     unit = min(unit_length(query_length), config["BLOCK_M"])
     units_per_query = triton.cdiv(query_length, unit)
     units_per_block = config["BLOCK_M"] // unit
@@ -431,7 +415,9 @@ def _launch_backward(
             **shared, **config,
         )  # fmt: skip
     if grad_passages is not None:
-        config = passage_gradient_config(queries.dtype, block_d)
+        config = passage_gradient_config(
+            queries.dtype, block_d, capability(queries.device), normalize
+        )
         passage_gradient_kernel[(total_passages * triton.cdiv(passage_length, config["BLOCK_N"]),)](
             grad, scale, queries, passages, as_bytes(query_mask), as_bytes(passage_mask),
             query_of_row, bounds, winners, grad_passages,
@@ -452,7 +438,9 @@ def varlen_forward(
     if num_queries == 0:
         winners = queries.new_zeros(num_passages, 0, dtype=winner_dtype(max_passage_length))
         return queries.new_zeros(0, num_passages, dtype=torch.float32), winners
-    config = forward_config(queries.dtype, padded_dim(queries.shape[-1]))
+    config = forward_config(
+        queries.dtype, padded_dim(queries.shape[-1]), capability(queries.device)
+    )
     unit = min(unit_length(max_query_length), config["BLOCK_M"])
     # As many units as there can be, known without reading the bounds; unused ones hold no token.
     num_units = len(queries) // unit + num_queries

@@ -31,11 +31,12 @@ from erniesearch_kernels.triton_common import (
     as_bytes,
     balanced,
     dot,
+    kernel,
     narrow,
-    padded_dim,
     precision,
     row_max,
 )
+from erniesearch_kernels.triton_tiles import kl_config, padded_dim
 
 
 @triton.jit
@@ -54,6 +55,16 @@ def _load_rows(ptr, row, real, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _load_map(map_ptr, row, t, pairs, passage_length, ALIGNED: tl.constexpr):
+    """Rows of the teacher's map, ``[queries, passage tokens]``, zero where no pair is real."""
+    stride = passage_length
+    if ALIGNED:  # says that 16 divides it: wider loads
+        stride = passage_length // 16 * 16
+    pointers = map_ptr + row[:, None] * stride + t[None, :]
+    return tl.load(pointers, mask=pairs, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _head_logits(
     tq_ptr, tk_ptr, head_row, a, real_a, t, real_t, query_length, passage_length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -65,7 +76,7 @@ def _head_logits(
     return tl.where(real_t[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@kernel
 def teacher_lse_kernel(
     tq_ptr, tk_ptr, q_mask_ptr, p_mask_ptr, out_ptr,
     query_length, passage_length, group_size, heads, scale,
@@ -103,7 +114,7 @@ def teacher_lse_kernel(
     tl.store(out_ptr + head_row * query_length + a, lse, mask=stored)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, map_ptr, tq_ptr, tk_ptr, tlse_ptr,
     best_ptr, kl_ptr, winner_ptr, lse_ptr, norm_ptr,
@@ -111,7 +122,8 @@ def forward_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, REBUILD: tl.constexpr,
-    PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Per pair and query token: maximum, winner, KL, ``lse(x)`` and the teacher's norm."""
     row_blocks = tl.cdiv(query_length, BLOCK_M)
@@ -176,10 +188,7 @@ def forward_kernel(
             w_x *= shrink
             w_shift = tile_shift
         else:
-            w = tl.load(
-                map_ptr + (pair * query_length + a)[:, None] * passage_length + t[None, :],
-                mask=pairs, other=0.0,
-            ).to(tl.float32)  # fmt: skip
+            w = _load_map(map_ptr, pair * query_length + a, t, pairs, passage_length, ALIGNED)
         w = tl.where(pairs, w, 0.0)
         w_sum += tl.sum(w, 1)
         # 1.18e-38, the smallest normal number, stands in for 0 in the logarithm: 0 log 0 = 0.
@@ -210,8 +219,8 @@ def _similarity_gradient(
     g_score, g_kl, pair, a, real_a, t, real_t,
     query_length, passage_length, heads, inverse_tau, scale,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REBUILD: tl.constexpr, PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    REBUILD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    TEACHER_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``d s`` for ``BLOCK_M`` query tokens and ``BLOCK_N`` passage tokens of one pair."""
     pairs = real_a[:, None] & real_t[None, :]
@@ -232,9 +241,7 @@ def _similarity_gradient(
             teacher += tl.exp(logits - (tlse.to(tl.float32) + norm)[:, None])
         mass = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
-        teacher = tl.load(
-            map_ptr + out[:, None] * passage_length + t[None, :], mask=pairs, other=0.0
-        ).to(tl.float32)
+        teacher = _load_map(map_ptr, out, t, pairs, passage_length, ALIGNED)
         mass = norm
     s = dot(q, tl.trans(p), PRECISION, WIDEN)
     student = tl.exp(s * inverse_tau - lse[:, None])
@@ -243,7 +250,7 @@ def _similarity_gradient(
     return tl.where(pairs, grad, 0.0)
 
 
-@triton.jit
+@kernel
 def query_gradient_kernel(
     g_score_ptr, g_kl_ptr, grad_scale_ptr,
     q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, map_ptr, tq_ptr, tk_ptr, tlse_ptr,
@@ -252,7 +259,8 @@ def query_gradient_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, REBUILD: tl.constexpr,
-    PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``d q = sum over the group and its tokens of d s @ p``."""
     row_blocks = tl.cdiv(query_length, BLOCK_M)
@@ -276,7 +284,8 @@ def query_gradient_kernel(
             q, p, map_ptr, tq_ptr, tk_ptr, tlse_ptr, winner_ptr, lse_ptr, norm_ptr,
             tl.load(g_score_ptr + pair), tl.load(g_kl_ptr + pair), pair, a, real_a, t, real_t,
             query_length, passage_length, heads, inverse_tau, scale,
-            HEAD_DIM, BLOCK_H, BLOCK_M, BLOCK_N, REBUILD, PRECISION, TEACHER_PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_H, BLOCK_M, BLOCK_N, REBUILD, ALIGNED, PRECISION, TEACHER_PRECISION,
+            WIDEN,
         )  # fmt: skip
         total += dot(narrow(grad, p, WIDEN), p, PRECISION, WIDEN)
     total *= tl.load(grad_scale_ptr)
@@ -287,7 +296,7 @@ def query_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def passage_gradient_kernel(
     g_score_ptr, g_kl_ptr, grad_scale_ptr,
     q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, map_ptr, tq_ptr, tk_ptr, tlse_ptr,
@@ -296,7 +305,8 @@ def passage_gradient_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, REBUILD: tl.constexpr,
-    PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, TEACHER_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``d p = sum over query tokens of d s^T @ q`` for ``BLOCK_N`` tokens of one passage."""
     tiles = tl.cdiv(passage_length, BLOCK_N)
@@ -319,7 +329,8 @@ def passage_gradient_kernel(
             q, p, map_ptr, tq_ptr, tk_ptr, tlse_ptr, winner_ptr, lse_ptr, norm_ptr,
             tl.load(g_score_ptr + pair), tl.load(g_kl_ptr + pair), pair, a, real_a, t, real_t,
             query_length, passage_length, heads, inverse_tau, scale,
-            HEAD_DIM, BLOCK_H, BLOCK_M, BLOCK_N, REBUILD, PRECISION, TEACHER_PRECISION, WIDEN,
+            HEAD_DIM, BLOCK_H, BLOCK_M, BLOCK_N, REBUILD, ALIGNED, PRECISION, TEACHER_PRECISION,
+            WIDEN,
         )  # fmt: skip
         total += dot(narrow(tl.trans(grad), q, WIDEN), q, PRECISION, WIDEN)
     total *= tl.load(grad_scale_ptr)
@@ -331,19 +342,6 @@ def passage_gradient_kernel(
 
 
 # --------------------------------------------------------------------------- launching
-
-
-def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> dict[str, int]:
-    """Tile shape of all kernels here: query tokens by passage tokens."""
-    if dtype == torch.float32:
-        # Without tensor cores, loads that run ahead cost registers that spill.
-        if backward:
-            rows, columns = 32 if block_d <= 64 else 16, 16
-        else:
-            rows = columns = 32 if block_d <= 128 else 16
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
-    columns = 64 if block_d <= 128 else 32
-    return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
 
 class _Problem:
@@ -385,7 +383,8 @@ class _Problem:
             "DIM": dim, "BLOCK_D": padded_dim(dim),
             "HEAD_DIM": head_dim, "BLOCK_H": padded_dim(head_dim),
             "HAS_Q_MASK": query_mask is not None, "HAS_P_MASK": passage_mask is not None,
-            "REBUILD": rebuild, "PRECISION": precision(queries.dtype),
+            "REBUILD": rebuild, "ALIGNED": not rebuild and self.passage_length % 16 == 0,
+            "PRECISION": precision(queries.dtype),
             "TEACHER_PRECISION": precision(teacher_dtype), "WIDEN": INTERPRET,
         }  # fmt: skip
 

@@ -1,0 +1,95 @@
+"""Tile shapes of the Triton kernels, by dtype, token dim and GPU. Choices, never timed."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+MAX_DIM = 256
+# Shared memory that one block may ask for, in bytes, by compute capability (CUDA C++ Programming
+# Guide, technical specifications).
+SHARED_LIMIT = {
+    80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
+    100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024,
+}  # fmt: skip
+
+
+def padded_dim(dim: int) -> int:
+    """The tile width of ``dim``-dimensional tokens: a power of two that a matrix unit takes."""
+    if dim > MAX_DIM:
+        raise ValueError(f'd={dim}, the Triton kernels take at most {MAX_DIM}; use backend="torch"')
+    return max(16, triton.next_power_of_2(dim))
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Of a GPU, as ``90`` for 9.0; in the interpreter, where tile shapes do not matter, also 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def roomy(capability: int) -> bool:
+    """Whether a block may hold well over 99 KB of shared memory (unknown ones: assume not)."""
+    return SHARED_LIMIT.get(capability, 0) > 128 * 1024
+
+
+def forward_config(
+    dtype: torch.dtype, block_d: int, capability: int, normalize: bool = False, group_rows: int = 0
+) -> dict[str, int]:
+    """Tile shape of the forward; ``group_rows`` > 0: tokens per query in the own-group form."""
+    wide = block_d > 128
+    if group_rows:
+        rows = min(32 if wide else 64, max(16, triton.next_power_of_2(group_rows)))
+        columns = 32 if wide or dtype == torch.float32 else 64
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32 if wide else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if wide:
+        small = not roomy(capability) or (normalize and capability >= 100)  # which spills there
+        rows, columns = (64, 32) if small else (128, 64)
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
+    # Many rows halve what comes from L2; 64 columns waste less of a last tile. 256 rows take 98 KB
+    # of shared memory, and spill registers where norms are computed.
+    rows = 256 if roomy(capability) and not normalize else 128
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+def query_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Rows per program of the query gradient."""
+    rows = min(32, 8192 // (block_d * dtype.itemsize))
+    return {"BLOCK_M": rows, "num_warps": 8, "num_stages": 2}  # 4 warps spill at some dims
+
+
+def passage_gradient_config(
+    dtype: torch.dtype, block_d: int, capability: int, normalize: bool = False
+) -> dict[str, int]:
+    """Passage tokens per program and query tokens per step of the passage gradient."""
+    wide = block_d > 128
+    if dtype == torch.float32:  # without tensor cores, loads that run ahead spill registers
+        columns = 32 if wide else 64
+        return {"BLOCK_N": columns, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+    if wide or (normalize and not roomy(capability)):
+        return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def unit_length(query_length: int) -> int:
+    """Query tokens per unit: 32 unless 16 wastes less of the last one."""
+    return 32 if -(-query_length // 32) * 2 == -(-query_length // 16) else 16
+
+
+def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> dict[str, int]:
+    """Tile shape of all kernels here: query tokens by passage tokens."""
+    if dtype == torch.float32:
+        # Without tensor cores, loads that run ahead cost registers that spill.
+        if backward:
+            rows, columns = 32 if block_d <= 64 else 16, 16
+        else:
+            rows = columns = 32 if block_d <= 128 else 16
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
+    columns = 64 if block_d <= 128 else 32
+    return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}

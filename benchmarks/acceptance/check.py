@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,30 +83,31 @@ class Context:
         aside.write_text(json.dumps(content))
         os.replace(aside, self.result)
 
-    def python(
-        self, *arguments: str, expected: int = 0, log: str = "log.txt", **environment: str
-    ) -> str:
-        """Run Python to its end in the repository's root; returns what it wrote.
+    def python(self, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+        """Run Python to its end in the repository's root, with further variables; returns what it
+        wrote.
 
         Raises:
-            Failed: for another exit status than ``expected``, with the last lines.
+            Failed: for another exit status than 0, with the last lines.
         """
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+            [sys.executable, *arguments], cwd=ROOT, env=os.environ | dict(environment or {}),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
-        with (self.folder / log).open("a") as file:
+        with (self.folder / "log.txt").open("a") as file:
             file.write(f"$ python {' '.join(arguments)}\n{done.stdout}\n")
-        if done.returncode != expected:
+        if done.returncode:
             raise Failed(
-                f"`python {' '.join(arguments)}` ended with status {done.returncode}, not"
-                f" {expected}: {last_lines(done.stdout)}"
+                f"`python {' '.join(arguments)}` ended with status {done.returncode}:"
+                f" {last_lines(done.stdout)}"
             )
         return done.stdout
 
-    def erniesearch(self, *arguments: str, expected: int = 0, **environment: str) -> str:
-        """Run a command of the command line; see :meth:`python`."""
-        return self.python("-m", "erniesearch.cli", *arguments, expected=expected, **environment)
+    def erniesearch(self, *arguments: str) -> str:
+        """Run a command of the command line, with a cache of the check's own; see
+        :meth:`python`."""
+        environment = {"ERNIESEARCH_CACHE": str(self.folder / "cache")}
+        return self.python("-m", "erniesearch.cli", *arguments, environment=environment)
 
 
 def require(condition: bool, reason: str) -> None:

@@ -4,7 +4,7 @@ from acceptance.check import Check
 
 TRAINING = ("deepspeed", "jsonargparse", "bm25s", "rich")
 CHECKS = (
-    Check("machine", "acceptance.machine:check", 1, (60, 60)),
+    Check("machine", "acceptance.machine:check", 1, (60, 60), alone=True),
     Check("kernel_tests", "acceptance.kernel_checks:tests", 1, (120, 400), ("triton", "pytest")),
     Check("sanitizer", "acceptance.kernel_checks:sanitizer", 1, (60, 200), ("triton",)),
     Check("collectives", "acceptance.collectives:check", 1, (60, 60)),

@@ -5,6 +5,7 @@ the same to the bit; a GPU's sums may come in another order.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -98,23 +99,21 @@ def nan_update(context: Context) -> None:
     context.python(str(ROOT / "tests" / "fault_worker.py"), str(file), *arguments[1:])
     told = (run_dir / "stages" / "cascade" / "nonfinite.jsonl").read_text().splitlines()
     trace = material.losses(run_dir)
-    finite = [abs(line["loss"]) < float("inf") for line in trace]
+    odd = [line["step"] for line in trace if not math.isfinite(line["loss"])]
     context.tell(updates=len(trace), skipped_updates=len(told), final_loss=trace[-1]["loss"])
     require(len(told) == 1, f"{len(told)} updates are described as not finite, not 1")
-    require(
-        [line["step"] for line, good in zip(trace, finite, strict=True) if not good] == [3],
-        f"losses that are not finite: {finite}",
-    )
+    require(odd == [3], f"losses that are not finite, in updates: {odd}")
     require(trace[-1]["loss"] < trace[0]["loss"], "it did not learn after the NaN")
 
 
 def fewer_ranks(context: Context) -> None:
     """A checkpoint of two CPU ranks continued on one rank, on the GPU where there is one, against
-    the same run left on its two ranks; for ZeRO 1, 2 and 3."""
+    the same run left on its two ranks; for ZeRO 1, 2 and 3 (1 and 3
+    on a CPU)."""
     base = material.tiny(context.folder)
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     jobs: dict[str, list[Any]] = {"whole": [], "first": [], "rest": []}
-    stages = (1, 2, 3)
+    stages = (1, 2, 3) if context.gpu else (1, 3)
     for zero in stages:
         for name in ("whole", "moved"):
             config = material.changed(
@@ -128,8 +127,9 @@ def fewer_ranks(context: Context) -> None:
     plan += [[config, 2, 4] for config in jobs["first"]]
     (context.folder / "two.json").write_text(json.dumps({"plan": plan}))
     context.python(
-        str(ROOT / "tests" / "fork_ranks.py"), str(context.folder / "two.json"), **hidden
-    )
+        str(ROOT / "tests" / "fork_ranks.py"), str(context.folder / "two.json"),
+        environment=hidden,
+    )  # fmt: skip
     worker = str(ROOT / "tests" / "distributed_worker.py")
     file = context.folder / "rest.json"
     file.write_text(json.dumps([["cascade", config] for config in jobs["rest"]]))
@@ -165,12 +165,10 @@ def visible_devices(context: Context) -> None:
 
 
 def _last_gpu() -> str:
-    """UUID of the last GPU."""
-    said = subprocess.run(
-        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    return said.stdout.split()[-1]
+    """UUID of the last GPU that this process sees, as CUDA_VISIBLE_DEVICES takes it."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.device_count() - 1).uuid}"
 
 
 def _watch(process: "subprocess.Popen[str]", ask: Callable[[psutil.Process], Any]) -> set[Any]:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
 ALL_TERMS = dict.fromkeys(
     ("ce", "li", "de", "ce_to_li", "ce_to_de", "li_to_de", "attention", "dual_reg"), 1.0
@@ -28,14 +28,18 @@ def words(number: int) -> list[str]:
 
 
 def write_model(
-    folder: Path, num_words: int = 64, seed: int = 0, weights: bool = True, **sizes: int
+    folder: Path,
+    num_words: int = 64,
+    seed: int = 0,
+    weights: bool = True,
+    sizes: dict[str, Any] | None = None,
 ) -> Path:
     """A BERT over made-up words, random weights if any; sizes are BERT-base's where not given."""
     folder.mkdir(parents=True)
     vocabulary = [*SPECIAL, *words(num_words)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(vocab_size=len(vocabulary), **sizes)
+    config = BertConfig(vocab_size=len(vocabulary), **sizes or {})
     config.save_pretrained(folder)
     if weights:
         torch.manual_seed(seed)
@@ -53,8 +57,9 @@ def write_data(
     (folder / "qrels").mkdir(parents=True)
     texts = [rng.choice(known, rng.integers(*lengths)) for _ in range(passages)]
     with (folder / "corpus.jsonl").open("w") as file:
-        for i, text in enumerate(texts):
-            file.write(json.dumps({"_id": f"p{i}", "title": "", "text": " ".join(text)}) + "\n")
+        for i, words_of in enumerate(texts):
+            line = {"_id": f"p{i}", "title": "", "text": " ".join(words_of)}
+            file.write(json.dumps(line) + "\n")
     positives = rng.integers(passages, size=queries)
     with (folder / "queries.jsonl").open("w") as file:
         for i, positive in enumerate(positives):
@@ -74,7 +79,7 @@ def tiny(folder: Path) -> dict[str, Any]:
             "max_query_length": 8, "max_passage_length": 16,
         },
         "student": {
-            "path": str(write_model(folder / "model", **TINY)),
+            "path": str(write_model(folder / "model", sizes=TINY)),
             "late_interaction_dim": 16, "dropout": 0.0,
         },
         "teacher": {"dropout": 0.0},
@@ -108,10 +113,15 @@ def write_config(config: dict[str, Any], file: Path) -> str:
 
 
 def losses(run_dir: Path) -> list[dict[str, float]]:
-    """What the cascade logged, without what depends on the machine's speed."""
+    """What the cascade logged, without what depends on the machine's speed; NaN for numbers that
+    were not finite."""
     file = run_dir / "stages" / "cascade" / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]
+    return [
+        {key: float("nan") if value is None else value for key, value in line.items()
+         if not isinstance(value, dict)}
+        for line in lines
+    ]  # fmt: skip
 
 
 def largest_difference(own: list[dict[str, float]], wanted: list[dict[str, float]]) -> float:

@@ -20,15 +20,14 @@ def encode(context: Context) -> None:
     passages, lengths = (100_000, (40, 120)) if context.gpu else (200, (4, 14))
     num_words = 30_517 if context.gpu else 64
     data = material.write_data(context.folder / "data", passages, 8, num_words, lengths)
-    model = material.write_model(context.folder / "model", num_words, **sizes)
-    cache = str(context.folder / "cache")
+    model = material.write_model(context.folder / "model", num_words, sizes=sizes)
     arguments = [
         "encode", "--model", str(model), "--data", str(data), "--out",
         str(context.folder / "embeddings"), "--pooling", "cls", "--max_length",
         "128" if context.gpu else "16", "--batch_size", "512",
     ]  # fmt: skip
     began = time.monotonic()
-    context.erniesearch(*arguments, ERNIESEARCH_CACHE=cache)
+    context.erniesearch(*arguments)
     seconds = time.monotonic() - began
     lines = (data / "corpus.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
@@ -68,7 +67,7 @@ def index(context: Context) -> None:
     context.tell(faiss=faiss.__version__, faiss_gpus=gpus)
     passages, lists = (20_000, 128) if context.gpu else (600, 8)
     data = material.write_data(context.folder / "data", passages)
-    model = material.write_model(context.folder / "model", **material.TINY)
+    model = material.write_model(context.folder / "model", sizes=material.TINY)
     folder, out = context.folder / "embeddings", context.folder / "index"
     context.erniesearch(
         "encode",
@@ -80,7 +79,6 @@ def index(context: Context) -> None:
         str(folder),
         "--pooling",
         "mean",
-        ERNIESEARCH_CACHE=str(context.folder / "cache"),
     )
     began = time.monotonic()
     context.erniesearch("index", "--embeddings", str(folder), "--out", str(out), "--factory",
@@ -113,15 +111,13 @@ def pipeline(context: Context) -> None:
         "cascade": config["stages"]["cascade"] | {"steps": 3, "negatives": "mined"},
     }
     file = material.write_config(config, context.folder / "run.yaml")
-    cache = str(context.folder / "cache")
     began = time.monotonic()
-    context.erniesearch("run", file, ERNIESEARCH_CACHE=cache)
+    context.erniesearch("run", file)
     seconds = time.monotonic() - began
     run = context.folder / "run"
     evaluated = json.loads((run / "evaluation.json").read_text())
     rows = [row["name"] for row in evaluated["rows"]]
-    said = context.erniesearch("search", " ".join(material.words(3)), "--run", str(run),
-                               ERNIESEARCH_CACHE=cache)  # fmt: skip
+    said = context.erniesearch("search", " ".join(material.words(3)), "--run", str(run))
     context.tell(seconds=round(seconds, 1), rows=rows,
                  exports=sorted(path.name for path in (run / "exports").iterdir()))  # fmt: skip
     require(len(rows) == 6, f"rows of the table: {rows}")

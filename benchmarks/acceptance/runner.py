@@ -105,6 +105,7 @@ def environment(size: Size) -> dict[str, str]:
     variables = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true" if size == "gpu" else "false",
         "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
     if size == "cpu":
         variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

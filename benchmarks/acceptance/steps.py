@@ -31,7 +31,7 @@ def check(context: Context) -> None:
     from erniesearch.config import RunConfig, from_dict
     from erniesearch.planning.plan import Machine, Planner
 
-    job = {"config": _config(context), "updates": 20 if context.gpu else 3}
+    job: dict[str, Any] = {"config": _config(context), "updates": 20 if context.gpu else 3}
     files = [context.folder / "job.json", context.folder / "result.json"]
     files[0].write_text(json.dumps(job))
     context.python("-m", "acceptance.steps", *map(str, files))
@@ -140,12 +140,14 @@ def _timed(step: Callable[[], None], updates: int, gpu: bool) -> list[float]:
 
 def _place() -> str:
     """The innermost line of the running code that is not PyTorch's or this file's."""
+    import torch
+
+    others = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not any(part in file for part in ("/torch/", "warnings.py", "acceptance/steps.py")):
-            parts = Path(file).parts
-            return f"{'/'.join(parts[-3:])}:{frame.f_lineno}"
+        if not file.startswith(others):
+            return f"{'/'.join(Path(file).parts[-3:])}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "autograd"
 

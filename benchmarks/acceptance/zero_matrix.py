@@ -12,10 +12,11 @@ from typing import Any
 from acceptance import material
 from acceptance.check import Context, require
 
-TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
+TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 """Largest difference of any term in any update, relative to the total loss there. On a CPU fp32
 differs by 1e-6 and bf16 by up to 1e-2; a GPU adds up in another order."""
 
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 ZERO, PATHS, PRECISIONS = (0, 1, 2, 3), ("plain", "cached"), ("fp32", "bf16")
 CHUNK = 5
 """Cuts through groups of three passages."""
@@ -26,7 +27,7 @@ def check(context: Context) -> None:
     base = material.tiny(context.folder)
     reference = material.changed(base, context.folder / "reference",
                                  training={"precision": "fp32", "zero_stage": 0})  # fmt: skip
-    _train(context, {"reference": reference}, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    _train(context, {"reference": reference}, HIDDEN)
     wanted = material.losses(context.folder / "reference")
     require(wanted[-1]["loss"] < wanted[0]["loss"], "the reference does not learn")
     jobs = {}
@@ -67,11 +68,13 @@ def _comparable(context: Context, name: str) -> list[dict[str, float]]:
     return kept
 
 
-def _train(context: Context, jobs: dict[str, Any], **environment: str) -> dict[str, str]:
+def _train(
+    context: Context, jobs: dict[str, Any], environment: dict[str, str] | None = None
+) -> dict[str, str]:
     """Train each configuration in one process; returns those that were refused, and why."""
     file = context.folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    context.python("-m", "acceptance.zero_matrix", str(file), **environment)
+    context.python("-m", "acceptance.zero_matrix", str(file), environment=environment)
     refused: dict[str, str] = json.loads(file.with_suffix(".refused").read_text())
     return refused
 

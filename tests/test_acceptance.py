@@ -12,66 +12,11 @@ from typing import Any
 import pytest
 from acceptance import checks, material
 from acceptance.__main__ import PART_SECONDS
-from acceptance.check import Check, Context, Failed, Skipped
 from acceptance.runner import Runner, merge
+from acceptance_fakes import CHECKS
 from conftest import ROOT
 
 HEAD = {"machine": {"cpu": "x"}, "commit": "abc", "size": "cpu"}
-
-# Run by processes of their own, which find them by the name of this module: see CHECKS below.
-
-
-def hang(context: Context) -> None:
-    """Starts a process in a session of its own that ignores polite signals, and waits."""
-    context.tell(seen=1)
-    sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True)
-    context.tell(pid=child.pid)
-    time.sleep(600)
-
-
-def leave_behind(context: Context) -> None:
-    """Ends well, and its child lives on."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
-                             start_new_session=True)  # fmt: skip
-    context.tell(pid=child.pid)
-
-
-def fail(context: Context) -> None:
-    context.tell(before=2)
-    raise Failed("too slow by half")
-
-
-def stumble(context: Context) -> None:
-    raise ZeroDivisionError("nobody thought of this")
-
-
-def die(context: Context) -> None:
-    context.tell(before=3)
-    sys.stderr.write("last words\n")
-    os.abort()
-
-
-def skip(context: Context) -> None:
-    raise Skipped("the tool is absent")
-
-
-def succeed(context: Context) -> None:
-    context.tell(
-        gpus=os.environ["CUDA_VISIBLE_DEVICES"], offline=os.environ["HF_HUB_OFFLINE"],
-        folder=str(context.folder), gpu=context.gpu,
-    )  # fmt: skip
-
-
-def fake(name: str, **options: Any) -> Check:
-    return Check(name, f"test_acceptance:{name}", 1, (options.pop("limit", 60), 60), **options)
-
-
-CHECKS = (
-    fake("succeed"), fake("hang", limit=3), fake("leave_behind"), fake("fail", alone=True),
-    fake("stumble"), fake("die"), fake("skip"),
-    Check("needy", "test_acceptance:succeed", 1, (60, 60), ("torch", "no_such_module")),
-)  # fmt: skip
 
 
 def alive(pid: int) -> bool:
@@ -87,7 +32,7 @@ def run(
     path = [ROOT, ROOT / "kernels", ROOT / "benchmarks", ROOT / "tests"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, path)))
     found: list[dict[str, Any]] = []
-    runner = Runner("test_acceptance", CHECKS, "cpu", folder, time.monotonic() + seconds)
+    runner = Runner("acceptance_fakes", CHECKS, "cpu", folder, time.monotonic() + seconds)
     runner.run(names, 4, found.append)
     return {result["name"]: result for result in found}
 
@@ -104,7 +49,7 @@ def test_every_end_of_a_check_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert told["stumble"] == ("failed", "ZeroDivisionError: nobody thought of this")
     assert told["skip"] == ("skipped", "the tool is absent")
     assert told["needy"] == ("skipped", "no_such_module is not installed")
-    assert told["hang"] == ("failed", "not done after 3 s")
+    assert told["hang"] == ("failed", "not done after 6 s")
     status, reason = told["die"]
     assert status == "failed"
     assert reason.startswith("ended with status -6: last words")

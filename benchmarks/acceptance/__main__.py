@@ -1,12 +1,14 @@
 """The command line of ``launch/gpu_acceptance.sh``."""
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="cpu hides the GPU; auto takes one that PyTorch sees.",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, help="Checks at a time, except those that measure; 4 on a GPU, else 1."
+        "--jobs",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="Checks at a time, except those that measure; by default one a core, 4 at most.",
     )
     parser.add_argument(
         "--seconds", type=int,
@@ -83,17 +88,20 @@ def describe(size: str) -> dict[str, Any]:
     return described
 
 
-def commit() -> str | None:
-    """Of the checkout, with + where files differ from it; None without git."""
-    try:
-        said = [
+def commit() -> str:
+    """Of the checkout, with + where files differ from it; without git a hash of the sources."""
+    with suppress(FileNotFoundError):
+        head, changes = (
             subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        ]
-    except FileNotFoundError:
-        return None
-    head = said[0].stdout.strip()
-    return head + "+" * bool(said[1].stdout.strip()) if head else None
+        )
+        if not head.returncode:
+            return head.stdout.strip() + "+" * bool(changes.stdout.strip())
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "erniesearch", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"sources {digest.hexdigest()[:16]}"
 
 
 def chosen(settings: argparse.Namespace) -> list[str]:
@@ -132,7 +140,7 @@ def main(argv: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) ->
         show(result)
         content = merge(out / "acceptance.json", head, [result])
 
-    runner.run(chosen(settings), settings.jobs or (4 if seen == "gpu" else 1), done)
+    runner.run(chosen(settings), settings.jobs, done)
     print(f"{content['status']}: {out / 'acceptance.json'}", flush=True)
     return int(content["status"] == "failed")
 

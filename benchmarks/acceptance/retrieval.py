@@ -104,7 +104,6 @@ def pipeline(context: Context) -> None:
     config["training"] = config["training"] | {"num_processes": 1}
     config["evaluation"] = {"rerank_depth": 10}
     config["stages"] = {
-        "contrastive": material.stage(2, weights={"de": 1.0}, negatives="bm25"),
         "interaction": material.stage(2, weights=weights, negatives="bm25"),
         "teacher": material.stage(2, weights={"ce": 1.0}, negatives="bm25"),
         "mine": {"depth": 10, "num_negatives": 4},

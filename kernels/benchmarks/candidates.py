@@ -48,7 +48,6 @@ class Case:
 
 CASES = {
     "cpu_tiny": Case("maxsim", 4, 8, 8, 16, dim=32),
-    "cpu_tiny_attention_kl": Case("attention_kl", 2, 8, 0, 16, dim=32, group=2, heads=2),
     "cpu_goal": Case("maxsim", 64, 32, 128, 128, goal="<= 0.25x time, <= 0.1x memory of peers"),
     "cpu_group": Case("maxsim", 32, 32, 0, 128, group=8),
     "cpu_token_kl": Case("token_kl", 16, 32, 0, 128, group=8),

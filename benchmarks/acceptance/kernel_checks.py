@@ -34,7 +34,7 @@ def tests(context: Context) -> None:
     report = context.folder / "report.xml"
     command = ["-m", "pytest", *map(str, files), "-q", "-p", "no:cacheprovider",
                "--junit-xml", str(report)]  # fmt: skip
-    wanted = ["-m", "cuda"] if context.gpu else ["-k", INTERPRETED]
+    wanted = ["-m", "cuda and not slow"] if context.gpu else ["-k", INTERPRETED]
     environment = {} if context.gpu else {"TRITON_INTERPRET": "1"}
     failure = None
     try:

@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,19 @@ class Runner:
     def run(self, names: Sequence[str], jobs: int, done: Callable[[Result], None]) -> None:
         """Run the named checks, ``jobs`` at a time but those that measure alone, which come last;
         ``done`` is told each result."""
-        adopt_orphans()
         chosen = [check for check in self.checks if check.name in names]
-        with ThreadPoolExecutor(jobs) as pool:
-            for result in pool.map(self._one, [c for c in chosen if not c.alone]):
-                done(result)
-        for check in chosen:
-            if check.alone:
-                done(self._one(check))
+        with orphans_adopted(), ThreadPoolExecutor(jobs) as pool:
+            try:
+                for result in pool.map(self._one, [c for c in chosen if not c.alone]):
+                    done(result)
+                for check in chosen:
+                    if check.alone:
+                        done(self._one(check))
+            except BaseException:  # Ctrl-C
+                pool.shutdown(wait=False, cancel_futures=True)
+                for check in chosen:
+                    end_marked(check.name)
+                raise
 
     def _one(self, check: Check) -> Result:
         began = time.monotonic()
@@ -86,7 +91,8 @@ class Runner:
         told = json.loads(file.read_text()) if file.exists() else {}
         figures = told.get("figures", {})
         if status is None:
-            return _result(check, "failed", seconds, f"not done after {limit:.0f} s", figures)
+            cut = ", when this command's time was up" * (limit < check.limit(self.size))
+            return _result(check, "failed", seconds, f"not done after {limit:.0f} s{cut}", figures)
         if told.get("status", "running") == "running":  # it died
             reason = f"ended with status {status}: {last_lines(log.read_text(errors='replace'))}"
             return _result(check, "failed", seconds, reason, figures)
@@ -112,11 +118,20 @@ def environment(size: Size) -> dict[str, str]:
     return variables
 
 
-def adopt_orphans() -> None:
-    """Make what a check leaves behind a child of this process, which can then find it (Linux)."""
-    if sys.platform == "linux":
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+@contextmanager
+def orphans_adopted() -> Iterator[None]:
+    """What checks leave behind becomes a child of this process, which can then find it (Linux)."""
+
+    def adopt(yes: bool) -> None:
+        if sys.platform == "linux":
+            pr_set_child_subreaper = 36
+            ctypes.CDLL(None).prctl(pr_set_child_subreaper, int(yes), 0, 0, 0)
+
+    adopt(True)
+    try:
+        yield
+    finally:
+        adopt(False)
 
 
 def end_marked(name: str) -> None:

@@ -5,7 +5,13 @@ from acceptance.check import Check
 TRAINING = ("deepspeed", "jsonargparse", "bm25s", "rich")
 CHECKS = (
     Check("machine", "acceptance.machine:check", 1, (60, 60), alone=True),
-    Check("kernel_tests", "acceptance.kernel_checks:tests", 1, (120, 400), ("triton", "pytest")),
+    Check(
+        "kernel_tests",
+        "acceptance.kernel_checks:tests",
+        1,
+        (120, 400),
+        ("triton", "pytest", "hypothesis"),
+    ),
     Check("sanitizer", "acceptance.kernel_checks:sanitizer", 1, (60, 200), ("triton",)),
     Check("collectives", "acceptance.collectives:check", 1, (60, 60)),
     Check("zero_matrix", "acceptance.zero_matrix:check", 1, (200, 240), TRAINING),

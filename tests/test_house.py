@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, asks_for_gpu, run_python
 
-SOURCES = sorted([*ROOT.glob("erniesearch/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+FOLDERS = ("erniesearch", "kernels", "benchmarks")
+SOURCES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))
 LAUNCHERS = sorted(ROOT.glob("launch/*.py"))
 
 

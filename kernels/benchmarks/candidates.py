@@ -47,6 +47,7 @@ class Case:
 
 
 CASES = {
+    "cpu_tiny": Case("maxsim", 4, 8, 8, 16, dim=32),
     "cpu_goal": Case("maxsim", 64, 32, 128, 128, goal="<= 0.25x time, <= 0.1x memory of peers"),
     "cpu_group": Case("maxsim", 32, 32, 0, 128, group=8),
     "cpu_token_kl": Case("token_kl", 16, 32, 0, 128, group=8),

@@ -46,18 +46,22 @@ SECTION = re.compile(
 )  # fmt: skip
 """Start of a line that no longer belongs to the first sentence: fields, lists, headings."""
 MARKUP = (
-    (re.compile(r"\[`+~?!?([^`\]]+)`+\](\([^)]*\))?"), r"`\1`"),  # [`~pkg.Name`](url)
+    (re.compile(r"\[`+([^`\]]+)`+\](\([^)]*\))?"), r"`\1`"),  # [`pkg.Name`](url)
     (re.compile(r"\[([^\]\[]+)\]\([^)\s]*\)"), r"\1"),  # [text](url)
-    (re.compile(r":[a-zA-Z][\w:+.-]*:`[~!]?([^`]+)`"), r"`\1`"),  # :py:meth:`~pkg.Name`
+    (re.compile(r":[a-zA-Z][\w:+.-]*:(`[^`]+`)"), r"\1"),  # :py:meth:`Name`
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*"), r"\1"),  # `text <target>`_
     (re.compile(r"\[\w+\]_"), ""),  # [1]_
     (re.compile(r"`+([^`]+)`+_*"), r"\1"),
     (re.compile(r"(?<![\w*])\*{1,2}(\w[^*]*\w|\w)\*{1,2}(?![\w*])"), r"\1"),  # *text*, not *args
 )
-TILDE = re.compile(r"`~[\w.]*?(\w+(?:\(\))?)`")
-SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[.!?]\s+(?=[\"'(]?[A-Z])")
-NO_PROSE = re.compile(r"->|>>>|::|https?:|[\\{}@$|]|%\(|`|^[\w.]+\(|__\w+__.*=|\w=\w")
-"""Signatures, templates, addresses, formulas, mark-up left open."""
+TILDE = re.compile(r"`[~!][\w.]*?(\w+(?:\(\))?)`")  # `~package.Name`
+SENTENCE_END = re.compile(
+    r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)(?<!\b[A-Z])[.!?]\s+(?=[\"'(]?[A-Z])"
+)
+NO_PROSE = re.compile(
+    r"->|>>>|::|https?:|[\\{}@$|`]|%\(|^[\w.]+\(|^[\w.]+ ?[:=]|\w=\w|\bis deprecated|^\(", re.I
+)
+"""Signatures, templates, addresses, grammars, formulas, mark-up left open."""
 POINTER = re.compile(
     r"(see|same as|equivalent to|alias|refer to|inherited|overrides?|overridden|implements?|"
     r"wrapper (for|around|of)|deprecated|undocumented|todo|fixme|xxx|not implemented|private|"
@@ -117,7 +121,7 @@ def _pair(
         return f"code of more than {MAX_CHARACTERS} characters"
     if f" {_words(query)} " in f" {_words(code)} ":
         return "the sentence is in the code"
-    key = "".join(code.replace(node.name, "", 1).split())
+    key = "".join(re.sub(rf"def\s+{node.name}\b", "def ", code, count=1).split())
     return Pair(name, module, query, code, key)
 
 

@@ -109,7 +109,8 @@ def bare(source: str) -> str:
          'def f(self):\n    return """one\n\n  # kept\n    end"""'),
         ('def f():\n    """Doc."""\n    def g(x):\n        """Inner doc."""\n        return x * 2\n'
          '    class B:\n        """Inner doc too."""\n        y = 1\n    return g\n',
-         "def f():\n    def g(x):\n        return x * 2\n    class B:\n        y = 1\n    return g"),
+         "def f():\n    def g(x):\n        return x * 2\n    class B:\n        y = 1\n"
+         "    return g"),
         ('def f():\n    """Doc."""\n    return lambda x: (x,\n  2)  # two\n',
          "def f():\n    return lambda x: (x,\n  2)"),
     ],
@@ -256,7 +257,7 @@ def many_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_module(path, old + FUNCTION.format(i, f"return x + {i}"))
         if i < 20:  # a vendored copy: other name, other layout, other docstring
             write_module(
-                root / "copies" / f"c{i}.py",
+                root / "zcopies" / f"c{i}.py",
                 f'def g{i}(\n  x\n):\n    "This is copy number {i}."\n    return x+{i}\n',
             )
     for i, sentence in enumerate(["Open the file again"] * 3 + ["Return the usual value"] * 4):

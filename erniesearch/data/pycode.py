@@ -50,7 +50,7 @@ MARKUP = (
     (re.compile(r"\[([^\]\[]+)\]\([^)\s]*\)"), r"\1"),  # [text](url)
     (re.compile(r":[a-zA-Z][\w:+.-]*:(`[^`]+`)"), r"\1"),  # :py:meth:`Name`
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*"), r"\1"),  # `text <target>`_
-    (re.compile(r"\[\w+\]_"), ""),  # [1]_
+    (re.compile(r"\s*\[\w+\]_"), ""),  # [1]_
     (re.compile(r"`+([^`]+)`+_*"), r"\1"),
     (re.compile(r"(?<![\w*])\*{1,2}(\w[^*]*\w|\w)\*{1,2}(?![\w*])"), r"\1"),  # *text*, not *args
 )
@@ -105,9 +105,7 @@ def extract(root: Path, package: str, left_out: Counter[str]) -> Iterator[Pair]:
                 left_out[pair] += 1
 
 
-def _pair(
-    node: Function, docstring: str, lines: list[str], name: str, module: str
-) -> Pair | str:
+def _pair(node: Function, docstring: str, lines: list[str], name: str, module: str) -> Pair | str:
     """A pair, or the reason why there is none."""
     if re.match(r"__\w+__$|test", node.name):
         return "special methods and tests"
@@ -142,7 +140,7 @@ def first_sentence(docstring: str) -> str | None:
     text = TILDE.sub(r"`\1`", " ".join(" ".join(kept).split()))
     for pattern, replacement in MARKUP:
         text = pattern.sub(replacement, text)
-    sentence = " ".join(SENTENCE_END.split(text, maxsplit=1)[0].split()).rstrip(".!")
+    sentence = " ".join(SENTENCE_END.split(text, maxsplit=1)[0].split()).rstrip(".! ")
     words = [word for word in sentence.split() if re.search("[A-Za-z]{2}", word)]
     if not WORDS[0] <= len(words) <= len(sentence.split()) <= WORDS[1]:
         return None

@@ -102,7 +102,7 @@ def bare(source: str) -> str:
          "def f(self):\n\tif self:\n\t\treturn g(1)"),
         ('class A:\n\f\n\f    def f(self):\n        """Doc."""\n\f\n        return g(1)\n',
          "def f(self):\n    return g(1)"),
-        ('def f():\n    """Döç."""; x = "ä # no comment"  # ü\n    return x * 2\n',
+        ('def f():\n    """Dööçé."""; x = "ä # no comment"  # ü\n    return x * 2\n',
          'def f():\n    x = "ä # no comment"\n    return x * 2'),
         ('class A:\n    def f(self):\n        """Doc."""\n        return """one\n\n  # kept\n'
          '        end"""  # gone\n',

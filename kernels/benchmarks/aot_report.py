@@ -183,7 +183,7 @@ def main() -> None:
             if capability == 90:
                 for case, times in predictions(form, compiled).items():
                     report["predicted_h200"][f"{case} {form.name}"] = times
-        write(report)
+            write(report)  # what is done is kept
     sys.stdout.write(f"{OUTPUT}\n")
 
 

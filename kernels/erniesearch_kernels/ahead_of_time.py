@@ -52,7 +52,6 @@ class Configuration:
     teacher: torch.dtype | None = None  # None: as ``dtype``
     winners: str = "*u8"
     bounds: str = "*i32"
-    aligned: bool = True  # tensors begin at multiples of 16 bytes
 
     def source(self) -> ASTSource:
         signature, constants, attributes = {}, dict(self.meta), {}
@@ -66,14 +65,9 @@ class Configuration:
                 continue
             signature[name] = self._type(name)
             # What the launcher tells the compiler of pointers, and of no integer.
-            if signature[name].startswith("*") and self._tells_alignment(name):
+            if signature[name].startswith("*") and name not in UNALIGNED:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
-
-    def _tells_alignment(self, name: str) -> bool:
-        if name in UNALIGNED:
-            return False
-        return self.aligned or name not in STUDENT | TEACHER or name == "out_ptr"
 
     def _type(self, name: str) -> str:
         if name == "out_ptr" and self.kernel is TEACHER_LSE:
@@ -213,8 +207,8 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
     def changed(**choices: Any) -> Configuration:
         return replace(usual, meta=meta | choices)
 
-    loads = {"ALIGNED": False} if "ALIGNED" in meta else {}
-    yield "unaligned", replace(usual, aligned=False, meta=meta | loads)
+    if meta.get("ALIGNED"):
+        yield "odd_length", changed(ALIGNED=False)
     if usual.dtype == torch.float32 and "PRECISION" in meta:
         choices = {"PRECISION": "tf32"}
         if "TEACHER_PRECISION" in meta:
@@ -222,7 +216,12 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
         yield "tf32", changed(**choices)
     if TEACHER & set(usual.kernel.arg_names) and usual.kernel is not TEACHER_LSE:
         other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
-        yield f"teacher_{str(other).removeprefix('torch.')}", replace(usual, teacher=other)
+        if meta["REBUILD"]:
+            backward = usual.kernel is not token_kl.forward_kernel
+            meta = meta | tiles.kl_config(torch.float32, meta["BLOCK_D"], backward=backward)
+        suffix = f"teacher_{str(other).removeprefix('torch.')}"
+        yield suffix, replace(usual, teacher=other, meta=meta)
+        meta = usual.meta
     if usual.dtype == torch.float32:
         return  # the rest changes what does not depend on the dtype
     if "winner_ptr" in usual.kernel.arg_names:  # passages over 256 and over 32,768 tokens

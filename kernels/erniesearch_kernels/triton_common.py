@@ -36,6 +36,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x`` contiguous, from a multiple of 16 bytes on: narrower loads spill registers."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as the bytes that kernels load."""
     return None if mask is None else mask.contiguous().view(torch.uint8)

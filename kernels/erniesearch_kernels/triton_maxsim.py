@@ -28,6 +28,7 @@ from erniesearch_kernels.triton_common import (
     INTERPRET,
     as_bytes,
     balanced,
+    dense,
     dot,
     inverse_norm,
     kernel,
@@ -357,7 +358,7 @@ def _launch_forward(
     per_program = _passages_per_program(num_row_blocks, num_passages)
     grid = (num_row_blocks * triton.cdiv(num_passages, per_program),)
     forward_kernel[grid](
-        queries.contiguous(), passages.contiguous(), as_bytes(query_mask), as_bytes(passage_mask),
+        dense(queries), dense(passages), as_bytes(query_mask), as_bytes(passage_mask),
         units, bounds, sums, winners,
         num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
         per_program, num_row_blocks,
@@ -379,7 +380,7 @@ def maxsim_backward(
     if passage_mask is not None:
         grad = torch.where(passage_mask.any(-1), grad, 0.0)
     return _launch_backward(
-        grad, queries.contiguous(), passages.contiguous(), query_mask, passage_mask,
+        grad, dense(queries), dense(passages), query_mask, passage_mask,
         None, None, winners, queries.shape[-2], passages.shape[-2],
         normalize, need_queries, need_passages,
     )  # fmt: skip
@@ -482,7 +483,7 @@ def varlen_backward(
         torch.arange(len(queries), device=queries.device), query_cu_seqlens[1:].long(), right=True
     )
     return _launch_backward(
-        grad, queries.contiguous(), passages.contiguous(), None, None,
+        grad, dense(queries), dense(passages), None, None,
         query_of_row.contiguous(), passage_cu_seqlens.contiguous(), winners,
         max_query_length, max_passage_length, False, need_queries, need_passages,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from erniesearch_kernels.triton_common import (
     INTERPRET,
     as_bytes,
     balanced,
+    dense,
     dot,
     kernel,
     narrow,
@@ -355,11 +356,10 @@ class _Problem:
         self.num_queries, self.query_length, dim = queries.shape
         self.group, self.passage_length = passages.shape[1:3]
         self.pairs = self.num_queries * self.group
-        self.queries, self.passages = queries.contiguous(), passages.contiguous()
+        self.queries, self.passages = dense(queries), dense(passages)
         self.masks = as_bytes(query_mask), as_bytes(passage_mask)
         self.teacher = tuple(
-            None if x is None else x.contiguous()
-            for x in (teacher_map, teacher_queries, teacher_keys)
+            None if x is None else dense(x) for x in (teacher_map, teacher_queries, teacher_keys)
         )
         rebuild = teacher_queries is not None
         self.heads, head_dim = (
@@ -370,6 +370,8 @@ class _Problem:
         teacher_dtype = queries.dtype if teacher_queries is None else teacher_queries.dtype
         if teacher_dtype == torch.float64:
             raise ValueError('backend="triton" has no float64; the teacher\'s projections are')
+        # Rebuilding from float32 takes float32 products, and their tiles, whatever the student's.
+        self.tile_dtype = torch.promote_types(queries.dtype, teacher_dtype)
         if query_mask is not None:
             self.num_tokens = query_mask.sum(-1, keepdim=True).clamp_min(1)
         else:
@@ -415,7 +417,7 @@ class _Problem:
         shape = (self.num_queries, self.group, self.query_length)
         best, kl, lse, norm = (self.queries.new_zeros(shape, dtype=torch.float32) for _ in range(4))
         winners = self.queries.new_zeros(shape, dtype=winner_dtype(self.passage_length))
-        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"])
+        config = kl_config(self.tile_dtype, self.meta["BLOCK_D"])
         grid = (self.pairs * triton.cdiv(self.query_length, config["BLOCK_M"]),)
         if grid[0]:
             forward_kernel[grid](
@@ -436,7 +438,7 @@ class _Problem:
             return grad_queries, grad_passages
         grad_kl = grad_kl.float() / self.num_tokens
         scale, grads = balanced(grad_scores.float().contiguous(), grad_kl.contiguous())
-        config = kl_config(self.queries.dtype, self.meta["BLOCK_D"], backward=True)
+        config = kl_config(self.tile_dtype, self.meta["BLOCK_D"], backward=True)
         inputs = (
             *grads, scale, self.queries, self.passages, *self.masks, *self.teacher,
             self.teacher_lse(given_lse), winners, lse, norm,

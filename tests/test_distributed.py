@@ -122,9 +122,7 @@ def test_own_groups_train_alike_on_any_number_of_ranks(
     teacher's head too."""
     changes = {"candidates": "group", **OTHER_SETTINGS}
     one = train(make_config, tmp_path, 1, (1,), **changes)[1]
-    first, *_, last = losses_of(one.stage("cascade"))
-    assert last["loss"] < first["loss"]
-    assert first["learning_rate"]["teacher_head"] == 5e-3
+    assert losses_of(one.stage("cascade"))[0]["learning_rate"]["teacher_head"] == 5e-3
     for folder in train(make_config, tmp_path, 2, (1, 3), **changes).values():
         compare(folder, one)
     for folder in train(

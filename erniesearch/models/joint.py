@@ -235,11 +235,11 @@ class JointModel(nn.Module):
 
     def parameter_groups(self, stage: StageConfig, weight_decay: float) -> Iterator[dict[str, Any]]:
         """AdamW groups per part; biases and norms do not decay, frozen parameters are left out.
-        The cross-encoder's head is a part of its own where it has a rate of its own."""
+        The cross-encoder's head is one group, biases included, where it has a rate of its own."""
         student = self.student
         towers = [student.query_tower, student.passage_tower] if student is not None else []
         in_tower = {id(parameter) for tower in towers for parameter in tower.parameters()}
-        teacher_head = set()
+        teacher_head: set[int] = set()
         if self.teacher is not None and stage.teacher_head_lr is not None:
             teacher_head = {id(parameter) for parameter in self.teacher.head}
         parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -248,7 +248,10 @@ class JointModel(nn.Module):
                 own = "student" if id(parameter) in in_tower else "head"
                 part = "teacher" if name.startswith("teacher.") else own
                 part = "teacher_head" if id(parameter) in teacher_head else part
-                parts.setdefault((part, parameter.ndim >= 2), []).append(parameter)
+                # The classifier's bias alone is one number: as a group of its own it would leave
+                # ranks with padding only, which DeepSpeed cannot read back on other ranks.
+                decays = parameter.ndim >= 2 or part == "teacher_head"
+                parts.setdefault((part, decays), []).append(parameter)
         rates = {"student": stage.student_lr, "head": stage.head_lr, "teacher": stage.teacher_lr,
                  "teacher_head": stage.teacher_head_lr}  # fmt: skip
         for (part, decays), parameters in parts.items():

@@ -117,9 +117,9 @@ class Objective:
         ranks' rows, these, or ``[B, G, …]``."""
         if self.settings.candidates == "cross_batch":
             return distributed.gather_rows(rows)
-        return (
-            rows if self.settings.candidates == "in_batch" else rows.unflatten(0, (num_queries, -1))
-        )
+        if self.settings.candidates == "in_batch":
+            return rows
+        return rows.unflatten(0, (num_queries, -1))
 
     def _late_interaction(self, batch: Batch, queries: Tensor, passages: Tensor) -> Tensor:
         settings = self.settings

@@ -85,8 +85,8 @@ class ObjectiveConfig:
     tau_att: float = 1.0
     """Temperature of the student's token similarities in the attention-map KL."""
     tau_ce: float | Literal["auto"] = 1.0
-    """Temperature of the cross-encoder as the target of a KL. auto: the likelihood-best one on held
-    out lists, which the stage teacher finds when it ends and stores with the model."""
+    """Temperature of the cross-encoder as the target of a KL. auto: the likelihood-best one, which
+    the stage teacher finds on held-out lists when it ends and stores with the model."""
     tau_de_kl: float | None = None
     """Temperature of the dual-encoder in ce_to_de and li_to_de; null is tau_de."""
     tau_li_kl: float | None = None

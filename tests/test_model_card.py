@@ -57,6 +57,17 @@ def test_cards_state_what_was_trained(make_config: ConfigMaker) -> None:
     assert "`max_seq_length` is 16" in card(config, "dual_encoder")
 
 
+def test_cards_say_which_layers_are_left(make_config: ConfigMaker) -> None:
+    config = finished_run(make_config, layers=[1])
+    export_all(config)
+    base = f"| base model | `{config.student.path}`"
+    for kind in ("dual_encoder", "late_interaction"):
+        assert f"{base}, layers 1 of 0 to 1 |" in card(config, kind)
+    assert f"{base} |" in card(config, "cross_encoder")
+    write_cards(config, "Good.")
+    assert f"{base}, layers 1 of 0 to 1 |" in card(config, "dual_encoder")
+
+
 def test_a_hub_name_is_the_base_model(make_config: ConfigMaker) -> None:
     config = finished_run(make_config)
     export_all(config)

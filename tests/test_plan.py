@@ -298,6 +298,9 @@ def test_what_helps_is_named_and_helps(make_config: ConfigMaker) -> None:
     assert all(change.peak < plan.peak for change in plan.changes)
     assert all(change.fits == (change.peak <= planner.machine.limit()) for change in plan.changes)
     assert any(change.fits for change in plan.changes)
+    alone = make_config(queries_per_rank=16, dropout=0.0, zero_stage=0, candidates="group")
+    planner = Planner(alone, Machine(gpu_memory=1.008, headroom=1.0))
+    assert not any("ring" in c.setting for c in planner.stage("cascade", 64).changes)
 
 
 def run(config: RunConfig, folder: Path, *options: str) -> int:
@@ -397,6 +400,8 @@ def test_planned_bytes_are_those_that_two_ranks_send(
 ) -> None:
     configs = [make_config(zero_stage=number, accumulation_steps=2) for number in range(4)]
     configs.append(make_config(zero_stage=1, late_interaction_exchange="ring"))
+    other = {"candidates": "group", "layers": 1, "freeze_embeddings": True, "teacher_head_lr": 1e-3}
+    configs += [make_config(zero_stage=number, **other) for number in (1, 3)]
     job, out = tmp_path / "job.json", tmp_path / "sent.json"
     job.write_text(json.dumps([asdict(config) for config in configs]))
     status, output = run_python(

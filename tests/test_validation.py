@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, ConfigMaker, losses_of, run_python
+from conftest import ALL_TERMS, ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch.cli import main
@@ -37,6 +37,7 @@ def figures_of(stage: Path) -> list[dict[str, Any]]:
 
 
 def make(make_config: ConfigMaker, run_dir: Path, steps: int = STEPS, **changes: Any) -> RunConfig:
+    changes = {"weights": replace(ALL_TERMS, dual_reg=0.0)} | changes
     # A learning rate at which the model falls apart after some updates: the best is not the last.
     return make_config(
         run_dir=run_dir, steps=steps, save_every=EVERY, keep_checkpoints=1, dropout=0.0,

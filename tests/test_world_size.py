@@ -41,7 +41,7 @@ def test_other_numbers_of_ranks_continue_a_run(
         return with_batch_size(make_config(
             run_dir=tmp_path / name, steps=STEPS, save_every=4, accumulation_steps=2,
             zero_stage=zero, dropout=0.0, weight_decay=0.1, student_lr=2e-4, head_lr=5e-4,
-            teacher_lr=1e-4, competence_gate=True,
+            teacher_lr=1e-4, teacher_head_lr=3e-4, freeze_embeddings=True, competence_gate=True,
         ), BATCH)  # fmt: skip
 
     fixed, *moved = [

@@ -210,6 +210,7 @@ class Planner:
         if (
             ranks > 1
             and objective.late_interaction_exchange == "all_gather"
+            and objective.candidates == "cross_batch"
             and (self.estimator(name).tracer.model.objective.needs_tokens)
         ):
             changed_objective = replace(objective, late_interaction_exchange="ring")

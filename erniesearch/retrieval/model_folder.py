@@ -126,7 +126,9 @@ def _read_one(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFold
                 lengths[side] = int(config["erniesearch"][key])
         return ModelFolder("cross_encoder", settings, lengths)  # type: ignore[arg-type]
     if run and (folder / HEAD_FILE).is_file():
-        student = replace(run.student, path=str(folder), revision=None, dropout=None)
+        student = replace(
+            run.student, path=str(folder), revision=None, dropout=None, layers=None
+        )  # fmt: skip
         return ModelFolder("student", student, lengths)  # type: ignore[arg-type]
     if pooling is None:
         raise UserError(

@@ -100,7 +100,9 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
     if trained:
         raise UserError(f"{checkpoint}: has no '{next(iter(trained.values()))}': give the config"
                         " that the stage was trained with")  # fmt: skip
-    model.load_state_dict(state, strict=False)
+    # A checkpoint in bf16 has the frozen ones rounded.
+    trainable = {name: tensor for name, tensor in state.items() if shapes[name].requires_grad}
+    model.load_state_dict(trainable, strict=False)
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     _write_parts(model, parameters, out, tokenizer)
     return step_of(checkpoint)

@@ -111,7 +111,10 @@ def initialize(
     device = read_launcher()
     if not dist.is_initialized():
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-        dist.init_process_group(backend, timeout=timeout)
+        # NCCL connects now, on this device: a GPU given to two ranks, or a barrier that guesses
+        # its device, would show in the middle of the first update otherwise.
+        bound = device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
     return device
 
 
@@ -126,6 +129,11 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(derive_seed(*parts))
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums of many such numbers are kept: fp32 for bf16 and fp16, else the same."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def has_reduce_scatter() -> bool:
     """Whether the backend has one that can be relied on; gloo has not."""
     return dist.get_backend() == "nccl"
@@ -136,7 +144,8 @@ class _GatherRows(torch.autograd.Function):
 
     Every rank's loss depends on the gathered rows, so the gradient of the summed loss with respect
     to this rank's rows is the sum over ranks of their gradients. DeepSpeed then averages
-    parameter gradients over ranks: together exactly the gradient of the mean loss.
+    parameter gradients over ranks: together exactly the gradient of the mean loss. Gradients of
+    bf16 rows are summed in fp32, as in the ring exchange.
     """
 
     @staticmethod
@@ -147,13 +156,15 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        total = grad.to(accumulation_dtype(grad.dtype)).contiguous()
         if has_reduce_scatter():
-            own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-            _reduce_scatter(own, grad.contiguous())
-            return own
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+            own = total.new_empty((total.shape[0] // world_size(), *total.shape[1:]))
+            _reduce_scatter(own, total)
+        else:
+            total = total.clone() if total is grad else total
+            dist.all_reduce(total)
+            own = total.chunk(world_size())[rank()]
+        return own.to(grad.dtype)
 
 
 # torch 2.13 renamed both collectives; the old names warn there, the new ones are missing before.

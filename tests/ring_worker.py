@@ -79,8 +79,23 @@ def check(kernels: scores.Kernels, dtype: torch.dtype, tolerance: float) -> None
             assert_near(tensor.grad, wanted[name], tolerance, f"{exchange}, {name}")
 
 
+def check_sum_of_bf16() -> None:
+    """The gather's gradient is the sum over ranks, rounded to bf16 once."""
+    world_size, rank = distributed.world_size(), distributed.rank()
+    generator = torch.Generator().manual_seed(7)
+    shape = (world_size, 3 * world_size, 50)
+    # Between 1/8 and 8: four of them add up exactly in fp32.
+    every = (torch.rand(shape, generator=generator) * 6 - 3).exp2().bfloat16()
+    rows = torch.zeros((3, 50), dtype=torch.bfloat16, requires_grad=True)
+    distributed.gather_rows(rows).backward(every[rank])
+    wanted = every.double().sum(0)[3 * rank :][:3].bfloat16()
+    assert rows.grad is not None
+    assert rows.grad.equal(wanted), f"{int((rows.grad != wanted).sum())} of 150 are rounded twice"
+
+
 if __name__ == "__main__":
     distributed.initialize()
+    check_sum_of_bf16()
     check("torch", torch.float64, 1e-12)
     check("torch", torch.float32, 1e-6)
     check("eager", torch.float32, 1e-6)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
@@ -56,6 +57,12 @@ def same_models(ours: Path, theirs: Path) -> bool:
         own.keys() == other.keys() and all(own[name].equal(other[name]) for name in other)
         for own, other in pairs
     )
+
+
+def share_that_bf16_cannot_hold(file: Path) -> float:
+    """Of saved weights."""
+    weights = torch.cat([weight.flatten() for weight in load_file(file).values()])
+    return float((weights.bfloat16().float() != weights).float().mean())
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +268,20 @@ def test_saving_in_the_background_writes_the_same_bytes(trained: RunConfig, tmp_
 def test_exported_checkpoint_equals_the_finished_model(
     make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ZeRO 0 to 3, a frozen teacher, and a student whose parameters have several names."""
+    """ZeRO 0 to 3 in fp32 and bf16, a frozen teacher, and a student whose parameters have several
+    names."""
     small = {"steps": 2, "queries_per_rank": 2}
+    frozen = LossWeights(de=1.0, ce_to_de=1.0)
+    tiny = {**small, "precision": "bf16", "student_lr": 1e-5, "head_lr": 1e-5, "teacher_lr": 1e-5}
     jobs = {
         f"zero{zero}": ("cascade", {**small, "zero_stage": zero}) for zero in (0, 1, 2, 3)
     } | {
-        "frozen1": ("cascade", {**small, "weights": LossWeights(de=1.0, ce_to_de=1.0)}),
-        "frozen3": ("cascade", {**small, "zero_stage": 3,
-                                "weights": LossWeights(de=1.0, ce_to_de=1.0)}),
+        f"bf16-{zero}": ("cascade", {**tiny, "zero_stage": zero}) for zero in (0, 1, 2, 3)
+    } | {
+        "frozen1": ("cascade", {**small, "weights": frozen}),
+        "frozen3": ("cascade", {**small, "zero_stage": 3, "weights": frozen}),
+        "bf16-frozen0": ("cascade", {**tiny, "zero_stage": 0, "weights": frozen}),
+        "bf16-frozen3": ("cascade", {**tiny, "zero_stage": 3, "weights": frozen}),
         "words": ("post_train", {**small, "num_negatives": 0, "zero_stage": 2,
                                  "weights": LossWeights(mlm=1.0, de=1.0)}),
         "untied": ("cascade", {**small, "tied": False, "weights": LossWeights(de=1.0)}),
@@ -285,10 +298,13 @@ def test_exported_checkpoint_equals_the_finished_model(
         capsys.readouterr()
         assert main(command) == 0, capsys.readouterr().err
         assert capsys.readouterr().out == f"{out}: stage {stage} after 2 updates\n"
-        assert same_models(out, RunFolder(config.run_dir).stage(stage) / "model"), name
+        model = RunFolder(config.run_dir).stage(stage) / "model"
+        assert same_models(out, model), name
+        # Neither the trained weights nor the frozen ones are rounded.
+        for weights in model.glob("*/model.safetensors"):
+            assert share_that_bf16_cannot_hold(weights) > 0.5, weights
         ours, theirs = (
-            {p.relative_to(folder) for p in folder.rglob("*")}
-            for folder in (out, RunFolder(config.run_dir).stage(stage) / "model")
+            {p.relative_to(folder) for p in folder.rglob("*")} for folder in (out, model)
         )
         assert ours == theirs
 

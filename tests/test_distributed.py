@@ -4,12 +4,14 @@ and with the ring exchange too."""
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
+from erniesearch import distributed
 from erniesearch.stages import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -62,6 +64,27 @@ def compare(ours: RunFolder, reference: RunFolder, atol: float = 2e-5) -> None:
                     weights[name], tensor, rtol=1e-4, atol=atol,
                     msg=lambda m, name=name: f"{name}: {m}",
                 )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_nccl_is_bound_to_the_ranks_gpu(
+    monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    calls: list[Any] = []
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **own: calls.append((backend, own))
+    )
+    gpu = torch.device("cuda", 1)
+    assert distributed.initialize(backend=backend) == gpu
+    device, (used, options) = calls
+    assert device == gpu
+    assert used == backend or used == "nccl"
+    assert options["device_id"] == (gpu if used == "nccl" else None)
 
 
 @pytest.fixture(scope="module")

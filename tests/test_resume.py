@@ -7,14 +7,15 @@ import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, ConfigMaker, losses_of, start
 from safetensors.torch import load_file
 
 from erniesearch.stages import RunFolder
-
-pytestmark = pytest.mark.distributed
+from erniesearch.training.resume import Resume, load_checkpoint
 
 
 def launch(config_file: Path) -> "subprocess.Popen[str]":
@@ -41,6 +42,37 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
+class _Engine:
+    """DeepSpeed's engine after it has read the universal form: two parameters elsewhere (here on
+    the device meta), and one and the same count of steps for both."""
+
+    def __init__(self, step: object) -> None:
+        first, second = (torch.zeros(4, device="meta", requires_grad=True) for _ in range(2))
+        self.optimizer = SimpleNamespace(
+            param_groups=[{"params": [first, second], "lr": 0.1}],
+            optimizer=SimpleNamespace(state={first: {"step": step}, second: {"step": step}}),
+        )
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, object]]:
+        return folder, {"erniesearch": {}}
+
+
+@pytest.mark.parametrize("step", [torch.tensor(7.0), torch.tensor(7), 7], ids=repr)
+def test_the_universal_form_counts_steps_beside_the_parameters(
+    step: object, tmp_path: Path
+) -> None:
+    """Fused AdamW on a GPU takes no count of steps on the CPU, nor one that is not fp32."""
+    engine = _Engine(step)
+    load_checkpoint(engine, Resume(tmp_path, "step-000007", 7, universal=True))  # type: ignore[arg-type]
+    states = engine.optimizer.optimizer.state
+    for parameter, state in states.items():
+        assert state["step"].device == parameter.device
+        assert state["step"].dtype == torch.float32
+    first, second = (state["step"] for state in states.values())
+    assert first is not second
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("zero_stage", "steps", "kills", "chunk_size"),
     [(1, 24, (6, 15), None), (3, 12, (6,), 4)],

@@ -80,7 +80,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         queries, tokens, mask = ctx.saved_tensors
         columns = grad.split([size[0] for size in ctx.sizes], 1)
-        query_grad = torch.zeros_like(queries, dtype=_accumulation_dtype(queries))
+        query_grad = torch.zeros_like(queries, dtype=distributed.accumulation_dtype(queries.dtype))
         collected: _Transfer | None = None
         for owner, block in _rounds(_Block(tokens, mask), ctx.sizes):
             with torch.enable_grad():
@@ -99,10 +99,6 @@ class _Ring(torch.autograd.Function):
         assert collected is not None
         own_grad = collected.wait()[0].to(tokens.dtype)
         return None, None, query_grad.to(queries.dtype), own_grad, None
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _rounds(block: _Block, sizes: list[list[int]]):  # type: ignore[no-untyped-def]

@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from erniesearch.config import TrainingConfig
+from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.planning.tracker import Tracker, bytes_sent
@@ -173,14 +173,10 @@ def engine_traffic(
 ) -> dict[str, int]:
     """Bytes that a rank sends per update besides the model's own collectives."""
     n = layout.trainable
-    if zero.stage <= 1:
+    if zero.stage <= 2:  # ZeRO-2 reduces by all-reduce as well
         sent = {"gradients (all-reduce)": bytes_sent("all_reduce", width * n, ranks)}
-    elif zero.stage == 2:  # reduced after every micro-step, by all-reduce as well
-        times = accumulation_steps
-        sent = {"gradients (all-reduce)": times * bytes_sent("all_reduce", width * n, ranks)}
     else:
-        reduced = accumulation_steps * bytes_sent("reduce_scatter", width * n, ranks)
-        sent = {"gradients (reduce-scatter)": reduced}
+        sent = {"gradients (reduce-scatter)": bytes_sent("reduce_scatter", width * n, ranks)}
     if zero.stage in (1, 2):
         whole = width * ranks * sum(layout.partitions(ranks))
         sent["updated weights (all-gather)"] = bytes_sent("all_gather", whole, ranks)
@@ -197,25 +193,27 @@ class Reduction:
     """What DeepSpeed holds while gradients arrive, are reduced, and are applied.
 
     Follows a traced micro-step: :meth:`watch` before it, :meth:`turn` between forward and backward
-    pass, :meth:`finish` after it; and :meth:`step` after the last one.
-    ``cached``: gradient caching leaves gradients where they are until the update's last chunk.
+    pass, :meth:`finish` after it; and :meth:`step` after the last one. With several micro-steps or
+    chunks, gradients stay where they are until the update's last one (``one_reduction``).
     """
 
     def __init__(
         self, tracker: Tracker, layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool,
-        cached: bool,
+        stage: StageConfig,
     ) -> None:  # fmt: skip
         self.tracker, self.layout, self.zero = tracker, layout, zero
-        self.ranks, self.width, self.gpu, self.cached = ranks, width, gpu, cached
-        self.hooked = zero.hooked and not cached
+        self.ranks, self.width, self.gpu = ranks, width, gpu
+        self.chunked = bool(stage.chunk_size)
+        self.several = self.chunked or stage.accumulation_steps > 1
+        self.hooked = zero.hooked and not self.several
         self.filled = self.touched = self.partition = self.released = 0
         self.handles: list[Any] = []
         self.parameters: list[torch.nn.Parameter] = []
         self.gathered = width * gathered_weights(layout, zero, ranks)
         # The buffer that weights are gathered in stays until the last of them has been used.
         self.gathering = min(self.gathered, width * zero.prefetch)
-        # With bf16, gradient caching adds up in fp32.
-        self.sums = 4 * layout.trainable if cached and width == 2 else 0
+        # With bf16 they are added up in fp32.
+        self.sums = 4 * layout.trainable if self.several and width == 2 else 0
         tracker.hold(self.sums)
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -233,14 +231,14 @@ class Reduction:
 
     def _arrived(self, parameter: torch.nn.Parameter) -> None:
         numel = parameter.numel()
-        if self.cached:
+        if self.chunked:
             return
         if self.gathered and numel > self.zero.persistence:
             self.tracker.hold(-self.width * numel)  # its gathered weights go
             self.released += self.width * numel
         if self.hooked:
             self._into_bucket(parameter)
-        elif self.zero.stage and self.gpu:
+        elif self.zero.stage and self.gpu and not self.several:
             self._touch(0)
 
     def _into_bucket(self, parameter: torch.nn.Parameter) -> None:
@@ -274,19 +272,15 @@ class Reduction:
     def finish(self, boundary: bool) -> None:
         """After a backward pass; ``boundary`` if the update's last."""
         self.tracker.hold(self.released - self.gathered)
-        before, self.partition = self.partition, 0
         if self.zero.stage == 0 and boundary:
             self.tracker.pulse(self.width * min(self.layout.trainable, FALLBACK_BUCKET))
-        if self.zero.stage >= 1 and (self.hooked or boundary):
+        if self.zero.stage >= 1 and boundary:
             if not self.hooked:
                 for parameter in self.parameters:
                     self._into_bucket(parameter)
             self._flush()
             self.tracker.hold(-self.width * self.touched)
             self.touched = 0
-        if before:  # added to, and dropped
-            self.tracker.hold(-self.partition)
-            self.partition = before
         if boundary:
             self.tracker.hold(-self.sums)
         for handle in self.handles:

@@ -93,9 +93,8 @@ class StageTracer:
         self.tracker.reset()
         with fake_world(world_size or ranks, self.device), self.tracker:
             reduction = Reduction(
-                self.tracker, self.layout, self.zero, ranks, self.width, gpu,
-                bool(self.stage.chunk_size),
-            )  # fmt: skip
+                self.tracker, self.layout, self.zero, ranks, self.width, gpu, self.stage
+            )
             for micro_step in range(min(steps, 2)):
                 self.tracker.phase = "forward"
                 self._micro_step(reduction, num_queries, micro_step)

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
@@ -80,8 +81,8 @@ def build_engine(
         dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": queries_per_rank,
-            # With gradient caching an update is one reduction, whatever it is made of.
-            "gradient_accumulation_steps": 1 if stage.chunk_size else stage.accumulation_steps,
+            # An update is one reduction, whatever it is made of (one_reduction).
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": training.max_grad_norm,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -90,4 +91,9 @@ def build_engine(
             "checkpoint": {"load_universal": universal},
         },
     )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # bf16 without ZeRO: DeepSpeed has made the optimizer's state by a step without gradient,
+        # which decays the weights and counts as the first.
+        engine.optimizer.refresh_fp32_params()
+        engine.optimizer.state.clear()
     return engine, peaks

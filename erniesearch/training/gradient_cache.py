@@ -208,8 +208,8 @@ class _WithGradient(torch.autograd.Function):
 
 @contextmanager
 def one_reduction(engine: DeepSpeedEngine) -> Iterator[Callable[[Tensor], Any]]:
-    """A context for many backward passes of one update, and the backward to use in it; gradients
-    stay on their rank until its end and are averaged over ranks once.
+    """A context for many backward passes of one update (micro-steps, chunks), and the backward to
+    use in it; gradients stay on their rank until its end and are averaged over ranks once.
 
     Where parameters are bf16 the sum over passes is kept in fp32: added up in bf16, a chunk's
     gradient would vanish beside that of the hundred before it.
@@ -222,7 +222,10 @@ def one_reduction(engine: DeepSpeedEngine) -> Iterator[Callable[[Tensor], Any]]:
         engine.backward(loss, scale_wrt_gas=False)
         for parameter in low_precision:
             if (own := parameter.grad) is not None:
-                sums[parameter] = sums[parameter] + own if parameter in sums else own.float()
+                if parameter in sums:
+                    sums[parameter] += own
+                else:
+                    sums[parameter] = own.float()
                 own.zero_()
 
     with engine.no_sync() if plain else engine.coalesce_grad_reduction():

@@ -23,7 +23,7 @@ from erniesearch.training import guards, preemption
 from erniesearch.training.checkpoint import Checkpointer
 from erniesearch.training.engine import build_engine, zero_section
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
-from erniesearch.training.model_folder import save_model
+from erniesearch.training.model_folder import frozen_state, save_model
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.resume import find_resume, load_checkpoint
@@ -75,6 +75,7 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
     batches = build_batches(config, name, data, tokenizer)
     if training.activation_checkpointing:
         model.enable_activation_checkpointing()
+    frozen = frozen_state(model)
     resume = find_resume(folder / "checkpoints", zero_section(training).get("stage", 0))
     engine, peaks = build_engine(
         model, training, getattr(config.stages, name),
@@ -88,7 +89,7 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
     )
     validation = Validation(config, name, data, batches) if is_validated(config, name) else None
     run_steps(config, name, engine, peaks, batches, guard, validation, start_step, folder, device)
-    save_model(engine, folder / "model", tokenizer)
+    save_model(engine, folder / "model", tokenizer, frozen)
     engine.destroy()
 
 
@@ -197,8 +198,9 @@ def update(
     """Forward and backward over the micro-steps, and the optimizer's step."""
     micro_steps = []
     num_tokens, held = 0, False
-    with one_reduction(engine) if stage.chunk_size else nullcontext(engine.backward) as backward:
-        for micro_step in range(stage.accumulation_steps):
+    several = stage.chunk_size or stage.accumulation_steps > 1
+    with one_reduction(engine) if several else nullcontext(engine.backward) as backward:
+        for _ in range(stage.accumulation_steps):
             progress("reading data")
             batch = next(loader)
             num_tokens += batch.num_tokens
@@ -212,9 +214,7 @@ def update(
                 progress("forward pass")
                 own = engine(batch)
                 progress("backward pass")
-                backward(guards.spoil_nonfinite(own["loss"]))
-                if micro_step + 1 < stage.accumulation_steps:
-                    engine.step()  # counts the micro-step
+                backward(guards.spoil_nonfinite(own["loss"]) / stage.accumulation_steps)
             micro_steps.append({name: value.detach() for name, value in own.items()})
     progress("optimizer's step")
     held = guards.hold_nonfinite_gradient(engine)

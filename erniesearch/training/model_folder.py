@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
@@ -23,30 +24,46 @@ from erniesearch.training.stage import build_model
 
 
 def save_model(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    frozen: dict[str, Tensor],
 ) -> None:
-    """Write the engine's student and teacher. Every rank must call it."""
+    """Write the engine's student and teacher; ``frozen`` is of :func:`frozen_state`. Every rank
+    must call it."""
     state = gathered_state(engine)
     if distributed.is_main():
-        _write_parts(engine.module, state, folder, tokenizer)
+        _write_parts(engine.module, state | frozen, folder, tokenizer)
+
+
+def frozen_state(model: JointModel) -> dict[str, Tensor]:
+    """Rank 0's frozen parameters by name, before an engine makes them bf16."""
+    if not distributed.is_main():
+        return {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: p.detach() for name, p in parameters if not p.requires_grad}
 
 
 def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The module's parameters by name on the CPU; with ZeRO-3 the shards are gathered one
-    parameter at a time. Every rank must call it; ranks other than 0 get an empty dict."""
-    main = distributed.is_main()
-    bf16 = engine.bfloat16_enabled()
+    """The module's trained parameters by name on the CPU, in fp32; with ZeRO-3 the shards are
+    gathered one parameter at a time. Every rank must call it; ranks other than 0 get an empty
+    dict."""
+    main, optimizer = distributed.is_main(), engine.optimizer
+    masters: dict[int, Tensor] = {}
+    if isinstance(optimizer, FP16_UnfusedOptimizer):  # bf16 without ZeRO
+        for own, group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            masters |= {id(p): master for p, master in zip(own, group, strict=True)}
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        # Under bf16 the optimizer holds the fp32 weights; frozen parameters have none there.
-        master = safe_get_full_fp32_param(parameter) if bf16 and parameter.requires_grad else None
-        if master is not None:
-            if main:
-                state[name] = master.detach().cpu().clone()
+        if not parameter.requires_grad:
             continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        weight = masters.get(id(parameter))
+        if weight is None and engine.bfloat16_enabled():
+            weight = safe_get_full_fp32_param(parameter)
+        whole = weight is not None or not hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=not whole):
             if main:
-                state[name] = parameter.detach().cpu().clone()
+                state[name] = (parameter if weight is None else weight).detach().cpu().clone()
     return state
 
 
@@ -72,11 +89,7 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
         raise UserError(f"{folder}: no checkpoint; train stage {stage} first")
     checkpoint, manifest = found
     model, tokenizer = build_model(config, stage)
-    with quiet():
-        if manifest.zero_stage:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.name)
-        else:
-            state = _state_without_zero(checkpoint)
+    state = _trained_state(checkpoint, manifest.zero_stage, model)
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     shapes = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in state.items():
@@ -106,10 +119,29 @@ def _best_whole(folder: Path) -> tuple[Path, Manifest]:
         raise UserError(f"{checkpoint}: the best checkpoint is damaged: {problem}") from None
 
 
-def _state_without_zero(checkpoint: Path) -> dict[str, Tensor]:
-    file = next(checkpoint.glob("mp_rank_*_model_states.pt"))
-    content = TorchCheckpointEngine().load(str(file), map_location=torch.device("cpu"))
-    return dict(content["module"])
+def _trained_state(checkpoint: Path, zero_stage: int, model: JointModel) -> dict[str, Tensor]:
+    """The checkpoint's fp32 weights by name. Frozen ones, which bf16 has rounded, are left out
+    (without ZeRO and in fp32 they are as they were)."""
+    file = min(checkpoint.glob("*model_states.pt"))
+    with quiet():
+        content = TorchCheckpointEngine().load(str(file), map_location=torch.device("cpu"))
+        if zero_stage:
+            state = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name
+            )
+            frozen = content["frozen_param_shapes"] or {}
+            return {name: tensor for name, tensor in state.items() if name not in frozen}
+    masters: list[list[Tensor]] | None = content["optimizer"].get("fp32_groups")
+    if masters is None:
+        return dict(content["module"])
+    groups = [group["params"] for group in model.parameter_groups(0.0, 0.0, 0.0, 0.0)]
+    if [[p.shape for p in own] for own in groups] != [[t.shape for t in own] for own in masters]:
+        raise UserError(f"{checkpoint}: its weights are not those of this config's model: give the"
+                        " config that the stage was trained with")  # fmt: skip
+    by_id = {id(p): t for g, m in zip(groups, masters, strict=True)
+             for p, t in zip(g, m, strict=True)}  # fmt: skip
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: by_id[id(p)].detach() for name, p in parameters if id(p) in by_id}
 
 
 def _write_parts(

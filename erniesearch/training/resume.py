@@ -80,10 +80,11 @@ def load_checkpoint(
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     if resume.universal:
-        # It also gives all groups one and the same tensor that counts the steps: a fused
-        # optimizer would count each update once per group.
-        for own in engine.optimizer.optimizer.state.values():
-            own["step"] = torch.as_tensor(own["step"]).clone()
+        # It also leaves the count of steps as it was saved, on the CPU, and under ZeRO-3 gives all
+        # groups one and the same tensor. Fused AdamW wants fp32 on the parameter's device (an
+        # error on a GPU), and would count each update once per group.
+        for parameter, own in engine.optimizer.optimizer.state.items():
+            own["step"] = torch.tensor(float(own["step"]), device=parameter.device)
     distributed.barrier()
     if resume.universal and distributed.is_main():
         shutil.rmtree(resume.folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every check: style, types, layering, tests. Arguments go to pytest (e.g. -k resume).
-# Tests marked slow (kernels compiled for more head dimensions) run with `-m slow`.
+# Tests marked slow (kernels compiled for more head dimensions) run with `-m slow`. The suite sees no
+# GPU; where there is one, the tests marked cuda follow by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -11,3 +12,6 @@ ruff format --check .
 mypy
 lint-imports
 python -m pytest -m "not slow" "$@"
+if [ $# -eq 0 ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -m pytest -m "cuda and not slow" "$@"
+fi

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/dev/nvidia0").exists() else "cuda")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from erniesearch.config import (
@@ -83,12 +83,34 @@ def write_model(folder: Path, seed: int = 0, words: list[str] | None = None, **s
     return folder
 
 
+def asks_for_gpu(markers: str) -> bool:
+    """Whether an expression given to ``-m`` selects tests by the marker ``cuda``."""
+    if not markers:
+        return False
+    selected = Expression.compile(markers)
+    return selected.evaluate(lambda name, **_: name == "cuda") and not selected.evaluate(
+        lambda name, **_: False
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU but those marked cuda, which run by themselves (``-m cuda``): several
+    ranks would share it, and results would differ from a CPU's.
+
+    Comes before anything asks for devices; started processes inherit it.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked cuda are skipped where there is no GPU."""
+    """Tests marked cuda are skipped where they see no GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA device, or no `-m cuda`"))
 
 
 @pytest.fixture(scope="session", autouse=True)

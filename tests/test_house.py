@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, asks_for_gpu, run_python
 
 SOURCES = sorted([*ROOT.glob("erniesearch/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 LAUNCHERS = sorted(ROOT.glob("launch/*.py"))
@@ -24,6 +24,16 @@ import transformers, kernels, erniesearch.cli, erniesearch.training.loop
 from transformers import BertModel
 print(kernels.__file__, kernels.__version__)
 """
+
+
+def test_only_tests_asked_for_by_their_marker_see_a_gpu(pytestconfig: pytest.Config) -> None:
+    asked = {"": False, "not slow": False, "slow": False, "not cuda": False, "cuda": True,
+             "cuda and not slow": True, "not cuda and not slow": False}  # fmt: skip
+    assert {markers: asks_for_gpu(markers) for markers in asked} == asked
+    if not asks_for_gpu(pytestconfig.option.markexpr):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        told = run_python("-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))")
+        assert told == (0, "''\n")
 
 
 def write_stand_in(folder: Path) -> Path:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from erniesearch.errors import UserError, nearest
+from erniesearch.errors import UserError
+from erniesearch.yaml_file import read_yaml, unknown_key
 
 MAX_TOKENS = 8192
 """Tokens that are kept of a passage (``erniesearch.data.tokens``)."""
@@ -161,6 +162,8 @@ class StageConfig:
     update."""
     weights: LossWeights = LossWeights()
     """The stage's objective."""
+    seed: int | None = None
+    """Seed of this stage's data order, dropout and new heads; null means the run's."""
 
 
 @dataclass(frozen=True)
@@ -316,40 +319,8 @@ def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
     Raises:
         UserError: naming file and line (syntax), or the key and the nearest known one.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values at the top level")
-    _check_keys(content, cls, "", path)
-
-
-def _check_keys(content: dict[Any, Any], cls: type, prefix: str, path: Path) -> None:
-    hints = get_type_hints(cls)
-    for key, value in content.items():
-        if key not in hints:
-            raise UserError(f"{path}: unknown key '{prefix}{key}'{nearest(str(key), hints)}")
-        if is_dataclass(hints[key]):
-            if value is None:
-                value = {}
-            if not isinstance(value, dict):
-                raise UserError(f"{path}: '{prefix}{key}' must be a mapping, found {value!r}")
-            _check_keys(value, hints[key], f"{prefix}{key}.", path)  # type: ignore[arg-type]
-        elif value is None and type(None) not in get_args(hints[key]):
-            raise UserError(f"{path}: '{prefix}{key}' has no value: give one, or leave the key out")
+    if problem := unknown_key(read_yaml(path), cls):
+        raise UserError(f"{path}: {problem}")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -367,7 +338,7 @@ def validate(config: RunConfig) -> RunConfig:
         if isinstance(value, float):
             require(isfinite(value), key, value, "a finite number")
         else:
-            require(key == "seed" or abs(value) < 1 << 31, key, value, "below 2^31")
+            require(key.endswith("seed") or abs(value) < 1 << 31, key, value, "below 2^31")
     for name, stage in training_stages(config).items():
         prefix = f"stages.{name}"
         for key in ("steps", "num_negatives", "easy_steps"):
@@ -377,6 +348,7 @@ def validate(config: RunConfig) -> RunConfig:
         for key in ("batch_size", "chunk_size"):
             number = getattr(stage, key)
             require(number is None or number >= 1, f"{prefix}.{key}", number, "1 or more, or null")
+        require(stage.seed is None or stage.seed >= 0, f"{prefix}.seed", stage.seed, "0 or more")
         for key in ("student_lr", "head_lr", "teacher_lr"):
             require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
         require(

@@ -1,19 +1,14 @@
 """One YAML file describes a whole run; every field below is a key of it.
 
 The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``--help`` and the
-``--a.b value`` overrides from the attribute docstrings; ``validate`` holds what types cannot say.
+``--a.b value`` overrides from the attribute docstrings; ``config_checks`` holds what types cannot
+say.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from math import isfinite
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import yaml
-
-from erniesearch.errors import UserError
-from erniesearch.yaml_file import read_yaml, unknown_key
 
 MAX_TOKENS = 8192
 """Tokens that are kept of a passage (``erniesearch.data.tokens``)."""
@@ -55,6 +50,12 @@ class StudentConfig:
     """Dimensions of a late-interaction token vector."""
     dropout: float | None = None
     """Overrides the checkpoint's hidden and attention dropout; null keeps them."""
+    layers: int | list[int] | None = None
+    """Keep these layers of the pretrained encoder, counted from 0; a number n keeps n evenly
+    spaced ones, the first and the last among them. Null keeps all."""
+    freeze_embeddings: bool = False
+    """Leave the word embeddings as they are: no gradient and no optimizer state for what is, in a
+    small model, most of its parameters."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Only for checkpoints you trust."""
 
@@ -83,6 +84,19 @@ class ObjectiveConfig:
     """Temperature of the late-interaction scores."""
     tau_att: float = 1.0
     """Temperature of the student's token similarities in the attention-map KL."""
+    tau_ce: float | Literal["auto"] = 1.0
+    """Temperature of the cross-encoder as the target of a KL. auto: the likelihood-best one on held
+    out lists, which the stage teacher finds when it ends and stores with the model."""
+    tau_de_kl: float | None = None
+    """Temperature of the dual-encoder in ce_to_de and li_to_de; null is tau_de."""
+    tau_li_kl: float | None = None
+    """Temperature of late interaction in ce_to_li; null is tau_li."""
+    tau_li_target: float | None = None
+    """Temperature of late interaction as the target of li_to_de; null is tau_li."""
+    candidates: Literal["cross_batch", "in_batch", "group"] = "cross_batch"
+    """Which passages of a micro-step the students' terms compare: those of all ranks (cross-batch
+    negatives), those of the query's own rank (in-batch negatives, whose number depends on
+    queries_per_rank; on one rank the two are the same), or the query's own group alone."""
     detach_targets: bool = True
     """Stop the gradient at the first argument of every KL. False lets the KL train the target
     too; attention maps are always detached."""
@@ -106,15 +120,15 @@ class LossWeights:
     ce: float = 0.0
     """Cross-encoder's cross-entropy over the query's own group."""
     li: float = 0.0
-    """Late interaction's cross-entropy over all cross-batch passages."""
+    """Late interaction's cross-entropy over the candidates (objective.candidates)."""
     de: float = 0.0
-    """Dual-encoder's cross-entropy over all cross-batch passages."""
+    """Dual-encoder's cross-entropy over the candidates."""
     ce_to_li: float = 0.0
     """KL(cross-encoder || late interaction) over the group."""
     ce_to_de: float = 0.0
     """KL(cross-encoder || dual-encoder) over the group."""
     li_to_de: float = 0.0
-    """KL(late interaction || dual-encoder) over all cross-batch passages."""
+    """KL(late interaction || dual-encoder) over the candidates."""
     attention: float = 0.0
     """KL(cross-encoder's attention || late interaction's token softmax) over the group."""
     dual_reg: float = 0.0
@@ -154,7 +168,12 @@ class StageConfig:
     head_lr: float = 1e-4
     """Peak learning rate of the late-interaction projection and the language-model head."""
     teacher_lr: float = 1e-5
-    """Peak learning rate of the cross-encoder."""
+    """Peak learning rate of the cross-encoder. It depends on the model's size and on how warm it
+    is: for the stage teacher about 1e-4 at 20 million parameters (its default), 3e-5 at 100
+    million, 1e-5 at 300 million; for a trained one, as in the cascade, less."""
+    teacher_head_lr: float | None = None
+    """Peak learning rate of what the cross-encoder adds to the pretrained encoder: the classifier,
+    and the pooling layer where the checkpoint has none. Null trains it as the rest."""
     warmup_ratio: float = 0.1
     """Share of the updates in which the learning rate rises linearly to its peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -178,6 +197,10 @@ class MineConfig:
     """Ranks at the top that are never used as negatives."""
     num_negatives: int = 16
     """Negatives kept per query, best first."""
+    selection: Literal["top", "random", "spread"] = "top"
+    """Which of the candidates that denoising leaves are kept: top, the highest ranks; random,
+    drawn over the whole depth; spread, those nearest to evenly spaced teacher scores between the
+    query's highest and lowest, so that the lists cover what the teacher tells apart."""
     denoise_margin: float | None = 0.0
     """Drop a candidate whose teacher score exceeds the positive's score minus this margin; null
     sets no such limit. Negative margins keep more."""
@@ -203,8 +226,12 @@ class StagesConfig:
         weights=LossWeights(li=1.0, de=1.0, li_to_de=1.0, dual_reg=1.0)
     )
     """Late interaction and dual-encoder with self on-the-fly distillation."""
-    teacher: StageConfig = StageConfig(weights=LossWeights(ce=1.0), easy_steps=100)
-    """The cross-encoder alone, random negatives before hard ones."""
+    teacher: StageConfig = StageConfig(
+        weights=LossWeights(ce=1.0), num_negatives=7, easy_steps=80, teacher_lr=1e-4,
+        teacher_head_lr=1e-3,
+    )  # fmt: skip
+    """The cross-encoder alone: lists of 8, random negatives for the first updates, then hard ones.
+    The learning rates are those of a small encoder (teacher_lr says which for larger ones)."""
     mine: MineConfig = MineConfig()
     """Hard-negative mining."""
     cascade: StageConfig = StageConfig(
@@ -311,133 +338,6 @@ class RunConfig:
 
 
 TRAINING_STAGES = ("post_train", "contrastive", "interaction", "teacher", "cascade")
-
-
-def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
-    """Reject unreadable YAML and unknown keys before any parser sees the file.
-
-    Raises:
-        UserError: naming file and line (syntax), or the key and the nearest known one.
-    """
-    if problem := unknown_key(read_yaml(path), cls):
-        raise UserError(f"{path}: {problem}")
-
-
-def validate(config: RunConfig) -> RunConfig:
-    """Check what the types leave open; returns the config unchanged.
-
-    Raises:
-        UserError: naming the key, its value and what is allowed.
-    """
-
-    def require(condition: bool, key: str, value: object, what: str) -> None:
-        if not condition:
-            raise UserError(f"config key '{key}' is {value!r}: must be {what}")
-
-    for key, value in _numbers(asdict(config), ""):
-        if isinstance(value, float):
-            require(isfinite(value), key, value, "a finite number")
-        else:
-            require(key.endswith("seed") or abs(value) < 1 << 31, key, value, "below 2^31")
-    for name, stage in training_stages(config).items():
-        prefix = f"stages.{name}"
-        for key in ("steps", "num_negatives", "easy_steps"):
-            require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
-        for key in ("queries_per_rank", "accumulation_steps"):
-            require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
-        for key in ("batch_size", "chunk_size"):
-            number = getattr(stage, key)
-            require(number is None or number >= 1, f"{prefix}.{key}", number, "1 or more, or null")
-        require(stage.seed is None or stage.seed >= 0, f"{prefix}.seed", stage.seed, "0 or more")
-        for key in ("student_lr", "head_lr", "teacher_lr"):
-            require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
-        require(
-            0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1"
-        )
-        weights = asdict(stage.weights)
-        for key, value in weights.items():
-            require(value >= 0, f"{prefix}.weights.{key}", value, "0 or more")
-        if stage.steps:
-            require(
-                any(weights.values()), f"{prefix}.weights", weights, "above 0 for one term at least"
-            )
-            over_group = [k for k in ("ce", "ce_to_li", "ce_to_de", "attention") if weights[k]]
-            require(
-                stage.num_negatives > 0 or not [k for k in over_group if k != "attention"],
-                f"{prefix}.num_negatives", 0,
-                f"1 or more: the terms {over_group} compare the passages of a group",
-            )  # fmt: skip
-        if name == "post_train":
-            for key in ("ce", "ce_to_li", "ce_to_de", "attention"):
-                require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
-                        "0: post-training has no relevance labels for a teacher")  # fmt: skip
-            require(stage.num_negatives == 0, f"{prefix}.num_negatives", stage.num_negatives,
-                    "0: spans have no hard negatives")  # fmt: skip
-        else:
-            require(weights["mlm"] == 0, f"{prefix}.weights.mlm", weights["mlm"],
-                    "0: only post_train masks words")  # fmt: skip
-        require(
-            not (stage.steps and stage.negatives == "mined" and not config.stages.mine.enabled),
-            f"{prefix}.negatives", "mined",
-            "bm25, given or random while stages.mine.enabled is false",
-        )  # fmt: skip
-        require(
-            stage.negatives != "mined" or name == "cascade",
-            f"{prefix}.negatives", "mined",
-            "bm25, given or random: only the cascade follows mining",
-        )  # fmt: skip
-    for key in ("tau_de", "tau_li", "tau_att"):
-        require(getattr(config.objective, key) > 0, f"objective.{key}",
-                getattr(config.objective, key), "above 0")  # fmt: skip
-    for key in ("max_query_length", "max_passage_length"):
-        length = getattr(config.data, key)
-        require(3 <= length <= MAX_TOKENS, f"data.{key}", length,
-                f"3 or more ([CLS], one word, [SEP]) and at most {MAX_TOKENS}")  # fmt: skip
-    require(config.seed >= 0, "seed", config.seed, "0 or more")
-    require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
-            config.student.late_interaction_dim, "1 or more")  # fmt: skip
-    for key in ("log_every", "threads_per_process", "keep_checkpoints", "max_nonfinite",
-                "validation_queries"):  # fmt: skip
-        require(getattr(config.training, key) >= 1, f"training.{key}",
-                getattr(config.training, key), "1 or more")  # fmt: skip
-    for key in ("num_processes", "save_every", "num_workers", "max_grad_norm", "weight_decay"):
-        require(getattr(config.training, key) >= 0, f"training.{key}",
-                getattr(config.training, key), "0 or more")  # fmt: skip
-    require(config.training.timeout_minutes > 0, "training.timeout_minutes",
-            config.training.timeout_minutes, "above 0")  # fmt: skip
-    mine, evaluation = config.stages.mine, config.evaluation
-    require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
-            f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
-    require(mine.num_negatives >= 1, "stages.mine.num_negatives", mine.num_negatives, "1 or more")
-    for key in ("rerank_depth", "batch_size"):
-        require(getattr(evaluation, key) >= 1, f"evaluation.{key}", getattr(evaluation, key),
-                "1 or more")  # fmt: skip
-    for key, number in (("evaluation.max_queries", evaluation.max_queries),
-                        ("stages.mine.max_queries", mine.max_queries)):  # fmt: skip
-        require(number is None or number >= 1, key, number, "1 or more, or null")
-    distractors = evaluation.num_distractors
-    require(
-        distractors is None or distractors >= 0, "evaluation.num_distractors", distractors,
-        "0 or more, or null",
-    )  # fmt: skip
-    for part, dropout in (("student", config.student.dropout), ("teacher", config.teacher.dropout)):
-        require(
-            dropout is None or 0 <= dropout < 1, f"{part}.dropout", dropout,
-            "at least 0 and below 1, or null",
-        )  # fmt: skip
-    require(config.training.zero_stage is None or config.training.zero_json is None,
-            "training.zero_stage", config.training.zero_stage,
-            "null while training.zero_json names a file: one place for one value")  # fmt: skip
-    return config
-
-
-def _numbers(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, int | float]]:
-    """Every number of a config with its dotted key."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            yield prefix + key, value
 
 
 def training_stages(config: RunConfig) -> dict[str, StageConfig]:

@@ -158,10 +158,17 @@ def given_negatives(config: RunConfig) -> Path:
     return Path(config.data.path) / "negatives.jsonl"
 
 
-def models_hash(config: RunConfig) -> list[Any]:
-    """Model settings, with the contents of those that are folders."""
-    described: list[Any] = [asdict(config.student), asdict(config.teacher)]
-    for path in (config.student.path, config.teacher.path):
+def models_hash(config: RunConfig, stage: str) -> list[Any]:
+    """Settings of the models that a stage runs, with the contents of those that are folders."""
+    student, teacher = asdict(config.student), asdict(config.teacher)
+    if stage in TRAINING_STAGES:
+        weights: LossWeights = getattr(config.stages, stage).weights
+        if not needs_student(weights):  # its vocabulary, and perhaps its weights, are read
+            student = {key: student[key] for key in ("path", "revision", "trust_remote_code")}
+        if not needs_teacher(weights):
+            teacher = {"path": ""}
+    described: list[Any] = [student, teacher]
+    for path in (student["path"], teacher["path"]):
         folder = Path(path)
         if path and folder.is_dir():
             described.append(hash_files([*folder.glob("*.json"), *folder.glob("*.safetensors")]))
@@ -213,8 +220,9 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     """Hash of everything that decides a stage's result: settings, data, and upstream stages.
 
     ``world_size`` is the number of ranks of a training stage; it counts through the size of a
-    micro-step's batch alone, so that other ranks may continue with the same batch. Settings that
-    change only speed or logging are left out, so that changing them redoes nothing.
+    micro-step's batch alone (but for ``objective.candidates: in_batch``), so that other ranks may
+    continue with the same batch. Settings that change only speed or logging, and the objective's
+    that no term of the stage reads, are left out, so that changing them redoes nothing.
     """
     settings: dict[str, Any] = {"stage": stage, "seed": config.seed, "data": asdict(config.data)}
     settings["files"] = data_hash(config)
@@ -222,7 +230,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["stemmer"] = config.evaluation.bm25_stemmer
         settings["tokenizer"] = config.evaluation.bm25_tokenizer
     else:
-        settings["models"] = models_hash(config)
+        settings["models"] = models_hash(config, stage)
+    if stage in ("evaluate", "export"):
         settings["objective"] = _decisive(asdict(config.objective))
     if stage == "evaluate":
         settings["evaluation"] = asdict(config.evaluation)
@@ -236,6 +245,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["seed"] = stage_seed(config, stage)
         own.pop("seed")
         settings["settings"] = own
+        settings["objective"] = _decisive_objective(config, stage, ranks)
         if own["negatives"] == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
         training = _decisive(asdict(config.training))
@@ -247,6 +257,31 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         fingerprint(config, name, world_size) for name in upstream(config, stage)
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _decisive_objective(config: RunConfig, stage: str, ranks: int) -> dict[str, Any]:
+    """The objective's settings that a stage's terms read."""
+    w: LossWeights = getattr(config.stages, stage).weights
+    distilled = bool(w.ce_to_li or w.ce_to_de or w.li_to_de)
+    read = {
+        "tau_de": w.de or w.ce_to_de or w.li_to_de or w.dual_reg,
+        "tau_li": w.li or w.ce_to_li or w.li_to_de,
+        "tau_att": w.attention,
+        "tau_ce": w.ce_to_li or w.ce_to_de,
+        "tau_de_kl": w.ce_to_de or w.li_to_de,
+        "tau_li_kl": w.ce_to_li,
+        "tau_li_target": w.li_to_de,
+        "detach_targets": distilled,
+        "competence_gate": distilled or w.attention,
+        "candidates": w.li or w.de or w.li_to_de or w.dual_reg,
+    }
+    settings = _decisive(asdict(config.objective))
+    assert settings.keys() == read.keys()
+    if settings["candidates"] == "in_batch":
+        # Here the ranks count: a query is compared with its own rank's passages.
+        own = queries_per_rank(config, stage, ranks)
+        settings["candidates"] = f"in_batch of {own}" if ranks > 1 else "cross_batch"
+    return {key: value for key, value in settings.items() if read[key]}
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:

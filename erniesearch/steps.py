@@ -14,7 +14,7 @@ from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import mine_negatives, statistics, told
+from erniesearch.retrieval.mine import asks_teacher, mine_negatives, statistics, told
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -43,8 +43,7 @@ def make_mined_negatives(config: RunConfig, data: RetrievalData) -> dict[str, An
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
-    wanted = settings.denoise_margin is not None or settings.denoise_threshold is not None
-    if wanted and stages.teacher_source(config, "mine"):
+    if asks_teacher(settings) and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher)
     mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
     write_negatives(

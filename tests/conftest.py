@@ -68,7 +68,7 @@ def write_beir(root: Path, num_passages: int = 60, num_queries: int = 40, seed: 
     return root
 
 
-def write_model(folder: Path, seed: int = 0, words: list[str] | None = None, **sizes: int) -> Path:
+def write_model(folder: Path, seed: int = 0, words: list[str] | None = None, **sizes: Any) -> Path:
     """A random BERT over the data set's words."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(words or WORDS)]

@@ -271,6 +271,12 @@ def test_exported_checkpoint_equals_the_finished_model(
                                 "weights": LossWeights(de=1.0, ce_to_de=1.0)}),
         "words": ("post_train", {**small, "num_negatives": 0, "zero_stage": 2,
                                  "weights": LossWeights(mlm=1.0, de=1.0)}),
+        "frozen-bf16": ("cascade", {**small, "precision": "bf16", "freeze_embeddings": True,
+                                    "weights": LossWeights(de=1.0, ce_to_de=1.0)}),
+        "embeddings0": ("cascade", {**small, "zero_stage": 0, "freeze_embeddings": True,
+                                    "layers": 1}),
+        "embeddings3": ("cascade", {**small, "zero_stage": 3, "precision": "bf16",
+                                    "freeze_embeddings": True, "tied": False}),
         "untied": ("cascade", {**small, "tied": False, "weights": LossWeights(de=1.0)}),
     }  # fmt: skip
     configs = {
@@ -291,6 +297,13 @@ def test_exported_checkpoint_equals_the_finished_model(
             for folder in (out, RunFolder(config.run_dir).stage(stage) / "model")
         )
         assert ours == theirs
+        if config.student.freeze_embeddings:
+            start = load_file(Path(config.student.path) / "model.safetensors")
+            towers = [out / "student", out / "student" / "passage_tower"]
+            for tower in towers[: 1 if config.student.tied else 2]:
+                saved = load_file(tower / "model.safetensors")
+                name = "embeddings.word_embeddings.weight"
+                assert saved[name].equal(start[name])
 
 
 def test_export_refuses_what_it_cannot_do(

@@ -21,11 +21,10 @@ from erniesearch.config import (
     LossWeights,
     RunConfig,
     StudentConfig,
-    check_yaml,
     from_dict,
     to_yaml,
-    validate,
 )
+from erniesearch.config_checks import check_yaml, validate
 from erniesearch.errors import UserError
 
 DEFAULT = RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x"))
@@ -289,6 +288,12 @@ IMPOSSIBLE = {
     "objective.tau_de": 0.0,
     "objective.tau_li": -1.0,
     "objective.tau_att": 0.0,
+    "objective.tau_ce": 0.0,
+    "objective.tau_de_kl": -1.0,
+    "objective.tau_li_kl": 0.0,
+    "objective.tau_li_target": 0.0,
+    "stages.teacher.teacher_head_lr": -1e-3,
+    "student.layers": 0,
     "data.max_query_length": 2,
     "data.max_passage_length": 2,
     "seed": -1,
@@ -340,6 +345,57 @@ def test_mined_negatives_need_mining() -> None:
     with pytest.raises(UserError, match=r"'stages\.cascade\.negatives' is 'mined'.*mine\.enabled"):
         validate(config)
     validate(changed(config, "stages.cascade.negatives", "bm25"))
+
+
+@pytest.mark.parametrize("layers", [[], [2, 1], [1, 1], [-1, 2]])
+def test_layers_are_a_rising_list(layers: list[int]) -> None:
+    validate(changed(DEFAULT, "student.layers", [0, 5]))
+    with pytest.raises(UserError, match=r"student.layers.*rising order, from 0"):
+        validate(changed(DEFAULT, "student.layers", layers))
+
+
+def test_dual_reg_needs_dropout() -> None:
+    config = changed(DEFAULT, "stages.interaction.steps", 1)
+    validate(config)  # the checkpoint's own
+    config = changed(config, "student.dropout", 0.0)
+    with pytest.raises(UserError, match=r"stages.interaction.weights.dual_reg.*student.dropout"):
+        validate(config)
+    validate(changed(config, "stages.interaction.weights.dual_reg", 0.0))
+
+
+def test_no_ring_without_cross_batch_candidates() -> None:
+    ring = changed(DEFAULT, "objective.late_interaction_exchange", "ring")
+    validate(ring)
+    for candidates in ("in_batch", "group"):
+        with pytest.raises(UserError, match=r"late_interaction_exchange.*no passage travels"):
+            validate(changed(ring, "objective.candidates", candidates))
+
+
+def test_groups_of_one_have_no_candidates() -> None:
+    config = changed(DEFAULT, "objective.candidates", "group")
+    validate(changed(config, "stages.contrastive.steps", 1))
+    config = changed(config, "stages.post_train.steps", 1)
+    with pytest.raises(UserError, match=r"objective.candidates.*post_train.num_negatives is 0"):
+        validate(config)
+
+
+def test_spread_needs_a_teacher() -> None:
+    config = changed(DEFAULT, "stages.mine.selection", "spread")
+    validate(config)  # nothing is mined
+    config = changed(config, "stages.cascade.steps", 1)
+    with pytest.raises(UserError, match=r"stages.mine.selection.*stages.teacher.steps is 0"):
+        validate(config)
+    validate(changed(config, "stages.teacher.steps", 1))
+
+
+def test_values_of_either_type(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL.replace("models/x", "models/x, layers: [0, 5]")
+                    + "objective: {tau_ce: auto}\n")  # fmt: skip
+    config = parse("--config", str(file))
+    assert (config.student.layers, config.objective.tau_ce) == ([0, 5], "auto")
+    config = parse("--config", str(file), "--student.layers", "2", "--objective.tau_ce", "1.5")
+    assert (config.student.layers, config.objective.tau_ce) == (2, 1.5)
 
 
 def test_zero_stage_is_set_in_one_place() -> None:

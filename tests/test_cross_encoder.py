@@ -8,6 +8,7 @@ from conftest import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    BertModel,
     ElectraConfig,
     ElectraModel,
     ErnieConfig,
@@ -145,3 +146,33 @@ def test_model_without_projections_is_refused_when_attention_is_wanted(tmp_path:
                     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(UserError, match=r"distilbert\) cannot give attention.*weights.attention"):
         CrossEncoder(TeacherConfig(str(tmp_path)), capture_attention=True)
+
+
+def test_the_head_is_what_the_checkpoint_has_not(tiny_model: Path, tmp_path: Path) -> None:
+    def names(path: Path) -> set[str]:
+        model = CrossEncoder(TeacherConfig(str(path)))
+        head = {id(parameter) for parameter in model.head}
+        return {name for name, p in model.model.named_parameters() if id(p) in head}
+
+    classifier = {"classifier.weight", "classifier.bias"}
+    assert names(tiny_model) == classifier
+    BertModel.from_pretrained(tiny_model, add_pooling_layer=False).save_pretrained(
+        tmp_path / "bare"
+    )
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert names(tmp_path / "bare") == classifier | pooler
+    trained = CrossEncoder(TeacherConfig(str(tmp_path / "bare")))
+    trained.save(tmp_path / "trained", dict(trained.state_dict()))
+    assert names(tmp_path / "trained") == classifier
+
+
+def test_the_temperature_is_kept_with_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    model = CrossEncoder(TeacherConfig(str(tiny_model)))
+    assert model.temperature is None
+    model.temperature = 1.25
+    model.save(tmp_path, dict(model.state_dict()))
+    assert CrossEncoder(TeacherConfig(str(tmp_path))).temperature == 1.25
+    for damaged in ("{", '{"temperature": 0}', '{"temperature": "hot"}', "[]", "{}"):
+        (tmp_path / "temperature.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"temperature.json: expected"):
+            CrossEncoder(TeacherConfig(str(tmp_path)))

@@ -23,12 +23,13 @@ def train(
     jobs, folders = [], {}
     for zero in zero_stages:
         run_dir = root / f"world{world_size}-zero{zero}"
+        settings = {"queries_per_rank": GLOBAL_BATCH // world_size, **changes}
         config = make_config(
-            run_dir=run_dir, steps=STEPS, queries_per_rank=GLOBAL_BATCH // world_size,
-            num_negatives=2, dropout=0.0, zero_stage=zero, **changes,
-        )  # fmt: skip
+            run_dir=run_dir, steps=STEPS, num_negatives=2, dropout=0.0, zero_stage=zero, **settings
+        )
         jobs.append(("cascade", asdict(config)))
         folders[zero] = RunFolder(run_dir)
+    root.mkdir(exist_ok=True)
     job_file = root / f"jobs-{world_size}.json"
     job_file.write_text(json.dumps(jobs))
     worker = str(ROOT / "tests" / "distributed_worker.py")
@@ -106,3 +107,38 @@ def test_caching_and_ring_train_like_the_plain_path(
     for folder in folders.values():
         # Sums in another order: where a gradient is next to 0, Adam makes steps of the difference.
         compare(folder, reference[0], atol=1e-4)
+
+
+OTHER_SETTINGS = {
+    "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5, "tau_li_target": 0.25, "layers": [1],
+    "freeze_embeddings": True, "teacher_head_lr": 5e-3,
+}  # fmt: skip
+
+
+def test_own_groups_train_alike_on_any_number_of_ranks(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """With temperatures of the KL terms, a cut student, frozen embeddings and a rate of the
+    teacher's head too."""
+    changes = {"candidates": "group", **OTHER_SETTINGS}
+    one = train(make_config, tmp_path, 1, (1,), **changes)[1]
+    first, *_, last = losses_of(one.stage("cascade"))
+    assert last["loss"] < first["loss"]
+    assert first["learning_rate"]["teacher_head"] == 5e-3
+    for folder in train(make_config, tmp_path, 2, (1, 3), **changes).values():
+        compare(folder, one)
+    for folder in train(
+        make_config, tmp_path / "cached", 2, (1, 3), chunk_size=5, **changes
+    ).values():
+        compare(folder, one, atol=1e-4)
+
+
+def test_in_batch_negatives_are_those_of_separate_batches(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """Two ranks that exchange nothing train like one that takes their batches one by one."""
+    one = train(make_config, tmp_path, 1, (1,), queries_per_rank=GLOBAL_BATCH // 2,
+                accumulation_steps=2, **OTHER_SETTINGS)[1]  # fmt: skip
+    changes = {"candidates": "in_batch", **OTHER_SETTINGS}
+    for folder in train(make_config, tmp_path, 2, (1, 3), **changes).values():
+        compare(folder, one)

@@ -1,10 +1,14 @@
 """The student over every model family: loads, encodes, predicts words, saves and loads again."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForMaskedLM,
     ElectraConfig,
@@ -19,7 +23,7 @@ from transformers import (
 
 from erniesearch.config import StudentConfig
 from erniesearch.errors import UserError
-from erniesearch.models.backbone import max_positions, resolve
+from erniesearch.models.backbone import kept_layers, max_positions, resolve
 from erniesearch.models.encoder import HEAD_FILE, StudentEncoder, content_mask
 
 FAMILIES = {
@@ -33,11 +37,11 @@ IDS = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
 MASK = IDS != 1
 
 
-def checkpoint(folder: Path, family: str) -> StudentConfig:
+def checkpoint(folder: Path, family: str, num_layers: int = 2) -> StudentConfig:
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(0)
     config = config_class(
-        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=30, hidden_size=32, num_hidden_layers=num_layers, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=40, pad_token_id=1,
     )  # fmt: skip
     model_class(config).save_pretrained(folder)
@@ -128,3 +132,61 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickles are not read"):
         resolve(str(tmp_path))
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "total", "kept"),
+    [(None, 3, [0, 1, 2]), (2, 6, [0, 5]), (3, 12, [0, 6, 11]), (4, 12, [0, 4, 7, 11]), (1, 6, [0]),
+     (6, 6, [0, 1, 2, 3, 4, 5]), ([1, 4], 6, [1, 4])],
+)  # fmt: skip
+def test_layers_that_are_kept(layers: int | list[int] | None, total: int, kept: list[int]) -> None:
+    config = BertConfig(num_hidden_layers=total)
+    assert kept_layers(config, StudentConfig("base", layers=layers)) == kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("masked_lm", [False, True])
+def test_a_cut_student_is_its_layers_and_survives_saving(
+    family: str, masked_lm: bool, tmp_path: Path
+) -> None:
+    settings = replace(checkpoint(tmp_path / "base", family, num_layers=4), layers=[1, 3])
+    student = StudentEncoder(settings, masked_lm).eval()
+    whole = StudentEncoder(replace(settings, layers=None)).eval().query_tower
+    tower = student.query_tower
+    for ours, index in zip(tower.encoder.layer, (1, 3), strict=True):
+        for own, theirs in zip(
+            ours.parameters(), whole.encoder.layer[index].parameters(), strict=True
+        ):
+            assert torch.equal(own, theirs)
+    whole.encoder.layer = torch.nn.ModuleList([whole.encoder.layer[1], whole.encoder.layer[3]])
+    expected = whole(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state
+    assert torch.equal(tower(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, expected)
+    student.save(tmp_path / "saved", dict(student.state_dict()))
+    content = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert content["num_hidden_layers"] == 2
+    about = {"base_model": settings.path, "layers": [1, 3], "of": 4}
+    assert content["erniesearch"] == about
+    again = StudentEncoder(replace(settings, path=str(tmp_path / "saved"), layers=None)).eval()
+    assert again.query_tower.config.erniesearch == about
+    for ours, theirs in zip(again(IDS, MASK, "query"), student(IDS, MASK, "query"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layers", [3, [0, 2]])
+def test_layers_that_are_not_there_are_named(layers: int | list[int], tmp_path: Path) -> None:
+    settings = replace(checkpoint(tmp_path / "base", "bert"), layers=layers)
+    with pytest.raises(UserError, match=r"student.layers is .* has 2 layers, 0 to 1"):
+        StudentEncoder(settings)
+
+
+def test_layers_of_an_encoder_that_shares_them_are_refused(tmp_path: Path) -> None:
+    config = AlbertConfig(
+        vocab_size=30, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=40,
+    )  # fmt: skip
+    AlbertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"albert.*are not one plain stack"):
+        StudentEncoder(StudentConfig(str(tmp_path), layers=2))

@@ -75,6 +75,9 @@ def test_each_term_alone(make_config: ConfigMaker, term: str) -> None:
     [
         {"tied": False}, {"detach_targets": False}, {"pooling": "mean"}, {"kernels": "eager"},
         {"weights": LossWeights(ce_to_de=1.0, attention=1.0)},
+        {"candidates": "group", "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5},
+        {"candidates": "in_batch", "tau_li_target": 0.25, "detach_targets": False},
+        {"layers": 1, "freeze_embeddings": True},
     ],
     ids=str,
 )  # fmt: skip

@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import ALL_TERMS, ConfigMaker
 
-from erniesearch.config import LossWeights
+from erniesearch.config import LossWeights, StageConfig
 from erniesearch.data.collate import Batch
 from erniesearch.data.formats import load_beir
 from erniesearch.models.joint import JointModel
-from erniesearch.objectives.losses import contrastive_loss
+from erniesearch.objectives.losses import contrastive_loss, kl_divergence
+from erniesearch.objectives.scores import candidate_mask, own_group
 from erniesearch.training.stage import build_batches, build_model
 
 
@@ -167,7 +168,7 @@ def test_targets_are_detached_unless_configured(make_config: ConfigMaker) -> Non
 def test_untied_towers_train_apart(make_config: ConfigMaker) -> None:
     model, batch = build(make_config, tied=False, weights=LossWeights(de=1.0))
     model(batch)["loss"].backward()
-    groups = list(model.parameter_groups(1.0, 2.0, 3.0, 0.1))
+    groups = list(model.parameter_groups(StageConfig(), 0.1))
     assert len({id(p) for g in groups for p in g["params"]}) == sum(
         len(g["params"]) for g in groups
     )
@@ -179,7 +180,8 @@ def test_untied_towers_train_apart(make_config: ConfigMaker) -> None:
 
 def test_parameter_groups_have_the_parts_rates(make_config: ConfigMaker) -> None:
     model, _ = build(make_config)
-    groups = {g["name"]: g for g in model.parameter_groups(1.0, 2.0, 3.0, 0.1)}
+    stage = StageConfig(student_lr=1.0, head_lr=2.0, teacher_lr=3.0)
+    groups = {g["name"]: g for g in model.parameter_groups(stage, 0.1)}
     assert {name: g["lr"] for name, g in groups.items()} == {
         "student": 1.0, "student_no_decay": 1.0, "head": 2.0, "teacher": 3.0,
         "teacher_no_decay": 3.0,
@@ -187,3 +189,92 @@ def test_parameter_groups_have_the_parts_rates(make_config: ConfigMaker) -> None
     assert groups["teacher_no_decay"]["weight_decay"] == 0
     assert groups["head"]["params"] == [model.student.projection.weight]
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+
+
+def test_the_cross_encoders_head_may_have_a_rate_of_its_own(make_config: ConfigMaker) -> None:
+    """The classifier, and the pooling layer where the checkpoint has none."""
+    model, _ = build(make_config)
+    stage = StageConfig(teacher_lr=3.0, teacher_head_lr=4.0)
+    groups = {g["name"]: g for g in model.parameter_groups(stage, 0.1)}
+    classifier = model.teacher.model.classifier
+    assert groups["teacher_head"]["lr"] == groups["teacher_head_no_decay"]["lr"] == 4.0
+    # The test's model has a pooling layer.
+    assert groups["teacher_head"]["params"] == [classifier.weight]
+    assert groups["teacher_head_no_decay"]["params"] == [classifier.bias]
+    assert groups["teacher"]["lr"] == 3.0
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+
+
+def test_temperatures_of_the_kl_terms(make_config: ConfigMaker) -> None:
+    weights = LossWeights(ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, de=1.0)
+    settings = {"tau_de": 0.5, "tau_li": 2.0, "tau_ce": 3.0, "tau_de_kl": 0.7, "tau_li_kl": 1.5,
+                "tau_li_target": 4.0}  # fmt: skip
+    model, batch = build(make_config, dropout=0.0, weights=weights, **settings)
+    terms, outputs = model(batch), model.outputs(batch)
+    rows = torch.arange(len(batch.query_ids))
+    de = outputs.queries.vectors @ outputs.passages.vectors.T
+    li = torch.einsum("qid,pjd->qpij", outputs.queries.tokens, outputs.passages.tokens)
+    li = li.masked_fill(~batch.passage_mask[:, None], -9.0).amax(-1)
+    li = (li * batch.query_mask[:, None]).sum(-1)
+    ce = outputs.teacher_scores.view(len(rows), -1)
+    labels = rows * batch.group_size
+    own = labels[:, None] + torch.arange(batch.group_size)
+    mask = candidate_mask(batch.relevant_index, batch.passage_index, labels)
+    group_mask = mask.gather(1, own)
+    expected = {
+        "de": contrastive_loss(de / 0.5, labels, mask),
+        "ce_to_de": kl_divergence(ce / 3.0, de.gather(1, own) / 0.7, group_mask),
+        "ce_to_li": kl_divergence(ce / 3.0, li.gather(1, own) / 1.5, group_mask),
+        "li_to_de": kl_divergence(li / 4.0, de / 0.7, mask),
+    }
+    target = (ce / 3.0).masked_fill(~group_mask, -torch.inf).softmax(-1)
+    expected["ce_to_de_target_top1"] = target.amax(-1).mean()
+    student = (de / 0.7).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected["li_to_de_student_entropy"] = torch.special.entr(student).sum(-1).mean()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    logged = {f"{t}_{side}_{what}" for t in ("ce_to_de", "ce_to_li", "li_to_de")
+              for side in ("target", "student") for what in ("top1", "entropy")}  # fmt: skip
+    assert logged == {name for name in terms if name.endswith(("top1", "entropy"))}
+    assert not any(terms[name].requires_grad for name in logged)
+
+
+@pytest.mark.parametrize("candidates", ["in_batch", "group"])
+def test_candidates_of_the_own_rank_alone(
+    make_config: ConfigMaker, candidates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is gathered; on one rank in_batch is cross_batch, and group is the group's columns of
+    it."""
+    model, batch = build(make_config, dropout=0.0)
+    whole = model.objective.score(batch, model.outputs(batch))
+    expected = model(batch)
+    settings = replace(model.objective.settings, candidates=candidates)
+    model.objective.settings = settings
+    for name in ("gather_rows", "gather_tokens"):
+        monkeypatch.setattr(f"erniesearch.distributed.{name}", None)
+    terms = model(batch)
+    if candidates == "in_batch":
+        for name, value in expected.items():
+            assert torch.equal(terms[name], value), name
+        return
+    part = model.objective.score(batch, model.outputs(batch))
+    assert part.labels.tolist() == [0] * len(batch.query_ids)
+    for own, every in ((part.dual, whole.dual), (part.late, whole.late), (part.mask, whole.mask)):
+        columns = own_group(every, whole.labels, batch.group_size)
+        torch.testing.assert_close(own, columns, rtol=1e-5, atol=1e-5)
+    for name in ("ce", "ce_to_li", "ce_to_de", "attention"):  # over the group in any case
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    own = own_group(whole.dual, whole.labels, batch.group_size)
+    torch.testing.assert_close(terms["de"], contrastive_loss(own, part.labels, part.mask))
+
+
+def test_frozen_word_embeddings_get_no_gradient(make_config: ConfigMaker) -> None:
+    for tied in (True, False):
+        model, batch = build(make_config, freeze_embeddings=True, tied=tied)
+        model(batch)["loss"].backward()
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        towers = {"passage_tower"} if tied else {"query_tower", "passage_tower"}
+        assert frozen == {f"student.{t}.embeddings.word_embeddings.weight" for t in towers}
+        trained = [p for g in model.parameter_groups(StageConfig(), 0.1) for p in g["params"]]
+        assert all(p.requires_grad and p.grad is not None for p in trained)
+        assert len(trained) + len(frozen) == len(list(model.parameters()))

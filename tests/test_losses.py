@@ -9,6 +9,7 @@ from erniesearch.objectives.losses import (
     accuracy,
     contrastive_loss,
     kl_divergence,
+    kl_statistics,
     symmetric_kl,
 )
 from erniesearch.objectives.scores import (
@@ -154,3 +155,34 @@ def test_false_negatives_are_masked_and_the_positive_stays() -> None:
 def test_own_group_starts_at_the_label() -> None:
     scores = torch.arange(12.0).view(2, 6)
     assert own_group(scores, torch.tensor([0, 3]), 3).tolist() == [[0, 1, 2], [9, 10, 11]]
+
+
+def test_kl_statistics_by_hand() -> None:
+    target, student = LOGITS, OTHER
+    values = kl_statistics(target, student)
+    # Probabilities (1, 2, 1)/4 and (4, 2, 2)/8; (2, 1, 1)/4 and (1, 1, 2)/4.
+    assert values["target_top1"].item() == pytest.approx(1 / 2)
+    assert values["target_entropy"].item() == pytest.approx(1.5 * math.log(2))
+    assert values["student_top1"].item() == pytest.approx(1 / 2)
+    assert values["student_entropy"].item() == pytest.approx(1.5 * math.log(2))
+    values = kl_statistics(target, student, KEEP)
+    # Masked: (1, 2)/3 and (4, 2)/6; (2, 1)/3 and (1, 2)/3.
+    thirds = math.log(3) - 2 / 3 * math.log(2)
+    for name, value in values.items():
+        expected = 2 / 3 if name.endswith("top1") else thirds
+        assert value.item() == pytest.approx(expected), name
+    assert list(values) == ["target_top1", "target_entropy", "student_top1", "student_entropy"]
+
+
+def test_scores_and_candidates_of_every_querys_own_group() -> None:
+    queries = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    passages = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [2.0, 2.0]]])
+    assert dual_encoder_scores(queries, passages, 0.5).tolist() == [[2.0, 4.0], [4.0, 8.0]]
+    tokens = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    masks = torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 2, 1, dtype=torch.bool)
+    late = late_interaction_scores(tokens, masks[0], passages[:, :, None], masks[1], 0.5)
+    assert late.tolist() == [[2.0, 0.0], [2.0, 4.0]]
+    index = torch.tensor([[7, 3], [5, 6]])
+    relevant = torch.tensor([[7, 3], [5, -1]])
+    mask = candidate_mask(relevant, index, torch.tensor([0, 0]))
+    assert mask.tolist() == [[True, False], [True, True]]

@@ -1,5 +1,6 @@
 """Hard negatives by the dual-encoder: what may be mined, what the teacher drops."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from erniesearch.config import MineConfig
 from erniesearch.data.formats import RetrievalData, load_beir
 from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.mine import Mined, mine_negatives, statistics
+from erniesearch.retrieval.mine import Mined, mine_negatives, spread, statistics
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +217,52 @@ def test_statistics_count_what_was_kept_and_dropped(
         for vector, query in zip(vectors, mined.queries, strict=True) for pid in query.negatives
     ]  # fmt: skip
     assert means["negatives"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_spread_covers_the_range_of_scores_evenly() -> None:
+    # Wanted: 9, 5, 1. Between 5 and 1 lies nothing, so 5 takes its nearest that is left.
+    assert spread([9.0, 8.9, 8.8, 6.0, 1.0, 1.2], 3) == [0, 3, 4]
+    assert spread([1.0, 3.0, 2.0, 3.0], 2) == [0, 1]  # of equal ones the first
+    assert spread([4.0, 4.0, 4.0], 2) == [0, 1]
+    assert spread([1.0, 5.0, 3.0], 1) == [1]
+    assert spread([1.0, 5.0, 3.0], 3) == [0, 1, 2]
+
+
+def test_selections_from_what_denoising_leaves(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]]
+) -> None:
+    scores = np.random.default_rng(0).normal(size=60).tolist()
+    table = dict(zip(data.passages, scores, strict=True))
+    score_of = dict(zip(data.pids, scores, strict=True))
+    settings = {"depth": 20, "num_negatives": 4, "denoise_margin": None, "denoise_threshold": 0.5}
+    found = {
+        selection: mine(data, retriever, TableScorer(table), selection=selection, **settings)
+        for selection in ("top", "random", "spread")
+    }
+    for qid, pids in ranking.items():
+        window = [pid for pid in pids[:20] if score_of[pid] <= 0.5]
+        assert found["top"].negatives[qid] == window[:4]
+        chosen = spread([score_of[pid] for pid in window], 4)
+        assert found["spread"].negatives[qid] == [window[i] for i in chosen]
+        drawn = found["random"].negatives[qid]
+        assert len(drawn) == 4
+        assert drawn == [pid for pid in window if pid in drawn]  # best first, from the window
+    for query in found["random"].queries:
+        assert query.teacher_scores == [np.float32(score_of[pid]) for pid in query.negatives]
+    places = [ranking[qid].index(pid) for qid, own in found["random"].negatives.items()
+              for pid in own]  # fmt: skip
+    assert max(places) > 15
+    again = mine(data, retriever, TableScorer(table), selection="random", **settings)
+    assert again == found["random"]
+    other = MineConfig(selection="random", **settings)  # type: ignore[arg-type]
+    assert mine_negatives(data, retriever, TableScorer(table), other, seed=1) != again
+    # The same whoever mines for a query, and with whom.
+    few = mine_negatives(
+        data, retriever, TableScorer(table), replace(other, max_queries=5), seed=0
+    )  # fmt: skip
+    assert all(again.negatives[qid] == own for qid, own in few.negatives.items())
+    # spread asks the teacher even where nothing is denoised.
+    wide = mine(data, retriever, TableScorer(table), selection="spread", depth=20,
+                num_negatives=4, denoise_margin=None)  # fmt: skip
+    assert wide.num_denoised == 0
+    assert wide != found["spread"]

@@ -130,7 +130,8 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
 
 def test_every_launcher_starts_the_same_training(make_config: ConfigMaker, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(make_config(steps=3, dropout=0.0)))
+    weights = replace(ALL_TERMS, dual_reg=0.0)
+    file.write_text(to_yaml(make_config(steps=3, dropout=0.0, weights=weights)))
     arguments = ("launch/train.py", "--config", str(file), "--stage", "cascade")
     two = ("--stages.cascade.queries_per_rank", "2")
     launchers = {

@@ -51,7 +51,9 @@ def mine_command(argv: list[str]) -> int:
     parser.add_argument(
         "--gpu", type=bool, default=False, help="Search on all GPUs (start one process)."
     )
-    parser.add_argument("--seed", type=int, default=42, help="Draws max_queries.")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="Draws max_queries and a random selection."
+    )
     options = parser.parse_args(drop_local_rank(argv)).as_dict()
     require_positive(
         options, "depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search"

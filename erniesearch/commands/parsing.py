@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from erniesearch.config import RunConfig, check_yaml, from_dict, validate
+from erniesearch.config import RunConfig, from_dict
+from erniesearch.config_checks import check_yaml, validate
 from erniesearch.errors import UserError, nearest
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -12,6 +12,7 @@ from erniesearch.config import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.export.layout import (
     cross_encoder_layout,
+    cut_of,
     dual_encoder_layout,
     late_interaction_layout,
 )
@@ -62,7 +63,9 @@ def write_cards(config: RunConfig, results: str) -> None:
         folder = stages.RunFolder(config.run_dir).export(target.kind + target.suffix)
         if folder.is_dir():
             onnx = (folder / "onnx" / "model.onnx").is_file()
-            card = model_card(target.kind, target.suffix, config, results, onnx)
+            card = model_card(
+                target.kind, target.suffix, config, results, onnx, cut_of(folder)
+            )  # fmt: skip
             stages.write_atomically(folder / "README.md", card)
 
 
@@ -109,7 +112,8 @@ def _write(target: _Target, config: RunConfig, onnx: bool, results: str | None) 
         with_onnx = onnx and target.kind == "dual_encoder"
         if with_onnx:
             export_onnx(aside)
-        card = model_card(target.kind, target.suffix, config, results, with_onnx)
+        cut = cut_of(aside)
+        card = model_card(target.kind, target.suffix, config, results, with_onnx, cut)
         (aside / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)

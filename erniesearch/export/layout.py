@@ -11,6 +11,7 @@ version 6 writes, and both read these.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from erniesearch.config import RunConfig
 from erniesearch.export.model_card import pair_length
@@ -27,6 +28,13 @@ def write_json(path: Path, content: object) -> None:
 
 def _hidden_size(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["hidden_size"])
+
+
+def cut_of(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of the layers that the model was left with; None if it has all."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about = content.get("erniesearch", {})
+    return about if "layers" in about else None
 
 
 def _modules(folder: Path, *modules: tuple[str, str]) -> None:

@@ -6,6 +6,7 @@ the licence to whoever publishes the model.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -74,7 +75,14 @@ scores = AutoModelForSequenceClassification.from_pretrained("PATH")(**inputs).lo
 }
 
 
-def model_card(kind: str, suffix: str, config: RunConfig, results: str | None, onnx: bool) -> str:
+def model_card(
+    kind: str,
+    suffix: str,
+    config: RunConfig,
+    results: str | None,
+    onnx: bool,
+    cut: dict[str, Any] | None = None,
+) -> str:
     """The card of one export folder.
 
     Args:
@@ -82,11 +90,13 @@ def model_card(kind: str, suffix: str, config: RunConfig, results: str | None, o
         suffix: ``_query`` or ``_passage`` of untied towers, or empty.
         results: the evaluation's caption and table in Markdown; None if there is none yet.
         onnx: whether ``onnx/model.onnx`` is there.
+        cut: what the model's config.json says of the layers it was left with (``layers``, ``of``).
     """
     library, pipeline, name = _FRONT[kind]
     base = config.student.path
     if kind == "cross_encoder":
         base = config.teacher.path or base
+    origin = f"`{base}`{_kept_layers(cut)}"
     data = Path(config.data.path).name
     front: dict[str, object] = {
         "library_name": library, "pipeline_tag": pipeline,
@@ -112,7 +122,7 @@ Trained with erniesearch {__version__} by the method of ERNIE-Search
 
 | | |
 |---|---|
-| base model | `{base}` |
+| base model | {origin} |
 | data set | `{data}`, split `{config.data.train_split}` |
 | stages | {_stages(config)} |
 | longest query in training | {config.data.max_query_length} tokens |
@@ -171,6 +181,12 @@ def _score(kind: str, config: RunConfig) -> str:
         return f"MaxSim of unit vectors of {config.student.late_interaction_dim} dimensions"
     product = "cosine" if config.student.normalize else "inner product"
     return f"{product} of {config.student.pooling}-pooled vectors"
+
+
+def _kept_layers(cut: dict[str, Any] | None) -> str:
+    if not cut:
+        return ""
+    return f", layers {', '.join(map(str, cut['layers']))} of 0 to {cut['of'] - 1}"
 
 
 def _lengths(kind: str, config: RunConfig) -> str:

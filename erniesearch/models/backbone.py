@@ -146,8 +146,12 @@ def load_config(settings: StudentConfig | TeacherConfig, **overrides: Any) -> Pr
 
 
 def load_encoder(settings: StudentConfig, masked_lm: bool = False) -> PreTrainedModel:
-    """The encoder in fp32, without a pooling layer; with its masked-language-model head if asked
-    (then the encoder is ``.base_model``)."""
+    """The encoder in fp32, without a pooling layer and with ``settings.layers`` only; with its
+    masked-language-model head if asked (then the encoder is ``.base_model``).
+
+    Raises:
+        UserError: also for layers that the encoder has not.
+    """
     config = load_config(settings)
     options: dict[str, Any] = {}
     family = AutoModelForMaskedLM if masked_lm else AutoModel
@@ -158,25 +162,76 @@ def load_encoder(settings: StudentConfig, masked_lm: bool = False) -> PreTrained
             and "add_pooling_layer" in inspect.signature(model_class).parameters
         ):
             options["add_pooling_layer"] = False  # its parameters would never see a gradient
-    return _load_model(family, settings, config, **options)
+    model, _ = _load_model(family, settings, config, **options)
+    if settings.layers is not None:
+        _keep_layers(model, settings)
+    return model
 
 
-def load_classifier(settings: TeacherConfig) -> PreTrainedModel:
-    """The encoder with a one-score classification head in fp32."""
+def kept_layers(config: PretrainedConfig, settings: StudentConfig) -> list[int]:
+    """The layers that ``settings.layers`` keeps of an encoder, in their order.
+
+    Raises:
+        UserError: if it has not that many.
+    """
+    total, wanted = int(config.num_hidden_layers), settings.layers
+    if wanted is None:
+        return list(range(total))
+    if isinstance(wanted, int):
+        if wanted <= total:
+            spacing = (total - 1) / max(1, wanted - 1)
+            return [round(i * spacing) for i in range(wanted)]
+    elif wanted[-1] < total:
+        return wanted
+    raise UserError(
+        f"student.layers is {wanted}, but '{settings.path}' has {total} layers, 0 to {total - 1}"
+    )
+
+
+def _keep_layers(model: PreTrainedModel, settings: StudentConfig) -> None:
+    """Cut the encoder; its config says what is left, and of what."""
+    config = model.config
+    kept, total = kept_layers(config, settings), int(config.num_hidden_layers)
+    stacks = [
+        (module, name)
+        for module in model.base_model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == total
+    ]
+    if len(stacks) != 1 or hasattr(config, "layer_types"):
+        raise UserError(
+            f"student.layers: the layers of '{settings.path}' ({config.model_type}) are not one"
+            " plain stack, so that none can be left out (BERT, ERNIE, RoBERTa, ELECTRA, XLM-R and"
+            " DistilBERT have one): set student.layers to null"
+        )
+    owner, name = stacks[0]
+    setattr(owner, name, torch.nn.ModuleList(getattr(owner, name)[i] for i in kept))
+    config.num_hidden_layers = len(kept)
+    config.erniesearch = {"base_model": settings.path, "layers": kept, "of": total}
+
+
+def load_classifier(settings: TeacherConfig) -> tuple[PreTrainedModel, list[str]]:
+    """The encoder with a one-score classification head in fp32, and the names of the parameters
+    that are new: those of the head, and those of the encoder that the checkpoint has not."""
     config = load_config(settings, num_labels=1)
-    return _load_model(AutoModelForSequenceClassification, settings, config)
+    model, missing = _load_model(AutoModelForSequenceClassification, settings, config)
+    in_encoder = {id(parameter) for parameter in model.base_model.parameters()}
+    new = [n for n, p in model.named_parameters() if id(p) not in in_encoder or n in missing]
+    return model, new
 
 
 def _load_model(
     family: Any, settings: StudentConfig | TeacherConfig, config: PretrainedConfig, **options: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and its parameters that the checkpoint has not."""
     options |= {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
     if not weights_wanted():
-        return family.from_config(config, **options)
-    return _load(
+        return family.from_config(config, **options), set()
+    model, about = _load(
         family.from_pretrained, settings.path, config=config, revision=settings.revision,
-        use_safetensors=True, **options,
+        use_safetensors=True, output_loading_info=True, **options,
     )  # fmt: skip
+    return model, set(about["missing_keys"])
 
 
 def max_positions(config: PretrainedConfig) -> int:

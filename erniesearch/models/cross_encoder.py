@@ -6,6 +6,7 @@ for: with SDPA, ``output_attentions`` silently returns nothing. Forward hooks ke
 query and key projections instead, from which the map follows exactly.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -101,8 +102,32 @@ def assemble_pairs(
     )
 
 
+TEMPERATURE_FILE = "temperature.json"
+
+
+def stored_temperature(folder: Path) -> float | None:
+    """The temperature that lies with a cross-encoder; None if none does.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    path = folder / TEMPERATURE_FILE
+    if not path.is_file():
+        return None
+    try:
+        value = float(json.loads(path.read_text(encoding="utf-8"))["temperature"])
+    except (OSError, ValueError, KeyError, TypeError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f'{path}: expected {{"temperature": a number above 0}}')
+    return value
+
+
 class CrossEncoder(nn.Module):
     """Scores pairs; optionally hands out its last layer's attention projections.
+
+    ``head`` are the parameters that the pretrained encoder has not, and ``temperature`` is the one
+    at which its scores are likeliest (:mod:`erniesearch.training.calibration`), None if unknown.
 
     Args:
         settings: ``settings.path`` is a pretrained encoder or a saved cross-encoder.
@@ -114,7 +139,10 @@ class CrossEncoder(nn.Module):
 
     def __init__(self, settings: TeacherConfig, capture_attention: bool = False) -> None:
         super().__init__()
-        self.model = load_classifier(settings)
+        self.model, new = load_classifier(settings)
+        parameters = dict(self.model.named_parameters())
+        self.head = [parameters[name] for name in new]
+        self.temperature = stored_temperature(Path(settings.path))
         self.num_heads = int(getattr(self.model.config, "num_attention_heads", 0))
         self.uses_token_types = int(getattr(self.model.config, "type_vocab_size", 0) or 0) >= 2
         self._captured: dict[str, Tensor] = {}
@@ -177,6 +205,9 @@ class CrossEncoder(nn.Module):
         own = {k.removeprefix("model."): v.float().contiguous() for k, v in state.items()}
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=own)
+        if self.temperature is not None:
+            content = json.dumps({"temperature": self.temperature}) + "\n"
+            (folder / TEMPERATURE_FILE).write_text(content, encoding="utf-8")
 
 
 def _take(states: Tensor, columns: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ class StudentEncoder(nn.Module):
         else:
             self.passage_tower = load_encoder(passage_settings)
         self.query_tower = self.passage_tower if settings.tied else load_encoder(settings)
+        if settings.freeze_embeddings:
+            for tower in (self.query_tower, self.passage_tower):
+                tower.get_input_embeddings().requires_grad_(False)
         self.hidden_size = int(self.query_tower.config.hidden_size)
         self.projection = nn.Linear(self.hidden_size, settings.late_interaction_dim, bias=False)
         if head.is_file() and weights_wanted():

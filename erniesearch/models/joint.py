@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
-from erniesearch.config import LossWeights, ObjectiveConfig
+from erniesearch.config import LossWeights, ObjectiveConfig, StageConfig
 from erniesearch.data.collate import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask
@@ -41,7 +41,7 @@ class JointModel(nn.Module):
         student: None if no term runs it.
         teacher: None if no term runs it.
         weights: the stage's weights.
-        objective: temperatures and switches.
+        objective: temperatures and switches; ``tau_ce`` is a number.
         tokenizer: the one vocabulary of both.
         seed: the run's seed; dropout seeds derive from (seed, step, micro-step, rank, pass).
     """
@@ -233,20 +233,24 @@ class JointModel(nn.Module):
         for tower in towers:
             tower.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def parameter_groups(
-        self, student_lr: float, head_lr: float, teacher_lr: float, weight_decay: float
-    ) -> Iterator[dict[str, Any]]:
-        """AdamW groups per part; biases and norms do not decay, frozen parameters are left out."""
+    def parameter_groups(self, stage: StageConfig, weight_decay: float) -> Iterator[dict[str, Any]]:
+        """AdamW groups per part; biases and norms do not decay, frozen parameters are left out.
+        The cross-encoder's head is a part of its own where it has a rate of its own."""
         student = self.student
         towers = [student.query_tower, student.passage_tower] if student is not None else []
         in_tower = {id(parameter) for tower in towers for parameter in tower.parameters()}
+        teacher_head = set()
+        if self.teacher is not None and stage.teacher_head_lr is not None:
+            teacher_head = {id(parameter) for parameter in self.teacher.head}
         parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 own = "student" if id(parameter) in in_tower else "head"
                 part = "teacher" if name.startswith("teacher.") else own
+                part = "teacher_head" if id(parameter) in teacher_head else part
                 parts.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-        rates = {"student": student_lr, "head": head_lr, "teacher": teacher_lr}
+        rates = {"student": stage.student_lr, "head": stage.head_lr, "teacher": stage.teacher_lr,
+                 "teacher_head": stage.teacher_head_lr}  # fmt: skip
         for (part, decays), parameters in parts.items():
             yield {
                 "params": parameters,

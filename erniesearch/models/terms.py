@@ -1,6 +1,6 @@
 """The loss terms of a micro-step, from what the models made of it.
 
-    outputs → gather over ranks → scores → losses → weighted sum
+    outputs → passages to compare with → scores → losses → weighted sum
 
 Nothing here has parameters: the terms' gradient with respect to the outputs is all that the
 encoders need (gradient caching rests on it).
@@ -9,7 +9,7 @@ encoders need (gradient caching rests on it).
 from dataclasses import asdict
 from typing import NamedTuple
 
-from torch import Tensor, arange, long, stack, zeros
+from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
 from erniesearch.config import LossWeights, ObjectiveConfig
@@ -41,12 +41,13 @@ class Outputs(NamedTuple):
 
 
 class StudentScores(NamedTuple):
-    """Scores are ``[B, all passages]``, ``labels`` the column of each query's positive, ``mask``
-    True on candidates, ``all_vectors`` every rank's passages."""
+    """Scores are ``[B, P]`` over the passages that ``objective.candidates`` names, ``labels`` the
+    column of each query's positive, ``mask`` True on candidates, ``vectors`` the P passages' (or
+    ``[B, G, hidden]``, every query's own)."""
 
     dual: Tensor | None
     late: Tensor | None
-    all_vectors: Tensor | None
+    vectors: Tensor | None
     labels: Tensor
     mask: Tensor
 
@@ -56,7 +57,7 @@ class Objective:
 
     Args:
         weights: terms of weight 0 are not computed.
-        settings: temperatures and switches.
+        settings: temperatures and switches; ``tau_ce`` is a number.
     """
 
     def __init__(self, weights: LossWeights, settings: ObjectiveConfig) -> None:
@@ -71,8 +72,9 @@ class Objective:
         self.trains_teacher = bool(w.ce) or not settings.detach_targets
 
     def terms(self, batch: Batch, outputs: Outputs, training: bool) -> dict[str, Tensor]:
-        """Scalars by name: each term, ``accuracy_*`` (no gradient), and ``loss``, their weighted
-        sum. Students' terms are means over this rank's queries against every rank's passages."""
+        """Scalars by name: each term, ``accuracy_*`` and :func:`losses.kl_statistics` of each KL
+        (no gradient), and ``loss``, the terms' weighted sum. Terms are means over this rank's
+        queries."""
         terms: dict[str, Tensor] = {}
         if outputs.mlm is not None:
             terms["mlm"] = outputs.mlm
@@ -89,25 +91,55 @@ class Objective:
         return terms
 
     def score(self, batch: Batch, outputs: Outputs) -> StudentScores:
-        """This rank's queries against every rank's passages."""
+        """This rank's queries against the passages that they are compared with."""
         queries, passages, settings = outputs.queries, outputs.passages, self.settings
         assert queries is not None
         assert passages is not None
-        num_queries, num_passages = len(batch.query_ids), len(batch.passage_ids)
+        num_queries = len(batch.query_ids)
         rows = arange(num_queries, device=batch.query_ids.device)
-        labels = distributed.rank() * num_passages + rows * batch.group_size
-        all_index = distributed.gather_rows(batch.passage_index)
-        mask = scores.candidate_mask(batch.relevant_index, all_index, labels)
-        all_vectors = dual = late = None
+        labels = rows * batch.group_size
+        if settings.candidates == "cross_batch":
+            labels = labels + distributed.rank() * len(batch.passage_ids)
+        elif settings.candidates == "group":
+            labels = zeros_like(labels)
+        index = self._compared(batch.passage_index, num_queries)
+        mask = scores.candidate_mask(batch.relevant_index, index, labels)
+        vectors = dual = late = None
         if self.needs_vectors:
-            all_vectors = distributed.gather_rows(passages.vectors)
-            dual = scores.dual_encoder_scores(queries.vectors, all_vectors, settings.tau_de)
+            vectors = self._compared(passages.vectors, num_queries)
+            dual = scores.dual_encoder_scores(queries.vectors, vectors, settings.tau_de)
         if self.needs_tokens:
-            late = scores.cross_batch_late_interaction_scores(
-                queries.tokens, batch.query_mask, passages.tokens, batch.passage_mask,
+            late = self._late_interaction(batch, queries.tokens, passages.tokens)
+        return StudentScores(dual, late, vectors, labels, mask)
+
+    def _compared(self, rows: Tensor, num_queries: int) -> Tensor:
+        """``[B·G, …]``, one row a passage, to every passage that queries are compared with: all
+        ranks' rows, these, or ``[B, G, …]``."""
+        if self.settings.candidates == "cross_batch":
+            return distributed.gather_rows(rows)
+        return (
+            rows if self.settings.candidates == "in_batch" else rows.unflatten(0, (num_queries, -1))
+        )
+
+    def _late_interaction(self, batch: Batch, queries: Tensor, passages: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.candidates == "cross_batch":
+            return scores.cross_batch_late_interaction_scores(
+                queries, batch.query_mask, passages, batch.passage_mask,
                 settings.tau_li, settings.kernels, settings.late_interaction_exchange,
             )  # fmt: skip
-        return StudentScores(dual, late, all_vectors, labels, mask)
+        return scores.late_interaction_scores(
+            queries, batch.query_mask, self._compared(passages, len(queries)),
+            self._compared(batch.passage_mask, len(queries)), settings.tau_li, settings.kernels,
+        )  # fmt: skip
+
+    def _distill(
+        self, name: str, target: Tensor, student: Tensor, mask: Tensor, gate: float
+    ) -> dict[str, Tensor]:
+        """The KL term ``name`` and what its two distributions look like."""
+        statistics = losses.kl_statistics(target, student, mask)
+        kl = losses.kl_divergence(target, student, mask, self.settings.detach_targets)
+        return {name: gate * kl} | {f"{name}_{key}": value for key, value in statistics.items()}
 
     def _student_terms(
         self, outputs: Outputs, student: StudentScores, training: bool
@@ -124,9 +156,13 @@ class Objective:
             assert student.dual is not None
             accuracies = {name: terms[f"accuracy_{name}"] for name in ("li", "de")}
             self._track(accuracies, training)
-            terms["li_to_de"] = self._gate("li", "de") * losses.kl_divergence(
-                student.late, student.dual, mask, self.settings.detach_targets
-            )
+            settings = self.settings
+            terms |= self._distill(
+                "li_to_de",
+                _at_temperature(student.late, settings.tau_li, settings.tau_li_target),
+                _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl),
+                mask, self._gate("li", "de"),
+            )  # fmt: skip
         if w.dual_reg:
             terms["dual_reg"] = self._dual_reg_term(outputs, student)
         return terms
@@ -137,10 +173,10 @@ class Objective:
         assert outputs.second_queries is not None
         assert outputs.second_passages is not None
         assert student.dual is not None
-        assert student.all_vectors is not None
+        assert student.vectors is not None
         tau = self.settings.tau_de
-        by_query = scores.dual_encoder_scores(outputs.second_queries, student.all_vectors, tau)
-        second_vectors = distributed.gather_rows(outputs.second_passages)
+        by_query = scores.dual_encoder_scores(outputs.second_queries, student.vectors, tau)
+        second_vectors = self._compared(outputs.second_passages, len(outputs.second_queries))
         by_passage = scores.dual_encoder_scores(outputs.queries.vectors, second_vectors, tau)
         return losses.symmetric_kl(student.dual, by_query, student.mask) + losses.symmetric_kl(
             student.dual, by_passage, student.mask
@@ -154,7 +190,7 @@ class Objective:
         terms: dict[str, Tensor] = {}
         teacher_scores = outputs.teacher_scores.view(-1, batch.group_size)
         labels = zeros(len(teacher_scores), dtype=long, device=teacher_scores.device)
-        mask = _group_mask(batch)
+        mask = group_mask(batch)
         terms["accuracy_ce"] = losses.accuracy(teacher_scores, labels, mask)
         if w.ce:
             terms["ce"] = losses.contrastive_loss(teacher_scores, labels, mask)
@@ -167,12 +203,18 @@ class Objective:
         }
         accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
         self._track({"group_ce": terms["accuracy_ce"], **accuracies}, training)
-        for weight, name in ((w.ce_to_li, "li"), (w.ce_to_de, "de")):
+        settings = self.settings
+        for weight, name, tau, tau_kl in (
+            (w.ce_to_li, "li", settings.tau_li, settings.tau_li_kl),
+            (w.ce_to_de, "de", settings.tau_de, settings.tau_de_kl),
+        ):
             if weight:
-                kl = losses.kl_divergence(
-                    teacher_scores, own[name], mask, self.settings.detach_targets
-                )
-                terms[f"ce_to_{name}"] = self._gate("group_ce", f"group_{name}") * kl
+                assert settings.tau_ce != "auto"
+                terms |= self._distill(
+                    f"ce_to_{name}", _at_temperature(teacher_scores, 1.0, settings.tau_ce),
+                    _at_temperature(own[name], tau, tau_kl), mask,
+                    self._gate("group_ce", f"group_{name}"),
+                )  # fmt: skip
         if outputs.attention is not None:
             terms["attention"] = self._gate("group_ce", "group_li") * outputs.attention
         return terms
@@ -192,9 +234,13 @@ class Objective:
         return float(open_ or not self.settings.competence_gate)
 
 
-def _group_mask(batch: Batch) -> Tensor:
+def _at_temperature(logits: Tensor, tau: float, wanted: float | None) -> Tensor:
+    """``s / tau`` to ``s / wanted``; None leaves it."""
+    return logits if wanted is None or wanted == tau else logits * (tau / wanted)
+
+
+def group_mask(batch: Batch) -> Tensor:
     """Candidates within the own group ``[B, G]``: no other relevant passage among them."""
     index = batch.passage_index.view(-1, batch.group_size)
-    relevant = (batch.relevant_index[:, :, None] == index[:, None, :]).any(1)
-    relevant[:, 0] = False
-    return ~relevant
+    labels = zeros(len(index), dtype=long, device=index.device)
+    return scores.candidate_mask(batch.relevant_index, index, labels)

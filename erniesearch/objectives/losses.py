@@ -23,8 +23,8 @@ def kl_divergence(
 ) -> Tensor:
     """L = mean over q of sum over p of P_t(p|q) · (log P_t(p|q) - log P_s(p|q)).
 
-    P_t and P_s are softmaxes over the candidates. The gradient stops at the target when
-    ``detach``.
+    P_t and P_s are softmaxes over the candidates, of logits that are divided by their temperatures
+    already. The gradient stops at the target when ``detach``.
     """
     if detach:
         target_logits = target_logits.detach()
@@ -34,6 +34,26 @@ def kl_divergence(
         target, student = (x.masked_fill(~mask, 0.0) for x in (target, student))
         return (target.exp() * mask * (target - student)).sum(-1).mean()
     return (target.exp() * (target - student)).sum(-1).mean()
+
+
+@torch.no_grad()
+def kl_statistics(
+    target_logits: Tensor, logits: Tensor, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the two distributions of a KL look like: ``{target,student}_{top1,entropy}``.
+
+    ``top1`` is the mean over q of max over p of P(p|q), ``entropy`` the mean over q of the entropy
+    of P(.|q) in nats. A target of top1 1 says what the label says already, one of the entropy
+    log(number of candidates) says nothing.
+    """
+    statistics = {}
+    for side, scores in (("target", target_logits), ("student", logits)):
+        log_probabilities = _masked(scores, mask).log_softmax(-1)
+        probabilities = log_probabilities.exp()
+        surprise = log_probabilities if mask is None else log_probabilities.masked_fill(~mask, 0.0)
+        statistics[f"{side}_top1"] = probabilities.amax(-1).mean()
+        statistics[f"{side}_entropy"] = -(probabilities * surprise).sum(-1).mean()
+    return statistics
 
 
 def symmetric_kl(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -18,7 +18,10 @@ Exchange = Literal["all_gather", "ring"]
 
 
 def dual_encoder_scores(query_vectors: Tensor, passage_vectors: Tensor, tau: float) -> Tensor:
-    """``[B, hidden]`` against ``[P, hidden]`` to ``[B, P]``."""
+    """``[B, hidden]`` against ``[P, hidden]`` to ``[B, P]``, or against every query's own group
+    ``[B, G, hidden]`` to ``[B, G]``."""
+    if passage_vectors.dim() == 3:
+        return (passage_vectors @ query_vectors.unsqueeze(-1)).squeeze(-1) / tau
     return query_vectors @ passage_vectors.T / tau
 
 
@@ -30,7 +33,8 @@ def late_interaction_scores(
     tau: float,
     kernels: Kernels = "auto",
 ) -> Tensor:
-    """``[B, Lq, dim]`` against ``[P, Lp, dim]`` to ``[B, P]``; masks are True on real tokens."""
+    """``[B, Lq, dim]`` against ``[P, Lp, dim]`` to ``[B, P]``, or against every query's own group
+    ``[B, G, Lp, dim]`` to ``[B, G]``; masks are True on real tokens."""
     scores = maxsim(query_tokens, passage_tokens, query_mask, passage_mask, backend=kernels)
     return scores / tau
 
@@ -95,16 +99,19 @@ def attention_kl(
 
 @torch.no_grad()
 def candidate_mask(relevant_index: Tensor, passage_index: Tensor, labels: Tensor) -> Tensor:
-    """Which passages count as candidates of each query: ``[B, P]``, False for false negatives.
+    """Which passages count as candidates of each query: ``[B, P]``, False for false negatives;
+    ``[B, G]`` where each query has passages of its own.
 
     A passage that the qrels call relevant to the query is no negative of it, whichever query's
     group it came with; nor is another copy of its positive. The positive itself stays.
 
     Args:
         relevant_index: ``[B, R]`` corpus positions relevant to each query, -1 filled up.
-        passage_index: ``[P]`` corpus position of each gathered passage.
+        passage_index: ``[P]`` corpus position of each passage, or ``[B, G]`` of each query's.
         labels: ``[B]`` column of each query's positive.
     """
+    if passage_index.dim() == 2:
+        passage_index = passage_index.unsqueeze(1)
     relevant = (relevant_index[:, :, None] == passage_index).any(1)
     return (~relevant).scatter(1, labels[:, None], True)
 

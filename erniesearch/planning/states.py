@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from erniesearch.config import TrainingConfig
+from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.planning.tracker import Tracker, bytes_sent
@@ -76,10 +76,10 @@ class Layout:
     frozen: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: JointModel) -> "Layout":
-        """Of a joint module, grouped as its optimizer groups them."""
+    def of(cls, model: JointModel, stage: StageConfig) -> "Layout":
+        """Of a joint module, grouped as the stage's optimizer groups them."""
         return cls.of_parameters(
-            [group["params"] for group in model.parameter_groups(0.0, 0.0, 0.0, 0.0)],
+            [group["params"] for group in model.parameter_groups(stage, 0.0)],
             model.parameters(),
         )
 

@@ -80,7 +80,7 @@ class StageTracer:
                     parameter.data = parameter.data.to(torch.bfloat16)
         if config.training.activation_checkpointing:
             self.model.enable_activation_checkpointing()
-        self.layout = Layout.of(self.model)
+        self.layout = Layout.of(self.model, self.stage)
         self.tracker.exclude(self.model.parameters())
         self.model.train()
 

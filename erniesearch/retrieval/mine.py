@@ -6,9 +6,10 @@ a listwise-trained teacher's scores have no absolute scale; a teacher that has o
 absolute threshold too). A candidate with a positive's text under another id is no negative either.
 """
 
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,12 @@ def drawn_queries(data: RetrievalData, settings: MineConfig, seed: int) -> list[
     return qids
 
 
+def asks_teacher(settings: MineConfig) -> bool:
+    """Whether anything depends on the teacher's scores."""
+    limits = (settings.denoise_margin, settings.denoise_threshold)
+    return settings.selection == "spread" or any(limit is not None for limit in limits)
+
+
 def mine_negatives(
     data: RetrievalData,
     retriever: Retriever,
@@ -133,7 +140,7 @@ def mine_negatives(
     empty list (the sampler fills their groups with random passages).
     """
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    miner = Miner(data, retriever, index, scorer, settings)
+    miner = Miner(data, retriever, index, scorer, settings, seed)
     blocks = query_blocks(drawn_queries(data, settings, seed))
     return Mined([query for block in blocks for query in miner.mine(block)])
 
@@ -149,6 +156,7 @@ class Miner:
     Args:
         index: over the passages of ``data``, encoded by ``retriever``.
         scorer: the teacher; None drops nothing.
+        seed: draws where the selection is random.
         always_score: ask the teacher also if the settings let it drop nothing.
     """
 
@@ -159,12 +167,13 @@ class Miner:
         index: VectorIndex,
         scorer: PairScorer | None,
         settings: MineConfig,
+        seed: int,
         always_score: bool = False,
     ) -> None:
         self.data, self.retriever, self.index = data, retriever, index
-        self.settings = settings
-        limits = (settings.denoise_margin, settings.denoise_threshold)
-        self.scorer = scorer if always_score or any(x is not None for x in limits) else None
+        self.settings, self.seed = settings, seed
+        self.scorer = scorer if always_score or asks_teacher(settings) else None
+        assert self.scorer is not None or settings.selection != "spread"
         self.relevant = data.relevant()
         most = max(len(pids) for pids in self.relevant.values())
         self.depth = settings.depth + most + SPARE
@@ -179,7 +188,7 @@ class Miner:
         ]
         if self.scorer is not None:
             found = self._denoised(found, self.scorer)
-        return [self._cut(query) for query in found]
+        return [self._selected(query) for query in found]
 
     def _window(self, qid: str, rows: np.ndarray, scores: np.ndarray) -> MinedQuery:
         """The candidates from ``skip_top`` to ``depth`` that are neither relevant nor copies."""
@@ -228,11 +237,22 @@ class Miner:
             )  # fmt: skip
         return out
 
-    def _cut(self, query: MinedQuery) -> MinedQuery:
-        most = self.settings.num_negatives
-        for values in (query.negatives, query.scores, query.teacher_scores):
-            del values[most:]
-        return query
+    def _selected(self, query: MinedQuery) -> MinedQuery:
+        """Keep ``num_negatives`` by ``settings.selection``, hardest first as before."""
+        most, selection = self.settings.num_negatives, self.settings.selection
+        if selection == "top" or len(query.negatives) <= most:
+            kept = list(range(len(query.negatives)))[:most]
+        elif selection == "random":
+            rng = np.random.default_rng([self.seed, 8, zlib.crc32(query.qid.encode())])
+            kept = sorted(rng.permutation(len(query.negatives))[:most].tolist())
+        else:
+            kept = spread(query.teacher_scores, most)
+        return replace(
+            query,
+            negatives=[query.negatives[i] for i in kept],
+            scores=[query.scores[i] for i in kept],
+            teacher_scores=[query.teacher_scores[i] for i in kept if query.teacher_scores],
+        )
 
     def _texts(self, pids: Sequence[str]) -> list[str]:
         rows = rows_of(self.data.index_of, pids)
@@ -242,6 +262,23 @@ class Miner:
                 f"passage '{missing}' of the index is not in the collection: index the same corpus"
             )
         return take(self.data.passages, rows)
+
+
+def spread(scores: Sequence[float], number: int) -> list[int]:
+    """Positions of ``number`` scores that cover the range evenly, in rising order.
+
+    The wanted scores are ``number`` evenly spaced ones from the highest to the lowest, both
+    included (the highest alone for one). Each takes the score nearest to it that is left, from the
+    highest wanted downwards; of equally near ones the first (stratified sampling over the score
+    spectrum, after arXiv 2604.04734).
+    """
+    left = np.array(scores, dtype=np.float64)
+    chosen = []
+    for wanted in np.linspace(left.max(), left.min(), number):
+        nearest = int(np.argmin(np.abs(left - wanted)))
+        chosen.append(nearest)
+        left[nearest] = np.inf
+    return sorted(chosen)
 
 
 def _plain(text: str) -> str:

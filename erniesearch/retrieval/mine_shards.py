@@ -62,6 +62,8 @@ def mine_collection(
     """
     if teacher is None and (write_scores or settings.denoise_threshold is not None):
         raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
+    if teacher is None and settings.selection == "spread":
+        raise UserError("--selection spread goes by the scores of a --teacher: name one")
     target = Path(out)
     if target.exists():
         raise UserError(f"{target}: is there already: name another --out, or delete it")
@@ -72,7 +74,7 @@ def mine_collection(
     retriever = load_retriever(model, batch_size=batch_size, device=device)
     scorer = load_scorer(teacher, batch_size=batch_size, device=device) if teacher else None
     found = VectorIndex.load(Path(index), nprobe, ef_search, gpu)
-    miner = Miner(collection, retriever, found, scorer, settings, always_score=write_scores)
+    miner = Miner(collection, retriever, found, scorer, settings, seed, always_score=write_scores)
     qids = drawn_queries(collection, settings, seed)
     record = {
         "settings": asdict(settings), "split": split, "seed": seed, "queries": qids,

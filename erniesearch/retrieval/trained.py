@@ -7,14 +7,8 @@ from typing import Any
 import jsonargparse
 
 from erniesearch import stages
-from erniesearch.config import (
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    check_yaml,
-    from_dict,
-    validate,
-)
+from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dict
+from erniesearch.config_checks import check_yaml, validate
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.yaml_file import read_yaml, unknown_key
@@ -58,7 +52,7 @@ def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:
     if stage is None:
         return config.student
     path = stages.RunFolder(config.run_dir).model(stage, "student")
-    return replace(config.student, path=str(path), revision=None)
+    return replace(config.student, path=str(path), revision=None, layers=None)
 
 
 def trained_teacher(config: RunConfig) -> TeacherConfig | None:

@@ -65,11 +65,7 @@ def build_engine(
     ``universal`` says that checkpoints will be loaded in DeepSpeed's universal form.
     Also returns the peak learning rate of each parameter group by name.
     """
-    groups = list(
-        model.parameter_groups(
-            stage.student_lr, stage.head_lr, stage.teacher_lr, training.weight_decay
-        )
-    )
+    groups = list(model.parameter_groups(stage, training.weight_decay))
     assert groups, "the stage trains nothing"
     peaks = {str(group["name"]): float(group["lr"]) for group in groups}
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)

@@ -20,10 +20,11 @@ from erniesearch.data.collate import Batch, StepBatches
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
 from erniesearch.training import guards, preemption
+from erniesearch.training.calibration import calibrate
 from erniesearch.training.checkpoint import Checkpointer
-from erniesearch.training.engine import build_engine, zero_section
+from erniesearch.training.engine import build_engine, use_bf16, zero_section
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
-from erniesearch.training.model_folder import save_model
+from erniesearch.training.model_folder import frozen_parameters, save_model
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.resume import find_resume, load_checkpoint
@@ -58,24 +59,25 @@ def train_stage(config: RunConfig, name: str) -> None:
     with failures_told(folder):
         lock = claim_folder(folder, expected)
         try:
-            _train(config, name, folder, device)
+            facts = _train(config, name, folder, device)
             if distributed.is_main():
-                stages.mark_done(
-                    folder, expected, steps=stage.steps, world_size=distributed.world_size()
-                )
+                ranks = distributed.world_size()
+                stages.mark_done(folder, expected, steps=stage.steps, world_size=ranks, **facts)
             distributed.barrier()
         finally:
             if lock:
                 lock.close()
 
 
-def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> None:
-    training = config.training
+def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Returns facts for ``done.json``."""
+    training, facts = config.training, {}
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     model, tokenizer = build_model(config, name)
     batches = build_batches(config, name, data, tokenizer)
     if training.activation_checkpointing:
         model.enable_activation_checkpointing()
+    frozen = frozen_parameters(model) if use_bf16(training.precision, device) else {}
     resume = find_resume(folder / "checkpoints", zero_section(training).get("stage", 0))
     engine, peaks = build_engine(
         model, training, getattr(config.stages, name),
@@ -89,8 +91,15 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
     )
     validation = Validation(config, name, data, batches) if is_validated(config, name) else None
     run_steps(config, name, engine, peaks, batches, guard, validation, start_step, folder, device)
-    save_model(engine, folder / "model", tokenizer)
+    if name == "teacher" and model.teacher is not None:
+        found = calibrate(engine, config.stages.teacher, batches, device)
+        model.teacher.temperature = found.temperature
+        facts["calibration"] = found._asdict()
+        if distributed.is_main():
+            Console(stderr=True, soft_wrap=True).print(f"{name}: {found.told()}", highlight=False)
+    save_model(engine, folder / "model", tokenizer, frozen)
     engine.destroy()
+    return facts
 
 
 def run_steps(

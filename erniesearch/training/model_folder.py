@@ -22,13 +22,25 @@ from erniesearch.training.resume import quiet
 from erniesearch.training.stage import build_model
 
 
+def frozen_parameters(model: JointModel) -> dict[str, Tensor]:
+    """Copies of what is not trained, on rank 0: an engine in bf16 rounds it."""
+    if not distributed.is_main():
+        return {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p.detach().cpu().clone() for name, p in named if not p.requires_grad}
+
+
 def save_model(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    frozen: dict[str, Tensor],
 ) -> None:
-    """Write the engine's student and teacher. Every rank must call it."""
+    """Write the engine's student and teacher; under bf16 with the :func:`frozen_parameters` that
+    the model had before it became the engine's. Every rank must call it."""
     state = gathered_state(engine)
     if distributed.is_main():
-        _write_parts(engine.module, state, folder, tokenizer)
+        _write_parts(engine.module, state | frozen, folder, tokenizer)
 
 
 def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
@@ -87,7 +99,9 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
     if trained:
         raise UserError(f"{checkpoint}: has no '{next(iter(trained.values()))}': give the config"
                         " that the stage was trained with")  # fmt: skip
-    model.load_state_dict(state, strict=False)
+    # A checkpoint in bf16 has the frozen ones rounded.
+    trainable = {name: tensor for name, tensor in state.items() if shapes[name].requires_grad}
+    model.load_state_dict(trainable, strict=False)
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     _write_parts(model, parameters, out, tokenizer)
     return step_of(checkpoint)

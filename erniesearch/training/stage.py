@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -20,11 +21,14 @@ from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, 
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
     check_same_vocabulary,
+    kept_layers,
     load_config,
     load_tokenizer,
     max_positions,
+    resolve,
+    weights_wanted,
 )
-from erniesearch.models.cross_encoder import CrossEncoder
+from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, stored_temperature
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel
 
@@ -65,8 +69,31 @@ def assemble_model(
         teacher = CrossEncoder(teacher_settings, capture_attention=bool(stage.weights.attention))
         if not stage.weights.ce and config.objective.detach_targets:
             teacher.requires_grad_(False)
-    model = JointModel(student, teacher, stage.weights, config.objective, tokenizer, config.seed)
+    objective = config.objective
+    if objective.tau_ce == "auto":
+        tau = _teacher_temperature(stage, teacher, teacher_settings.path)
+        objective = replace(objective, tau_ce=tau)
+    model = JointModel(student, teacher, stage.weights, objective, tokenizer, config.seed)
     return model, tokenizer
+
+
+def _teacher_temperature(stage: StageConfig, teacher: CrossEncoder | None, path: str) -> float:
+    """What ``objective.tau_ce: auto`` stands for in a stage."""
+    needed = stage.weights.ce_to_li or stage.weights.ce_to_de
+    if teacher is None or not needed or not weights_wanted():
+        return 1.0  # nothing depends on it
+    if teacher.temperature is None:
+        raise UserError(no_temperature(path))
+    return teacher.temperature
+
+
+def no_temperature(path: str) -> str:
+    """Says that ``objective.tau_ce: auto`` has nothing to go by."""
+    return (
+        f"objective.tau_ce is auto, but no temperature lies with the teacher '{path}'"
+        f" ({TEMPERATURE_FILE}): the stage teacher finds one (stages.teacher.steps above 0), or set"
+        " objective.tau_ce to a number"
+    )
 
 
 def check_inputs(config: RunConfig, data: RetrievalData) -> None:
@@ -93,12 +120,27 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     tokenizer = load_tokenizer(student)
     weights = [stage.weights for stage in training_stages(config).values() if stage.steps]
     query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
-    _check_length(load_config(student), student.path, max(query_length, passage_length))
+    student_config = load_config(student)
+    _check_length(student_config, student.path, max(query_length, passage_length))
+    kept_layers(student_config, student)
+    _check_temperature(config, teacher)
     if any(map(stages.needs_teacher, weights)):
         check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
         _check_length(load_config(teacher), teacher.path, query_length + passage_length)
         if any(w.attention for w in weights):
             CrossEncoder(teacher, capture_attention=True)
+
+
+def _check_temperature(config: RunConfig, teacher: TeacherConfig) -> None:
+    """``tau_ce: auto`` needs a stage, or a model, that brings a temperature."""
+    if config.objective.tau_ce != "auto":
+        return
+    for name, stage in training_stages(config).items():
+        needed = stage.steps and (stage.weights.ce_to_li or stage.weights.ce_to_de)
+        if needed and not stages.teacher_source(config, name):
+            folder = Path(resolve(teacher.path))
+            if stored_temperature(folder) is None:
+                raise UserError(no_temperature(teacher.path))
 
 
 def base_teacher(config: RunConfig) -> TeacherConfig:
@@ -113,7 +155,8 @@ def part_settings(config: RunConfig, name: str) -> tuple[StudentConfig, TeacherC
     folder = stages.RunFolder(config.run_dir)
     student, teacher = config.student, base_teacher(config)
     if source := stages.student_source(config, name):
-        student = replace(student, path=_trained(folder, name, source, "student"), revision=None)
+        path = _trained(folder, name, source, "student")
+        student = replace(student, path=path, revision=None, layers=None)  # they are cut already
     if source := stages.teacher_source(config, name):
         teacher = replace(teacher, path=_trained(folder, name, source, "teacher"), revision=None)
     return student, teacher

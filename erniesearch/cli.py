@@ -31,6 +31,7 @@ commands:
   data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
   data check           lengths, copies, judgements and splits of a data set
   data pydocs          write the embedded docstring corpus in BEIR layout
+  data pycode          write the embedded code-search corpus in BEIR layout
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
@@ -90,6 +91,7 @@ COMMANDS = {
     "data import": "data:import_command",
     "data check": "data:check_command",
     "data pydocs": "data:pydocs_command",
+    "data pycode": "data:pycode_command",
     "init encoder": "init:encoder_command",
     "convert paddle": "convert:paddle_command",
 }

@@ -308,9 +308,10 @@ class EvaluationConfig:
     """Texts per forward pass."""
     bm25_stemmer: str | None = "english"
     """Snowball stemmer of the BM25 row, or null for none."""
-    bm25_tokenizer: Literal["words", "jieba"] = "words"
+    bm25_tokenizer: Literal["words", "code", "jieba"] = "words"
     """How BM25 splits text, in the table and for BM25 negatives: words of letters and digits
-    without English stop words, or jieba for Chinese (extra zh)."""
+    without English stop words; code, which splits identifiers into words too; or jieba for Chinese
+    (extra zh)."""
 
 
 @dataclass(frozen=True)

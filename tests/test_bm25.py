@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, WORDS, ConfigMaker
 
 from erniesearch import pipeline
-from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer
+from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer, split_identifiers
 from erniesearch.data.corpora import open_corpus
 from erniesearch.data.formats import (
     RetrievalData,
@@ -88,6 +88,38 @@ def test_passages_without_a_common_word_are_no_negatives() -> None:
     assert negatives == {"q": ["b"]}
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("parse_header", "parse header"), ("__init__", "init"), ("camelCase", "camel Case"),
+        ("HTTPServer", "HTTP Server"), ("getHTTPResponse", "get HTTP Response"),
+        ("conv2d", "conv 2 d"), ("utf8", "utf 8"), ("MAX_LEN", "MAX LEN"), ("iOS", "i OS"),
+        ("isDir(a.b, x='no')", "is Dir a b x no"), ("x = -1.5e3", "x 1 5 e 3"),
+        ("ÜberGröße", "Über Größe"), ("检索 text", "检索 text"), ("-> !? ()", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_identifiers_are_split_into_words(text: str, words: str) -> None:
+    assert split_identifiers(text) == words
+
+
+def test_code_is_found_by_the_words_of_its_identifiers() -> None:
+    passages = ["def parseHTTPHeaders(fp): return read(fp)", "def open_file(p): return os.open(p)"]
+    query = ["read the headers of http"]
+    _, scores = BM25(passages).search(["headers of http"], 2)
+    assert not scores.any()  # an identifier counts as one word
+    for stemmer in (None, "english"):
+        positions, scores = BM25(passages, stemmer, "code").search(query, 2)
+        assert positions[0, 0] == 0
+        assert scores[0, 0] > scores[0, 1] == 0
+    vocabulary = set(BM25(passages, tokenizer="code")._tokenize(passages).vocab)
+    assert {"parse", "http", "headers", "fp", "open", "file", "p", "def"} <= vocabulary
+
+
+def test_stop_words_find_no_code() -> None:
+    _, scores = BM25(["def is_for(the): pass"], tokenizer="code").search(["is it for the"], 1)
+    assert not scores.any()
+
+
 CHINESE = [
     "范廷颂于1940年在河内大修道院完成神学学业。",
     "越南民主共和国建都河内，很多神职人员逃至南方。",
@@ -132,6 +164,7 @@ def test_missing_segmenter_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"rjieba: pip install 'erniesearch\[zh\]'"):
         check_analyzer(None, "jieba")
     check_analyzer(None, "words")
+    check_analyzer("english", "code")
 
 
 @pytest.fixture(scope="module")

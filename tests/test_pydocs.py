@@ -139,7 +139,7 @@ def many_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i, summary in enumerate([twice, twice.upper(), *[boilerplate] * 4]):
         write_module(root / f"z{i}.py", f'"""{summary}.\n\n{BODY} z{i}.\n"""')
     write_module(root / "zz.py", f'"""Copy of the first module.\n\n{BODY} 0.\n"""')
-    monkeypatch.setattr(pydocs, "_roots", lambda: iter([("many", root)]))
+    monkeypatch.setattr(pydocs, "roots", lambda: iter([("many", root)]))
     return root
 
 
@@ -201,7 +201,7 @@ def test_too_few_pairs_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None
 
 
 def test_the_standard_library_is_there_and_is_skipped_where_it_should_be() -> None:
-    roots = dict(pydocs._roots())
+    roots = dict(pydocs.roots())
     assert (roots["stdlib"] / "json" / "__init__.py").is_file()
     assert {"numpy", "torch"} <= set(roots)
     names = {pair.name for pair in pydocs.extract(roots["stdlib"] / "json", "json")}

@@ -5,23 +5,17 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from erniesearch.errors import UserError
 
 
 def pydocs_command(argv: list[str]) -> int:
     """``erniesearch data pydocs --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch data pydocs", exit_on_error=False,
-        description="Build a retrieval set from the docstrings on this machine: summary lines are"
-        " queries, the rest of each docstring is its passage; split by module.",
+    settings = _embedded(
+        "pydocs", "Build a retrieval set from the docstrings on this machine: summary lines are"
+        " queries, the rest of each docstring is its passage; split by module.", argv,
     )  # fmt: skip
-    parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
-    parser.add_argument(
-        "--max_pairs", type=int | None, default=None, help="Keep at most this many queries."
-    )
-    settings = parser.parse_args(argv)
     from erniesearch.data import pydocs
 
     facts = pydocs.build(Path(settings.out), settings.max_pairs)
@@ -30,6 +24,33 @@ def pydocs_command(argv: list[str]) -> int:
         f"{settings.out}: {facts['passages']} passages, {facts['queries']} queries ({splits})\n"
     )
     return 0
+
+
+def pycode_command(argv: list[str]) -> int:
+    """``erniesearch data pycode --out DIR``."""
+    settings = _embedded(
+        "pycode", "Build a code-search set from the functions of the standard library and of"
+        " installed packages: a docstring's first sentence is the query, the code without"
+        " docstrings and comments its passage; split by module.", argv,
+    )  # fmt: skip
+    from erniesearch.data import pycode
+
+    facts = pycode.build(Path(settings.out), settings.max_pairs)
+    splits = ", ".join(f"{name} {count}" for name, count in facts["splits"].items())
+    sys.stdout.write(f"{settings.out}: {facts['pairs']} pairs ({splits})\n")
+    return 0
+
+
+def _embedded(name: str, description: str, argv: list[str]) -> Namespace:
+    """The options of a set made from what is installed here."""
+    parser = ArgumentParser(
+        prog=f"erniesearch data {name}", exit_on_error=False, description=description
+    )
+    parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
+    parser.add_argument(
+        "--max_pairs", type=int | None, default=None, help="Keep at most this many queries."
+    )
+    return parser.parse_args(argv)
 
 
 def import_command(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentParser
 
@@ -36,7 +36,7 @@ def evaluate_command(argv: list[str]) -> int:
         tuple(settings.run or ()), settings.model, tuple(settings.rerank or ()),
         settings.first_stage, settings.kind, depth, settings.rerank_depth or depth,
         settings.batch_size, settings.max_query_length, settings.max_passage_length,
-        settings.bm25_stemmer, settings.index,
+        settings.bm25_stemmer, settings.bm25_tokenizer, settings.index,
     )  # fmt: skip
     result = evaluate(
         Path(settings.data), settings.split, systems, parse_metrics(settings.metrics),
@@ -113,4 +113,6 @@ def _parser() -> ArgumentParser:
             help=f"Longest {side} in tokens; the folder's own by default.")  # fmt: skip
     add("--bm25_stemmer", type=str | None, default="english",
         help="Snowball stemmer of BM25, or null for none.")  # fmt: skip
+    add("--bm25_tokenizer", type=Literal["words", "code", "jieba"], default="words",
+        help="How BM25 splits text, as in evaluation.bm25_tokenizer.")  # fmt: skip
     return parser

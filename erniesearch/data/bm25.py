@@ -6,12 +6,15 @@ from typing import Literal
 
 import bm25s
 import numpy as np
+import regex
 import Stemmer
 
 from erniesearch.data.corpora import take
 from erniesearch.errors import UserError
 
-Tokenizer = Literal["words", "jieba"]
+Tokenizer = Literal["words", "code", "jieba"]
+# HTTP|Server, parse|Int, conv|2|d; letters without case (Chinese, say) stay together.
+IDENTIFIER_PARTS = regex.compile(r"\p{Lu}+(?!\p{Ll})|\p{Lu}?\p{Ll}+|[\p{Lo}\p{Lm}]+|\p{Nd}+")
 
 
 class BM25:
@@ -21,8 +24,9 @@ class BM25:
         passages: the corpus.
         stemmer: name of a Snowball stemmer, or None.
         tokenizer: "words" splits at everything that is no letter or digit, drops words of one
-            character and English stop words; "jieba" segments Chinese and drops punctuation only,
-            since the weights of frequent words are small anyway.
+            character and English stop words; "code" splits identifiers too, at underscores,
+            changes of case and digits, and drops English stop words; "jieba" segments Chinese and
+            drops punctuation only, since the weights of frequent words are small anyway.
 
     Raises:
         UserError: for an unknown stemmer, or if the segmenter is not installed.
@@ -39,12 +43,15 @@ class BM25:
         self.retriever.index(self._tokenize(list(passages)), show_progress=False)
 
     def _tokenize(self, texts: list[str]) -> bm25s.tokenization.Tokenized:
-        if self.tokenizer == "jieba":
-            return bm25s.tokenize(
-                [_segment(text) for text in texts], token_pattern=r"\S+", stopwords=None,
-                stemmer=self.stemmer, show_progress=False,
-            )  # fmt: skip
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
+        if self.tokenizer == "words":
+            return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
+        split, stopwords = (
+            (_segment, None) if self.tokenizer == "jieba" else (split_identifiers, "en")
+        )
+        return bm25s.tokenize(
+            [split(text) for text in texts], token_pattern=r"\S+", stopwords=stopwords,
+            stemmer=self.stemmer, show_progress=False,
+        )  # fmt: skip
 
     def search(self, queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and scores of the best passages, both ``[num_queries, min(depth, corpus)]``.
@@ -72,6 +79,15 @@ def check_analyzer(stemmer: str | None, tokenizer: Tokenizer) -> None:
                 "evaluation.bm25_tokenizer: jieba needs the package rjieba: pip install"
                 " 'erniesearch[zh]'"
             ) from None
+
+
+def split_identifiers(text: str) -> str:
+    """The words of prose and of code between spaces, punctuation left out.
+
+    ``parseHTTPResponse_v2`` becomes ``parse HTTP Response v 2``. Like Lucene's
+    WordDelimiterGraphFilter without the original; its limits are the same (``URLs``: ``UR Ls``).
+    """
+    return " ".join(IDENTIFIER_PARTS.findall(text))
 
 
 def _segment(text: str) -> str:

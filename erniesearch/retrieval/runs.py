@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from erniesearch.data.bm25 import Tokenizer
 from erniesearch.data.formats import RetrievalData, Run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
@@ -38,6 +39,7 @@ class Systems:
         kind: what ``model`` is; None reads it off the folder.
         depth: passages kept per query, of which ``rerank_depth`` are reranked.
         stemmer: of BM25.
+        tokenizer: of BM25.
         index: folder of `erniesearch index` that the dual-encoder searches; None encodes the
             corpus.
     """
@@ -53,6 +55,7 @@ class Systems:
     max_query_length: int | None = None
     max_passage_length: int | None = None
     stemmer: str | None = "english"
+    tokenizer: Tokenizer = "words"
     index: str | None = None
 
     @property
@@ -157,7 +160,7 @@ def _first_stage(systems: Systems, data: RetrievalData, read: _RunReader) -> Run
     source = systems.first_stage
     if source == "bm25":
         console.print("BM25: indexing and searching")
-        return bm25_run(data, systems.depth, systems.stemmer)
+        return bm25_run(data, systems.depth, systems.stemmer, systems.tokenizer)
     if Path(source).is_file():
         run = read(source)
         return {qid: {pid: scores[pid] for pid in search.top(scores, systems.depth)}

@@ -168,7 +168,7 @@ def test_arms_see_the_same_batches(make_grid: GridMaker) -> None:
         ({"set": {"training": 3}}, "set: 'training' must be a mapping"),
         ({"arms": {"plain": {"term": {"de": 1}}}}, r"unknown key 'arms.plain.term'"),
         ({"arms": {"plain": {"terms": {"dee": 1}}}}, r"unknown term 'arms.plain.terms.dee'"),
-        ({"arms": {"plain": {"terms": {"de": -1}}}}, "arm plain: .*weights.de"),
+        ({"arms": {"plain": {"terms": {"de": -1}}}, "primary": None}, "arm plain: .*weights.de"),
         ({"arms": {"a/b": {}}, "control": "a/b"}, "arms.a/b: a name has letters"),
         ({"arms": {"plain": {"terms": {"de": 1}}, "copy": {"terms": {"de": 1.0}}}, "primary": None},
          "arms plain and copy train the same model"),

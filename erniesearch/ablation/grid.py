@@ -90,14 +90,17 @@ def read_grid(path: Path, overrides: Mapping[str, Any]) -> Grid:
         UserError: naming the file and the key: unknown keys of the grid or the configuration,
             names that stand twice, arms that are equal, controls that do not exist.
     """
-    content = read_yaml(path) | {k: v for k, v in overrides.items() if v is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if "config" in given and "run_dir" not in given:
+        raise UserError("--config: another configuration needs another --run_dir")
+    content = read_yaml(path) | given
     for key in content:
         if key not in GRID_KEYS:
             raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), GRID_KEYS)}")
     for key in ("config", "run_dir", "control", "arms"):
         if not content.get(key):
             raise UserError(f"{path}: '{key}' is missing")
-    config = Path(content["config"])
+    config = Path(str(content["config"]))
     beside = path.parent / config
     base = read_yaml(beside if beside.is_file() else config)
     base = merged(base, _nested(content.get("set"), path, "set"))

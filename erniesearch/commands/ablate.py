@@ -25,7 +25,8 @@ def ablate_command(argv: list[str]) -> int:
     from erniesearch.ablation import run
     from erniesearch.ablation.grid import read_grid
 
-    grid = read_grid(Path(settings.grid), {"run_dir": settings.run_dir, "split": settings.split})
+    given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
+    grid = read_grid(Path(settings.grid), given)
     jobs = list(grid.jobs())
     if settings.arms:
         chosen = settings.arms.split(",")
@@ -75,6 +76,9 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("grid", type=str, help="YAML file of the grid, see configs/ablation/.")
+    add("--config", type=str | None, default=None,
+        help="Configuration of the arms, instead of the one that the grid names; give --run_dir"
+        " with it.")  # fmt: skip
     add(
         "--run_dir", type=str | None, default=None, help="Folder of results; the grid's by default."
     )

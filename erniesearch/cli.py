@@ -16,6 +16,7 @@ Joint training of cross-encoder, late interaction and dual-encoder (ERNIE-Search
 
 commands:
   run CONFIG           every stage in order, then export, index, evaluate and the table
+  ablate GRID          variants of a configuration, trained with several seeds and compared
   plan CONFIG          memory, traffic and time per rank before a training is started
   train                one stage in this process; start it with deepspeed, torchrun or srun
   report               print the table of a finished run again
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 # Imported when they are asked for: --help must not wait for torch.
 COMMANDS = {
     "run": "train:run_command",
+    "ablate": "ablate:ablate_command",
     "plan": "plan:plan_command",
     "train": "train:train_command",
     "step": "train:step_command",  # started by run; not in USAGE

@@ -181,6 +181,8 @@ class StageConfig:
     update."""
     weights: LossWeights = LossWeights()
     """The stage's objective."""
+    seed: int | None = None
+    """Seed of this stage's data order, dropout and new heads; null means the run's."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """What is wrong with a configuration, told before anything is loaded."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-import yaml
+from typing import Any
 
 from erniesearch.config import MAX_TOKENS, RunConfig, StageConfig, training_stages
-from erniesearch.errors import UserError, nearest
+from erniesearch.errors import UserError
+from erniesearch.yaml_file import read_yaml, unknown_key
 
 Require = Callable[[bool, str, object, str], None]
 """Raises :class:`UserError` unless the condition holds: condition, key, value, what is allowed."""
@@ -21,40 +20,8 @@ def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
     Raises:
         UserError: naming file and line (syntax), or the key and the nearest known one.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values at the top level")
-    _check_keys(content, cls, "", path)
-
-
-def _check_keys(content: dict[Any, Any], cls: type, prefix: str, path: Path) -> None:
-    hints = get_type_hints(cls)
-    for key, value in content.items():
-        if key not in hints:
-            raise UserError(f"{path}: unknown key '{prefix}{key}'{nearest(str(key), hints)}")
-        if is_dataclass(hints[key]):
-            if value is None:
-                value = {}
-            if not isinstance(value, dict):
-                raise UserError(f"{path}: '{prefix}{key}' must be a mapping, found {value!r}")
-            _check_keys(value, hints[key], f"{prefix}{key}.", path)  # type: ignore[arg-type]
-        elif value is None and type(None) not in get_args(hints[key]):
-            raise UserError(f"{path}: '{prefix}{key}' has no value: give one, or leave the key out")
+    if problem := unknown_key(read_yaml(path), cls):
+        raise UserError(f"{path}: {problem}")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -72,7 +39,7 @@ def validate(config: RunConfig) -> RunConfig:
         if isinstance(value, float):
             require(isfinite(value), key, value, "a finite number")
         else:
-            require(key == "seed" or abs(value) < 1 << 31, key, value, "below 2^31")
+            require(key.endswith("seed") or abs(value) < 1 << 31, key, value, "below 2^31")
     for name, stage in training_stages(config).items():
         _check_stage(config, name, stage, require)
     _check_objective(config, require)
@@ -109,6 +76,7 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
     prefix = f"stages.{name}"
     for key in ("steps", "num_negatives", "easy_steps"):
         require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
+    require(stage.seed is None or stage.seed >= 0, f"{prefix}.seed", stage.seed, "0 or more")
     for key in ("queries_per_rank", "accumulation_steps"):
         require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
     for key in ("batch_size", "chunk_size"):

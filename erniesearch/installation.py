@@ -15,10 +15,20 @@ def configs() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
+def grids() -> Path:
+    """Folder of the shipped grids (``erniesearch ablate``)."""
+    return configs() / "ablation"
+
+
 def config_names() -> list[str]:
     """What the shipped configurations are called: ``quickstart``, ``msmarco/en``, …"""
-    files = configs().rglob("*.yaml")
+    files = (file for file in configs().rglob("*.yaml") if file.parent != grids())
     return sorted(file.relative_to(configs()).with_suffix("").as_posix() for file in files)
+
+
+def grid_names() -> list[str]:
+    """What the shipped grids are called: ``controls``, ``losses``, …"""
+    return sorted(file.stem for file in grids().glob("*.yaml"))
 
 
 def shipped_config(name: str) -> Path:
@@ -27,13 +37,7 @@ def shipped_config(name: str) -> Path:
     Raises:
         UserError: if there is none of that name; names them all.
     """
-    names = config_names()
-    if name not in names:
-        raise UserError(
-            f"{name}: no such config file{nearest(name, names)}; shipped under a name are"
-            f" {', '.join(names)}"
-        )
-    return configs() / f"{name}.yaml"
+    return _shipped(name, config_names(), configs(), "config file")
 
 
 def config_file(given: str) -> Path:
@@ -42,10 +46,30 @@ def config_file(given: str) -> Path:
     Raises:
         UserError: if it is neither.
     """
+    return _by_path(given, config_names()) or shipped_config(given)
+
+
+def grid_file(given: str) -> Path:
+    """A grid's YAML file by path, or, where no such file is, a shipped one by name.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    return _by_path(given, grid_names()) or _shipped(given, grid_names(), grids(), "grid")
+
+
+def _by_path(given: str, names: list[str]) -> Path | None:
     path = Path(given)
-    if path.is_file() or (path.exists() and given not in config_names()):
-        return path
-    return shipped_config(given)
+    return path if path.is_file() or (path.exists() and given not in names) else None
+
+
+def _shipped(name: str, names: list[str], folder: Path, what: str) -> Path:
+    if name not in names:
+        raise UserError(
+            f"{name}: no such {what}{nearest(name, names)}; shipped under a name are"
+            f" {', '.join(names)}"
+        )
+    return folder / f"{name}.yaml"
 
 
 def zero_file(given: str) -> Path:

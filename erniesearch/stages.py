@@ -85,6 +85,12 @@ def final_teacher(config: RunConfig) -> str | None:
     return "teacher" if is_enabled(config, "teacher") else None
 
 
+def stage_seed(config: RunConfig, stage: str) -> int:
+    """The seed of a training stage: its own, or the run's."""
+    own: int | None = getattr(config.stages, stage).seed
+    return config.seed if own is None else own
+
+
 class RunFolder:
     """Paths inside ``run_dir``.
 
@@ -237,6 +243,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         ranks = world_size or 1
         own["batch_size"] = queries_per_rank(config, stage, ranks) * ranks
         own.pop("queries_per_rank")
+        settings["seed"] = stage_seed(config, stage)
+        own.pop("seed")
         settings["settings"] = own
         settings["objective"] = _decisive_objective(config, stage, ranks)
         if own["negatives"] == "given":

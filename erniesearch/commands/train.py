@@ -25,7 +25,9 @@ def run_command(argv: list[str]) -> int:
     config, settings = parse_config(parser, argv)
     name_accelerator()
     from erniesearch import launcher, pipeline
+    from erniesearch.training.process import exit_with_pipeline
 
+    exit_with_pipeline()  # an ablation may have started this one
     try:
         with preemption.listening(launcher.stop):
             pipeline.run(config, settings.only.split(",") if settings.only else None)

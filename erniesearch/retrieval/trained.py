@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
-import yaml
 
 from erniesearch import stages
 from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dict
 from erniesearch.config_checks import check_yaml, validate
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.yaml_file import read_yaml, unknown_key
 
 
 def load_run_config(run_dir: str | Path) -> RunConfig:
@@ -23,14 +24,27 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --run names the folder of a finished run")
     check_yaml(path)
+    return config_from(read_yaml(path) | {"run_dir": str(run_dir)}, str(path))
+
+
+def config_from(content: dict[str, Any], source: str) -> RunConfig:
+    """A validated config from nested mappings; ``source`` is named in errors.
+
+    Raises:
+        UserError: for unknown keys, wrong types and impossible values.
+    """
+    if problem := unknown_key(content, RunConfig):
+        raise UserError(f"{source}: {problem}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig)
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"run_dir": str(run_dir)}
     try:
         settings = parser.parse_object(content)
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    return validate(from_dict(RunConfig, settings.as_dict()))
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    try:
+        return validate(from_dict(RunConfig, settings.as_dict()))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ def train_stage(config: RunConfig, name: str) -> None:
     expected = stages.fingerprint(config, name, distributed.world_size())
     if stages.is_done(folder, expected):
         return
+    config = replace(config, seed=stages.stage_seed(config, name))
     with failures_told(folder):
         lock = claim_folder(folder, expected)
         try:

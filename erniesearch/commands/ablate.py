@@ -1,0 +1,97 @@
+"""``ablate``: the arms of a grid, trained once each and compared."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from erniesearch.commands.parsing import name_accelerator, require_positive
+from erniesearch.errors import UserError
+from erniesearch.training import preemption
+
+
+def ablate_command(argv: list[str]) -> int:
+    """``erniesearch ablate GRID``."""
+    settings = _parser().parse_args(argv)
+    require_positive(settings.as_dict(), "jobs", "tasks")
+    if (settings.task is None) != (settings.tasks is None):
+        raise UserError(
+            "--task and --tasks go together: this task's number, and how many there are"
+        )
+    if settings.task is not None and not 0 <= settings.task < settings.tasks:
+        raise UserError(f"--task {settings.task}: must be 0 to {settings.tasks - 1}")
+    name_accelerator()
+    from erniesearch.ablation import run
+    from erniesearch.ablation.grid import read_grid
+
+    given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
+    grid = read_grid(Path(settings.grid), given)
+    jobs = list(grid.jobs())
+    if settings.arms:
+        chosen = settings.arms.split(",")
+        for name in chosen:
+            if name not in grid.arms:
+                raise UserError(f"--arms {name}: this grid has {', '.join(grid.arms)}")
+        jobs = [(arm, seed) for arm, seed in jobs if arm.name in chosen]
+    if settings.task is not None:
+        jobs = jobs[settings.task :: settings.tasks]
+    try:
+        with preemption.listening(run.stop):
+            if not settings.report:
+                run.train_arms(grid, jobs, settings.jobs)
+    except preemption.Preempted as stopped:
+        sys.stderr.write(f"erniesearch: {stopped}; run the same command again to continue\n")
+        return preemption.EXIT_STATUS
+    except run.ArmFailed as error:
+        if error.status != 2:
+            sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
+        return 2 if error.status == 2 else 1
+    missing = run.pending(grid, grid.jobs())
+    if missing and settings.report:
+        raise UserError(f"{grid.run_dir}: not done yet: {', '.join(missing)}")
+    if missing:
+        sys.stderr.write(f"erniesearch: the table waits for {', '.join(missing)}\n")
+        return 0
+    command = shlex.join(["erniesearch", "ablate", *argv])
+    from erniesearch.ablation.plots import plot_curves, plot_differences
+    from erniesearch.ablation.results import collect
+
+    results = collect(grid, command)
+    results.save(grid.run_dir / f"results-{grid.split}.json")
+    plot_differences(results, grid.run_dir / f"differences-{grid.split}.png")
+    plot_curves(grid, grid.run_dir / "curves.png")
+    table = results.markdown()
+    (grid.run_dir / f"results-{grid.split}.md").write_text(table, encoding="utf-8")
+    sys.stdout.write(table)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="erniesearch ablate", exit_on_error=False,
+        description="Train every arm of a grid with every seed, measure each arm's last"
+        " dual-encoder, and compare it with its control on the same queries. Stages that arms share"
+        " are trained once; the same command continues after an interruption.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("grid", type=str, help="YAML file of the grid, see configs/ablation/.")
+    add("--config", type=str | None, default=None,
+        help="Configuration of the arms, instead of the one that the grid names; give --run_dir"
+        " with it.")  # fmt: skip
+    add(
+        "--run_dir", type=str | None, default=None, help="Folder of results; the grid's by default."
+    )
+    add("--split", type=str | None, default=None,
+        help="Qrels to measure on, e.g. dev while tuning; the grid's by default. Nothing is trained"
+        " again for another split.")  # fmt: skip
+    add("--arms", type=str | None, default=None, help="Only these, separated by commas.")
+    add("--jobs", type=int, default=1,
+        help="Arms trained at the same time on this machine; each takes training.num_processes"
+        " processes.")  # fmt: skip
+    add("--task", type=int | None, default=None,
+        help="Do every --tasks-th job from this one on, from 0 (Slurm arrays).")  # fmt: skip
+    add("--tasks", type=int | None, default=None, help="How many tasks share the work.")
+    add("--report", type=bool, default=False,
+        help="true: train nothing, make the table from what is there.")  # fmt: skip
+    return parser

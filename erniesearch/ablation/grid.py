@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from erniesearch import stages
+from erniesearch import installation, stages
 from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import ORDER
@@ -100,9 +100,9 @@ def read_grid(path: Path, overrides: Mapping[str, Any]) -> Grid:
     for key in ("config", "run_dir", "control", "arms"):
         if not content.get(key):
             raise UserError(f"{path}: '{key}' is missing")
-    config = Path(str(content["config"]))
+    config = str(content["config"])
     beside = path.parent / config
-    base = read_yaml(beside if beside.is_file() else config)
+    base = read_yaml(beside if beside.is_file() else installation.config_file(config))
     base = merged(base, _nested(content.get("set"), path, "set"))
     seeds = _seeds(content.get("seeds", [42]), path, "seeds")
     seeded = content.get("seeded", [*SEEDABLE])

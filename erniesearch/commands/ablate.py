@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -22,11 +21,12 @@ def ablate_command(argv: list[str]) -> int:
     if settings.task is not None and not 0 <= settings.task < settings.tasks:
         raise UserError(f"--task {settings.task}: must be 0 to {settings.tasks - 1}")
     name_accelerator()
+    from erniesearch import installation
     from erniesearch.ablation import run
     from erniesearch.ablation.grid import read_grid
 
     given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
-    grid = read_grid(Path(settings.grid), given)
+    grid = read_grid(installation.grid_file(settings.grid), given)
     jobs = list(grid.jobs())
     if settings.arms:
         chosen = settings.arms.split(",")
@@ -75,7 +75,7 @@ def _parser() -> ArgumentParser:
         " are trained once; the same command continues after an interruption.",
     )  # fmt: skip
     add = parser.add_argument
-    add("grid", type=str, help="YAML file of the grid, see configs/ablation/.")
+    add("grid", type=str, help="YAML file of the grid, or the name of a shipped one.")
     add("--config", type=str | None, default=None,
         help="Configuration of the arms, instead of the one that the grid names; give --run_dir"
         " with it.")  # fmt: skip

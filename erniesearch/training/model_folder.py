@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
-from erniesearch.config import RunConfig
+from erniesearch.config import RunConfig, StageConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.training.checkpoint import find_best, newest_whole, step_of
@@ -89,7 +89,7 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
         raise UserError(f"{folder}: no checkpoint; train stage {stage} first")
     checkpoint, manifest = found
     model, tokenizer = build_model(config, stage)
-    state = _trained_state(checkpoint, manifest.zero_stage, model)
+    state = _trained_state(checkpoint, manifest.zero_stage, model, getattr(config.stages, stage))
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     shapes = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in state.items():
@@ -100,9 +100,7 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
     if trained:
         raise UserError(f"{checkpoint}: has no '{next(iter(trained.values()))}': give the config"
                         " that the stage was trained with")  # fmt: skip
-    # A checkpoint in bf16 has the frozen ones rounded.
-    trainable = {name: tensor for name, tensor in state.items() if shapes[name].requires_grad}
-    model.load_state_dict(trainable, strict=False)
+    model.load_state_dict(state, strict=False)
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     _write_parts(model, parameters, out, tokenizer)
     return step_of(checkpoint)
@@ -121,7 +119,9 @@ def _best_whole(folder: Path) -> tuple[Path, Manifest]:
         raise UserError(f"{checkpoint}: the best checkpoint is damaged: {problem}") from None
 
 
-def _trained_state(checkpoint: Path, zero_stage: int, model: JointModel) -> dict[str, Tensor]:
+def _trained_state(
+    checkpoint: Path, zero_stage: int, model: JointModel, stage: StageConfig
+) -> dict[str, Tensor]:
     """The checkpoint's fp32 weights by name. Frozen ones, which bf16 has rounded, are left out
     (without ZeRO and in fp32 they are as they were)."""
     file = min(checkpoint.glob("*model_states.pt"))
@@ -136,7 +136,7 @@ def _trained_state(checkpoint: Path, zero_stage: int, model: JointModel) -> dict
     masters: list[list[Tensor]] | None = content["optimizer"].get("fp32_groups")
     if masters is None:
         return dict(content["module"])
-    groups = [group["params"] for group in model.parameter_groups(0.0, 0.0, 0.0, 0.0)]
+    groups = [group["params"] for group in model.parameter_groups(stage, 0.0)]
     if [[p.shape for p in own] for own in groups] != [[t.shape for t in own] for own in masters]:
         raise UserError(f"{checkpoint}: its weights are not those of this config's model: give the"
                         " config that the stage was trained with")  # fmt: skip

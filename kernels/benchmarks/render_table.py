@@ -98,7 +98,7 @@ def compiled_table(report: dict[str, Any]) -> list[str]:
     ]
     for name, by in columns.items():
         kernel, dtype, _dim, *variant = name.split("/")
-        if dtype != "bfloat16" or not set(variant) <= USUAL or len(variant) > 1:
+        if dtype != "bfloat16" or not set(variant) <= USUAL or 90 not in by:
             continue
         x = by[90]
         lines.append(

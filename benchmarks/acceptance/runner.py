@@ -76,9 +76,10 @@ class Runner:
             sys.executable, "-m", "acceptance.one", self.module, str(self.checks.index(check)),
             self.size, str(folder), str(file),
         ]  # fmt: skip
+        own = {MARK: check.name, "ERNIESEARCH_CACHE": str(folder / "cache")}
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(self.size) | {MARK: check.name},
+                command, cwd=ROOT, env=environment(self.size) | own,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ConfigMaker, run_python, start
 
-from erniesearch import stages
+from erniesearch import installation, stages
 from erniesearch.ablation import run
 from erniesearch.ablation.grid import Grid, needed_steps, read_grid
 from erniesearch.ablation.plots import plot_curves, plot_differences
@@ -184,6 +184,17 @@ def test_mistakes_in_a_grid_are_told(
         read_grid(path, {})
     assert main(["ablate", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", installation.grid_names())
+def test_shipped_grids(name: str) -> None:
+    """Each parses, its arms differ, and what the arms share is one stage."""
+    grid = read_grid(installation.grid_file(name), {})
+    trained = set()
+    for arm in grid.arms.values():
+        config = grid.config(arm, arm.seeds[0])
+        trained |= {run.result_folder(grid, config, step) for step in needed_steps(config)}
+    assert len(grid.arms) < len(trained) < 3 * len(grid.arms)
 
 
 def test_a_name_that_stands_twice_is_an_error(make_grid: GridMaker) -> None:

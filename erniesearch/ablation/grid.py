@@ -13,12 +13,13 @@ arms:
   cascade: {about: the method, terms: {de: 0.2, ce_to_de: 1.0}, set: {objective.tau_ce: 2.0}}
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from erniesearch import installation, stages
+from erniesearch import installation, launcher, stages
 from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import ORDER
@@ -161,8 +162,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _arm(name: str, settings: Any, seeds: tuple[int, ...], control: str, path: Path) -> Arm:
     where = f"arms.{name}"
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise UserError(f"{path}: {where}: a name has letters, digits, '-', '_' and '.' only")
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"{path}: {where}: a name has letters, digits, '-', '_', '+' and '.' only")
     if not isinstance(settings, dict):
         raise UserError(f"{path}: {where} must be a mapping ({', '.join(ARM_KEYS)})")
     for key in settings:
@@ -218,7 +219,7 @@ def _refuse_equal_arms(grid: Grid) -> None:
         except UserError as error:
             raise UserError(f"{grid.path}: arm {arm.name}: {error}") from None
         assert final in TRAINING_STAGES
-        key = f"{arm.seeds[0]} {stages.fingerprint(config, final)}"
+        key = f"{arm.seeds[0]} {stages.fingerprint(config, final, launcher.num_processes(config))}"
         if key in seen:
             raise UserError(f"{grid.path}: arms {seen[key]} and {arm.name} train the same model")
         seen[key] = arm.name

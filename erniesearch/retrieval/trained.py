@@ -1,6 +1,7 @@
 """A run folder's models, ready to encode and to score."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,21 @@ def config_from(content: dict[str, Any], source: str) -> RunConfig:
     """
     if problem := unknown_key(content, RunConfig):
         raise UserError(f"{source}: {problem}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig)
     try:
-        settings = parser.parse_object(content)
+        settings = _parser().parse_object(content)
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
     try:
         return validate(from_dict(RunConfig, settings.as_dict()))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+@lru_cache
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
 
 
 def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:

@@ -418,10 +418,10 @@ def test_planned_bytes_are_those_that_two_ranks_send(
             kind = next(k for k in ("all_reduce", "reduce_scatter", "all_gather")
                         if k.replace("_", "-") in name)  # fmt: skip
             planned[kind] = planned.get(kind, 0) + number
-        assert planned.keys() == sent.keys()
-        for kind, number in planned.items():
+        for kind in planned.keys() | sent.keys():
             # Padding of shards, norms and flags are a few bytes besides.
-            assert number == pytest.approx(sent[kind], rel=0.02, abs=200), (config.training, kind)
+            wanted = pytest.approx(sent.get(kind, 0), rel=0.02, abs=200)
+            assert planned.get(kind, 0) == wanted, (config.training, kind)
 
 
 SIX = {

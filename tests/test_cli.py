@@ -147,7 +147,8 @@ def test_missing_config_is_refused(
     command: tuple[str, ...], tmp_path: Path, refused: Refused
 ) -> None:
     file = tmp_path / "nowhere.yaml"
-    assert refused(None, *command, "--config", str(file)) == f"{file}: no such config file"
+    message = refused(None, *command, "--config", str(file))
+    assert message.startswith(f"{file}: no such config file")
     assert "no configuration: give --config FILE" in refused(None, *command)
 
 

@@ -11,7 +11,6 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-bash launch/check_wheel.sh
 python -m pytest -m "not slow" "$@"
 if [ $# -eq 0 ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     python -m pytest -m "cuda and not slow" "$@"

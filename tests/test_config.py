@@ -14,6 +14,7 @@ from conftest import ROOT
 from jsonargparse import ArgumentError
 
 from erniesearch import config as config_module
+from erniesearch import installation
 from erniesearch.cli import main
 from erniesearch.commands.parsing import config_parser, parse_config
 from erniesearch.config import (
@@ -161,9 +162,9 @@ def test_from_dict_is_the_inverse_of_asdict() -> None:
     assert from_dict(RunConfig, asdict(DEFAULT)) == DEFAULT
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
-def test_shipped_config_parses(file: Path) -> None:
-    config = parse("--config", str(file))
+@pytest.mark.parametrize("name", installation.config_names())
+def test_shipped_config_parses(name: str) -> None:
+    config = parse("--config", name)
     assert from_dict(RunConfig, asdict(config)) == config
 
 

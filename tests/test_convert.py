@@ -104,7 +104,7 @@ def test_cross_encoder_keeps_its_scores(tmp_path: Path) -> None:
     model = randomised(AutoClassifier.from_config(ernie(num_labels=1)))
     source = write(tmp_path / "in", paddle_arrays(model))
     convert_paddle(source, tmp_path / "out", kind="cross_encoder", overrides=OTHER)
-    loaded = load_classifier(TeacherConfig(str(tmp_path / "out"))).eval()
+    loaded = load_classifier(TeacherConfig(str(tmp_path / "out")))[0].eval()
     torch.testing.assert_close(
         loaded(**inputs()).logits, model(**inputs()).logits, rtol=0, atol=1e-6
     )

@@ -44,7 +44,8 @@ def import_command(argv: list[str]) -> int:
     parser.add_argument(
         "format", type=str,
         help="beir, msmarco, dpr (also nq), tevatron, flagembedding, dureader, squad (also CMRC"
-        " 2018, DRCD, XQuAD, KorQuAD 1.0), parquet (also JSON, CSV and TSV tables), or hf (a dataset's name).",
+        " 2018, DRCD, XQuAD, KorQuAD 1.0), parquet (also JSON, CSV and TSV tables), or hf (a"
+        " dataset's name).",
     )  # fmt: skip
     parser.add_argument("sources", type=str, nargs="+", help="Files or folders of that format.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
@@ -117,8 +118,8 @@ def _add_squad_options(parser: ArgumentParser) -> None:
     for unit, what in (("words", "words"), ("chars", "characters (Chinese, Japanese)")):
         parser.add_argument(
             f"--max_{unit}", type=int | None, default=None,
-            help=f"squad: cut paragraphs at sentence ends into passages of at most this many {what};"
-            " a longer sentence stays whole. Questions whose answers no passage holds whole are"
+            help=f"squad: cut paragraphs at sentence ends into passages of at most this many"
+            f" {what}; a longer sentence stays whole. Questions whose answers no passage holds whole are"
             " left out.",
         )  # fmt: skip
     for split in ("dev", "test"):
@@ -130,7 +131,7 @@ def _add_squad_options(parser: ArgumentParser) -> None:
 
 
 def _check_squad_options(settings: Namespace) -> None:
-    require_positive(settings, "max_words", "max_chars")
+    require_positive(vars(settings), "max_words", "max_chars")
     if settings.max_words and settings.max_chars:
         raise UserError("--max_words and --max_chars: give one of them")
     for name in ("max_words", "max_chars", "dev_articles", "test_articles"):

@@ -67,7 +67,7 @@ def _spaced_ends(text: str) -> list[int]:
 
 
 def _starts_sentence(mark: str) -> bool:
-    """After "Mr." or "e.g." a small letter goes on. Beyond Latin, every letter that is not small
+    """After "e.g." a small letter goes on. Beyond Latin, every letter that is not small
     counts; accented Latin capitals do not, and the sets in configs/squad depend on that."""
     if mark < "\u0250":
         return mark.isascii() and (mark.isupper() or mark.isdigit() or mark in '"(')

@@ -214,7 +214,9 @@ class Parser:
         if not question.answers:
             self.bad.note("question without an answer, left out", question.at)
             return
-        relevant = sorted({0} if not self.cuts else _holding(question.answers, context, text, spans))
+        relevant = sorted(
+            {0} if not self.cuts else _holding(question.answers, context, text, spans)
+        )
         if not relevant:
             self.bad.note("question whose answers no passage holds whole, left out", question.at)
             return

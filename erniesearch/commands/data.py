@@ -118,9 +118,9 @@ def _add_squad_options(parser: ArgumentParser) -> None:
     for unit, what in (("words", "words"), ("chars", "characters (Chinese, Japanese)")):
         parser.add_argument(
             f"--max_{unit}", type=int | None, default=None,
-            help=f"squad: cut paragraphs at sentence ends into passages of at most this many"
-            f" {what}; a longer sentence stays whole. Questions whose answers no passage holds whole are"
-            " left out.",
+            help="squad: cut paragraphs at sentence ends into passages of at most this many"
+            f" {what}; a longer sentence stays whole, and a short rest joins the passage before."
+            " Questions whose answers no passage holds whole are left out.",
         )  # fmt: skip
     for split in ("dev", "test"):
         parser.add_argument(

@@ -130,6 +130,15 @@ def test_the_passage_that_holds_the_answer(
     assert (left_out is None) == bool(relevant)
 
 
+def test_answers_start_where_white_space_is_not_folded_yet(tmp_path: Path) -> None:
+    context = "\n" * 20 + "One ox here. Two ox there."
+    source = squad(
+        tmp_path / "a.json", article("T", paragraph(context, question("q", context, "ox")))
+    )
+    convert("squad", [source], tmp_path / "out", Options(max_words=3))
+    assert load_beir(tmp_path / "out", "train").qrels == {"q": {"c00000": 1}}
+
+
 @pytest.mark.parametrize(
     ("text", "passages"),
     [
@@ -238,7 +247,8 @@ def test_odd_article_is_named_and_can_be_left_out(odd: Any, problem: str, tmp_pa
     assert problem in str(error.value)
     assert "--skip_bad" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
-    convert("squad", [source], tmp_path / "out", Options(), skip_bad=2)
+    facts = convert("squad", [source], tmp_path / "out", Options(), skip_bad=2)
+    assert not any("article" in kind for kind in facts["left_out"])  # kinds do not name places
     assert load_beir(tmp_path / "out", "train").qrels == {"q": {"w00000": 1}}
 
 

@@ -28,7 +28,7 @@ commands:
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
   mine                 hard negatives for a split from an index, dropped by a cross-encoder
-  data import          convert MS MARCO, DPR, Tevatron, FlagEmbedding, … to BEIR layout
+  data import          convert MS MARCO, DPR, SQuAD, Tevatron, … to BEIR layout
   data check           lengths, copies, judgements and splits of a data set
   data pydocs          write the embedded docstring corpus in BEIR layout
   data pycode          write the embedded code-search corpus in BEIR layout

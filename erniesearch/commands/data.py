@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from erniesearch.commands.parsing import require_positive
 from erniesearch.errors import UserError
 
 
@@ -63,8 +64,9 @@ def import_command(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "format", type=str,
-        help="beir, msmarco, dpr (also nq), tevatron, flagembedding, dureader, parquet (also JSON,"
-        " CSV and TSV tables), or hf (a dataset's name).",
+        help="beir, msmarco, dpr (also nq), tevatron, flagembedding, dureader, squad (also CMRC"
+        " 2018, DRCD, XQuAD, KorQuAD 1.0), parquet (also JSON, CSV and TSV tables), or hf (a"
+        " dataset's name).",
     )  # fmt: skip
     parser.add_argument("sources", type=str, nargs="+", help="Files or folders of that format.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
@@ -87,7 +89,7 @@ def import_command(argv: list[str]) -> int:
         default="",
         help="Queries to move from train to new splits, drawn with --seed: dev=200,test=500.",
     )
-    parser.add_argument("--seed", type=int, default=42, help="Draws the queries held out.")
+    parser.add_argument("--seed", type=int, default=42, help="Draws what is held out.")
     parser.add_argument(
         "--max_negatives", type=int, default=200, help="Hard negatives kept for a query."
     )
@@ -106,7 +108,9 @@ def import_command(argv: list[str]) -> int:
             f"--{name}", type=str, default=default, help=f"parquet, hf: column of the {what}."
         )
     parser.add_argument("--subset", type=str, default="", help="hf: configuration of the dataset.")
+    _add_squad_options(parser)
     settings = parser.parse_args(argv)
+    _check_squad_options(settings)
     if settings.skip_bad < 0 or settings.max_negatives < 0:
         raise UserError("--skip_bad and --max_negatives must be 0 or more")
     held_out = _hold_out(settings.hold_out)
@@ -129,6 +133,31 @@ def import_command(argv: list[str]) -> int:
         for kind, found in kinds.items():
             sys.stdout.write(f"{title}: {found['count']} × {kind}, first {found['first'][0]}\n")
     return 0
+
+
+def _add_squad_options(parser: ArgumentParser) -> None:
+    for unit, what in (("words", "words"), ("chars", "characters (Chinese, Japanese)")):
+        parser.add_argument(
+            f"--max_{unit}", type=int | None, default=None,
+            help="squad: cut paragraphs at sentence ends into passages of at most this many"
+            f" {what}; a longer sentence stays whole, and a short rest joins the passage before."
+            " Questions whose answers no passage holds whole are left out.",
+        )  # fmt: skip
+    for split in ("dev", "test"):
+        parser.add_argument(
+            f"--{split}_articles", type=str, default="",
+            help=f"squad: split by article; a file with the titles of {split}, one a line, or how"
+            " many to draw with --seed.",
+        )  # fmt: skip
+
+
+def _check_squad_options(settings: Namespace) -> None:
+    require_positive(vars(settings), "max_words", "max_chars")
+    if settings.max_words and settings.max_chars:
+        raise UserError("--max_words and --max_chars: give one of them")
+    for name in ("max_words", "max_chars", "dev_articles", "test_articles"):
+        if settings[name] and settings.format != "squad":
+            raise UserError(f"--{name}: format squad alone knows it, not {settings.format}")
 
 
 def _hold_out(text: str) -> dict[str, int]:

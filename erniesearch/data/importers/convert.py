@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, tables, tevatron
+from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, squad, tables, tevatron
 from erniesearch.data.importers.records import BadLines, Options, Reader
 from erniesearch.data.importers.writer import BeirWriter, put_in_place
 from erniesearch.errors import UserError, nearest
@@ -18,6 +18,7 @@ FORMATS: dict[str, Reader] = {
     "tevatron": tevatron.read,
     "flagembedding": pairs.read,
     "dureader": dureader.read,
+    "squad": squad.read,
     "hf": tables.read,
     "parquet": tables.read,
 }

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ijson
-
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
@@ -29,13 +27,14 @@ from erniesearch.data.importers.records import (
     listed,
     open_source,
     read_each,
+    read_json,
     require,
     split_in,
     texts_in,
 )
 from erniesearch.errors import UserError
 
-Item = tuple[int, dict[str, Any]]
+Item = tuple[int, Any]
 
 
 def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
@@ -55,7 +54,7 @@ def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Recor
     for path in lists:
         split = split_in(path, options.split)
         parse = partial(_question, path=path, split=split, contexts_are_corpus=not tables)
-        yield from read_each(_items(path), parse, bad)
+        yield from read_each(read_json(path, "item", "a JSON list of questions"), parse, bad)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -74,19 +73,6 @@ def _table_row(path: Path, item: tuple[int, list[str]]) -> Iterator[Record]:
     if len(row) != 3:
         raise UserError(f"{path}:{number}: expected id, text, title, found {len(row)} columns")
     yield Passage(row[0], row[1], f"{path}:{number}", row[2])
-
-
-def _items(path: Path) -> Iterator[Item]:
-    with open_source(path) as file:
-        number = 0
-        try:
-            for number, item in enumerate(ijson.items(file, "item"), 1):
-                yield number, item
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"{path}: not valid JSON after item {number}: {problem}") from None
-        if not number:
-            raise UserError(f"{path}: expected a JSON list of questions, found none")
 
 
 def _question(item: Item, path: Path, split: str, contexts_are_corpus: bool) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """What every reader yields, and what both sides do with lines that are odd."""
 
+import codecs
 import gzip
 import hashlib
 import re
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+import ijson
 
 from erniesearch.errors import UserError, nearest
 
@@ -69,6 +72,11 @@ class Options:
     query_id: str = ""
     positive_id: str = ""
     subset: str = ""
+    max_words: int | None = None
+    max_chars: int | None = None
+    dev_articles: str = ""
+    test_articles: str = ""
+    seed: int = 42
 
 
 @dataclass
@@ -105,7 +113,7 @@ class BadLines:
         """Counts by kind with the first few places, for ``import.json``."""
         kinds: dict[str, list[str]] = {}
         for message in self.found:
-            kind = re.sub(r"^.*?: ((item|row) \d+: )?", "", message)
+            kind = re.sub(r"^.*?: ((item|row|article) \d+[^:]*: )?", "", message)
             kinds.setdefault(re.sub(r"'[^']*'", "'…'", kind), []).append(message)
         return {
             "left_out": {kind: {"count": len(all_), "first": all_[:5]}
@@ -183,6 +191,28 @@ def open_source(path: Path) -> IO[bytes]:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: Path, prefix: str, expected: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, value) for the values under an ijson ``prefix``, one at a time.
+
+    Raises:
+        UserError: for a file that is no JSON, or holds no such value: ``expected`` describes them.
+    """
+    with open_source(path) as file:
+        number = 0
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        try:
+            for number, value in enumerate(ijson.items(file, prefix), 1):
+                yield number, value
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError(f"{path}: not valid JSON after item {number}: {problem}") from None
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read to its end: {error}") from None
+        if not number:
+            raise UserError(f"{path}: expected {expected}, found none")
 
 
 def listed(sources: list[Path]) -> list[Path]:

@@ -91,7 +91,7 @@ def test_attention_from_projections_equals_the_models_own_map(family: str, tmp_p
     elif family == "ernie":
         ErnieModel(ErnieConfig(vocab_size=80, **SIZES)).save_pretrained(tmp_path)
     _, (_, passage_mask), pairs = assembled(tokenizer)
-    model = CrossEncoder(TeacherConfig(str(tmp_path)), capture_attention=True).eval()
+    model = CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1]).eval()
     scores = model(pairs)
     attention = model.attention(pairs, chunk=3)
     head_dim = attention.queries.shape[-1]
@@ -145,7 +145,7 @@ def test_model_without_projections_is_refused_when_attention_is_wanted(tmp_path:
     DistilBertModel(DistilBertConfig(vocab_size=70, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
                     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(UserError, match=r"distilbert\) cannot give attention.*weights.attention"):
-        CrossEncoder(TeacherConfig(str(tmp_path)), capture_attention=True)
+        CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1])
 
 
 def test_the_head_is_what_the_checkpoint_has_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -178,8 +178,9 @@ class _PairTerms:
             made = self._model.pair_terms(
                 batch, rows, self._model.pairs(batch, rows), Encoded(*by_pair), Encoded(*passages)
             )
+            made = {name: share * value for name, value in made.items()}
         for name, index in self._reads.items():
-            value = share * made[name]
+            value = made[name]
             parts = torch.autograd.grad(value, (queries[index], passages[index]))
             self._values[name] = self._values.get(name, 0) + value.detach()
             if name not in self._gradients:

@@ -93,6 +93,9 @@ class ObjectiveConfig:
     """Temperature of late interaction in ce_to_li; null is tau_li."""
     tau_li_target: float | None = None
     """Temperature of late interaction as the target of li_to_de; null is tau_li."""
+    virt_layers: list[int] = field(default_factory=lambda: [-1])
+    """The teacher's layers that virt takes as targets, counted from 0, or from the last one, -1.
+    The student's last layer goes with the teacher's last, and evenly from there."""
     candidates: Literal["cross_batch", "in_batch", "group"] = "cross_batch"
     """Which passages of a micro-step the students' terms compare: those of all ranks (cross-batch
     negatives), those of the query's own rank (in-batch negatives, whose number depends on
@@ -133,6 +136,9 @@ class LossWeights:
     """KL(cross-encoder's attention || late interaction's token softmax) over the group."""
     dual_reg: float = 0.0
     """Symmetric KL between two dropout passes, on the query and on the passage side."""
+    virt: float = 0.0
+    """KL(cross-encoder's attention between query and passage || that of the student's own
+    projections) over the group, both directions, in objective.virt_layers (not in the paper)."""
     mlm: float = 0.0
     """Masked language modelling (post_train only)."""
 

@@ -94,14 +94,13 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
         require(
             any(weights.values()), f"{prefix}.weights", weights, "above 0 for one term at least"
         )
-        over_group = [k for k in ("ce", "ce_to_li", "ce_to_de", "attention") if weights[k]]
+        over_group = [k for k in ("ce", "ce_to_li", "ce_to_de") if weights[k]]
         require(
-            stage.num_negatives > 0 or not [k for k in over_group if k != "attention"],
-            f"{prefix}.num_negatives", 0,
+            stage.num_negatives > 0 or not over_group, f"{prefix}.num_negatives", 0,
             f"1 or more: the terms {over_group} compare the passages of a group",
         )  # fmt: skip
     if name == "post_train":
-        for key in ("ce", "ce_to_li", "ce_to_de", "attention"):
+        for key in ("ce", "ce_to_li", "ce_to_de", "attention", "virt"):
             require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
                     "0: post-training has no relevance labels for a teacher")  # fmt: skip
         require(stage.num_negatives == 0, f"{prefix}.num_negatives", stage.num_negatives,
@@ -152,6 +151,9 @@ def _check_objective(config: RunConfig, require: Require) -> None:
     for key in ("tau_de", "tau_li", "tau_att", "tau_ce", "tau_de_kl", "tau_li_kl", "tau_li_target"):
         tau = getattr(objective, key)
         require(tau is None or tau == "auto" or tau > 0, f"objective.{key}", tau, "above 0")
+    layers = objective.virt_layers
+    require(bool(layers) and len({*layers}) == len(layers), "objective.virt_layers", layers,
+            "one layer of the teacher or more, none of them twice")  # fmt: skip
     require(
         objective.candidates == "cross_batch" or objective.late_interaction_exchange != "ring",
         "objective.late_interaction_exchange", "ring",

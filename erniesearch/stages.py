@@ -17,7 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig, StageConfig
+from erniesearch.config import (
+    TRAINING_STAGES,
+    LossWeights,
+    ObjectiveConfig,
+    RunConfig,
+    StageConfig,
+)
 from erniesearch.errors import UserError
 from erniesearch.installation import zero_file
 
@@ -38,7 +44,13 @@ def needs_student(weights: LossWeights) -> bool:
 
 def needs_teacher(weights: LossWeights) -> bool:
     """Whether any term of the objective runs the cross-encoder."""
-    return bool(weights.ce or weights.ce_to_li or weights.ce_to_de or weights.attention)
+    w = weights
+    return bool(w.ce or w.ce_to_li or w.ce_to_de or w.attention or w.virt)
+
+
+def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[int]:
+    """The teacher's layers whose attention the objective has as a target."""
+    return [-1] * bool(weights.attention) + objective.virt_layers * bool(weights.virt)
 
 
 def is_enabled(config: RunConfig, stage: str) -> bool:
@@ -273,7 +285,8 @@ def _decisive_objective(config: RunConfig, stage: str, ranks: int) -> dict[str, 
         "tau_li_kl": w.ce_to_li,
         "tau_li_target": w.li_to_de,
         "detach_targets": distilled,
-        "competence_gate": distilled or w.attention,
+        "competence_gate": distilled or w.attention or w.virt,
+        "virt_layers": w.virt,
         "candidates": w.li or w.de or w.li_to_de or w.dual_reg,
     }
     settings = _decisive(asdict(config.objective))

@@ -40,6 +40,7 @@ WORDS = [a + b for a in ("ba", "de", "fi", "go", "ku", "la", "mi", "no") for b i
 ALL_TERMS = LossWeights(
     ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, attention=1.0, dual_reg=1.0
 )
+WITH_VIRT = replace(ALL_TERMS, virt=1.0)
 
 
 def write_beir(root: Path, num_passages: int = 60, num_queries: int = 40, seed: int = 0) -> Path:

@@ -301,6 +301,8 @@ IMPOSSIBLE = {
     "objective.tau_li_target": 0.0,
     "stages.teacher.teacher_head_lr": -1e-3,
     "student.layers": 0,
+    "objective.virt_layers": [],
+    "stages.post_train.weights.virt": 1.0,
     "data.max_query_length": 2,
     "data.max_passage_length": 2,
     "seed": -1,

@@ -91,7 +91,7 @@ def test_attention_from_projections_equals_the_models_own_map(family: str, tmp_p
     elif family == "ernie":
         ErnieModel(ErnieConfig(vocab_size=80, **SIZES)).save_pretrained(tmp_path)
     _, (_, passage_mask), pairs = assembled(tokenizer)
-    model = CrossEncoder(TeacherConfig(str(tmp_path)), capture_attention=True).eval()
+    model = CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1, 0]).eval()
     scores = model(pairs)
     attention = model.attention(pairs, chunk=3)
     head_dim = attention.queries.shape[-1]
@@ -107,6 +107,20 @@ def test_attention_from_projections_equals_the_models_own_map(family: str, tmp_p
         input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), output_attentions=True, **types
     )
     torch.testing.assert_close(scores, output.logits.squeeze(-1), rtol=1e-5, atol=1e-6)
+    assert model.tap is not None
+    for layer in (0, -1):  # head by head, in both directions
+        of_query, of_passage = model.sides(pairs, layer)
+        for rows, columns, first, second in (
+            (pairs.query_columns, pairs.passage_columns, of_query.queries, of_passage.keys),
+            (pairs.passage_columns, pairs.query_columns, of_passage.queries, of_query.keys),
+        ):
+            logits = first @ second.mT / head_dim**0.5
+            for n in range(len(logits)):
+                real = pairs.mask[n][columns[n]] & (columns[n] < pairs.mask[n].sum())
+                own = logits[n][..., real].softmax(-1)
+                expected = output.attentions[layer][n][:, rows[n]][:, :, columns[n][real]]
+                expected = expected / expected.sum(-1, keepdim=True)
+                torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
     whole = output.attentions[-1].mean(1)
     for n in range(len(ours)):
         rows, columns = pairs.query_columns[n], pairs.passage_columns[n][passage_mask[n]]
@@ -145,7 +159,7 @@ def test_model_without_projections_is_refused_when_attention_is_wanted(tmp_path:
     DistilBertModel(DistilBertConfig(vocab_size=70, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
                     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(UserError, match=r"distilbert\) cannot give attention.*weights.attention"):
-        CrossEncoder(TeacherConfig(str(tmp_path)), capture_attention=True)
+        CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1])
 
 
 def test_the_head_is_what_the_checkpoint_has_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ConfigMaker
+from conftest import WITH_VIRT, ConfigMaker
 from pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
 
 from erniesearch import distributed
@@ -80,7 +80,8 @@ SPANS = {"num_negatives": 0, "weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
     [
         ("cascade", {"competence_gate": True, "validation_split": "dev",
                      "validation_queries": 8}),
-        ("cascade", {"late_interaction_exchange": "ring", "precision": "bf16"}),
+        ("cascade", {"late_interaction_exchange": "ring", "precision": "bf16",
+                     "weights": WITH_VIRT}),
         ("post_train", SPANS),
     ],
     ids=["all_gather", "ring", "spans"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, ConfigMaker, losses_of, run_python
+from conftest import ROOT, WITH_VIRT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch import distributed
@@ -134,15 +134,15 @@ def test_caching_and_ring_train_like_the_plain_path(
 
 OTHER_SETTINGS = {
     "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5, "tau_li_target": 0.25, "layers": [1],
-    "freeze_embeddings": True, "teacher_head_lr": 5e-3,
+    "freeze_embeddings": True, "teacher_head_lr": 5e-3, "weights": WITH_VIRT,
 }  # fmt: skip
 
 
 def test_own_groups_train_alike_on_any_number_of_ranks(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:
-    """With temperatures of the KL terms, a cut student, frozen embeddings and a rate of the
-    teacher's head too."""
+    """With the virtual interaction, temperatures of the KL terms, a cut student, frozen embeddings
+    and a rate of the teacher's head too."""
     changes = {"candidates": "group", **OTHER_SETTINGS}
     one = train(make_config, tmp_path, 1, (1,), **changes)[1]
     assert losses_of(one.stage("cascade"))[0]["learning_rate"]["teacher_head"] == 5e-3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_TERMS, ConfigMaker
+from conftest import ALL_TERMS, WITH_VIRT, ConfigMaker
 from torch import Tensor
 
 from erniesearch.config import LossWeights, RunConfig
@@ -56,7 +56,9 @@ def assert_same(ours: Any, wanted: Any, factor: float = 1.0) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 1000])
 def test_all_terms_have_the_plain_gradient(make_config: ConfigMaker, size: int) -> None:
     # Groups of 3 and 5 queries: chunks cut through groups and do not divide the batch.
-    model, batch = build(make_config(dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05))
+    model, batch = build(
+        make_config(dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05, weights=WITH_VIRT)
+    )
     assert_same(cached(model, batch, size), plain(model, batch))
 
 
@@ -75,6 +77,7 @@ def test_each_term_alone(make_config: ConfigMaker, term: str) -> None:
     [
         {"tied": False}, {"detach_targets": False}, {"pooling": "mean"}, {"kernels": "eager"},
         {"weights": LossWeights(ce_to_de=1.0, attention=1.0)},
+        {"weights": WITH_VIRT, "virt_layers": [0, -1], "tied": False},
         {"candidates": "group", "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5},
         {"candidates": "in_batch", "tau_li_target": 0.25, "detach_targets": False},
         {"layers": 1, "freeze_embeddings": True},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_TERMS, ConfigMaker
+from conftest import WITH_VIRT, ConfigMaker
 
 from erniesearch.config import LossWeights, StageConfig
 from erniesearch.data.collate import Batch
@@ -24,12 +24,12 @@ def build(make_config: ConfigMaker, **changes: Any) -> tuple[JointModel, Batch]:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make_config: ConfigMaker) -> None:
-    weights = LossWeights(*[0.1 * (i + 1) for i in range(8)], mlm=0.0)
+    weights = LossWeights(*[0.1 * (i + 1) for i in range(9)], mlm=0.0)
     model, batch = build(make_config, weights=weights)
     terms = model(batch)
     expected = sum(w * terms[name] for name, w in asdict(weights).items() if w)
     torch.testing.assert_close(terms["loss"], expected)
-    assert set(asdict(ALL_TERMS)) - {"mlm"} <= set(terms)
+    assert set(asdict(weights)) - {"mlm"} <= set(terms)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_all_terms_reach_every_parameter(make_config: ConfigMaker) -> None:
 
 
 def test_padding_changes_nothing(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, dropout=0.0)
+    model, batch = build(make_config, dropout=0.0, weights=WITH_VIRT)
 
     def pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
         return torch.nn.functional.pad(tensor, (0, width))
@@ -90,7 +90,7 @@ def test_padding_changes_nothing(make_config: ConfigMaker) -> None:
 
 
 def test_order_of_hard_negatives_changes_nothing(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, dropout=0.0, num_negatives=3)
+    model, batch = build(make_config, dropout=0.0, num_negatives=3, weights=WITH_VIRT)
     size = batch.group_size
     order = torch.arange(len(batch.passage_ids)).view(-1, size)[:, [0, 3, 1, 2]].flatten()
     shuffled = replace(
@@ -123,7 +123,7 @@ def test_another_copy_of_the_positive_is_no_negative(make_config: ConfigMaker) -
 
 @pytest.mark.parametrize("kernels", ["torch", "eager"])
 def test_kernel_backends_give_the_same_losses(make_config: ConfigMaker, kernels: str) -> None:
-    model, batch = build(make_config, dropout=0.0, kernels="auto")
+    model, batch = build(make_config, dropout=0.0, kernels="auto", weights=WITH_VIRT)
     expected = model(batch)
     model.objective.settings = replace(model.objective.settings, kernels=kernels)
     for name, value in model(batch).items():
@@ -141,7 +141,7 @@ def test_dropout_depends_on_step_and_pass_only(make_config: ConfigMaker) -> None
 
 
 def test_competence_gate_silences_a_teacher_below_its_student(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, competence_gate=True)
+    model, batch = build(make_config, competence_gate=True, weights=WITH_VIRT)
     model.train()
     model.objective.running_accuracy = {
         "group_ce": 0.5,
@@ -154,6 +154,7 @@ def test_competence_gate_silences_a_teacher_below_its_student(make_config: Confi
     assert terms["ce_to_li"] == 0
     assert terms["attention"] == 0
     assert terms["ce_to_de"] > 0
+    assert terms["virt"] > 0
     assert terms["ce"] > 0
 
 

@@ -19,7 +19,7 @@ SETTINGS = {
     "contrastive": LossWeights(de=1.0),
     "interaction": LossWeights(li=1.0, de=1.0, li_to_de=1.0),
     "teacher": LossWeights(ce=1.0),
-    "cascade": LossWeights(de=1.0, ce_to_de=1.0, ce_to_li=1.0, attention=1.0),
+    "cascade": LossWeights(de=1.0, ce_to_de=1.0, ce_to_li=1.0, attention=1.0, virt=1.0),
 }
 CASES = {
     # part, changes, stages that are redone (mine and cascade follow what is before them)
@@ -30,6 +30,7 @@ CASES = {
     "tau_li_target": ("objective", {"tau_li_target": 2.0}, {"interaction", "mine", "cascade"}),
     "tau_att": ("objective", {"tau_att": 2.0}, {"cascade"}),
     "tau_de": ("objective", {"tau_de": 2.0}, {"contrastive", "interaction", "mine", "cascade"}),
+    "virt_layers": ("objective", {"virt_layers": [0]}, {"cascade"}),
     "candidates": ("objective", {"candidates": "group"},
                    {"contrastive", "interaction", "mine", "cascade"}),
     "kernels": ("objective", {"kernels": "eager"}, set()),

@@ -2,12 +2,14 @@
 
 Pairs are assembled on the device from the token ids the student reads, so attention rows and
 columns are the late-interaction tokens by construction. The attention map itself is never asked
-for: with SDPA, ``output_attentions`` silently returns nothing. Forward hooks keep the last layer's
-query and key projections instead, from which the map follows exactly.
+for: the query and key projections of chosen layers are kept instead
+(:mod:`erniesearch.models.projections`).
 """
 
 import json
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from erniesearch.config import TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier
+from erniesearch.models.projections import Projections, ProjectionTap, split_heads
 
 
 class Pairs(NamedTuple):
@@ -124,20 +127,21 @@ def stored_temperature(folder: Path) -> float | None:
 
 
 class CrossEncoder(nn.Module):
-    """Scores pairs; optionally hands out its last layer's attention projections.
+    """Scores pairs; optionally hands out attention projections of its last forward pass.
 
     ``head`` are the parameters that the pretrained encoder has not, and ``temperature`` is the one
     at which its scores are likeliest (:mod:`erniesearch.training.calibration`), None if unknown.
 
     Args:
         settings: ``settings.path`` is a pretrained encoder or a saved cross-encoder.
-        capture_attention: install the hooks.
+        attention_layers: whose projections it keeps, counted from 0, or from the last one, -1.
 
     Raises:
-        UserError: if attention is wanted from a model without query/key projections per layer.
+        UserError: if attention is wanted from a model without query/key projections per layer, or
+            from a layer that it has not.
     """
 
-    def __init__(self, settings: TeacherConfig, capture_attention: bool = False) -> None:
+    def __init__(self, settings: TeacherConfig, attention_layers: Sequence[int] = ()) -> None:
         super().__init__()
         self.model, new = load_classifier(settings)
         parameters = dict(self.model.named_parameters())
@@ -145,47 +149,28 @@ class CrossEncoder(nn.Module):
         self.temperature = stored_temperature(Path(settings.path))
         self.num_heads = int(getattr(self.model.config, "num_attention_heads", 0))
         self.uses_token_types = int(getattr(self.model.config, "type_vocab_size", 0) or 0) >= 2
-        self._captured: dict[str, Tensor] = {}
-        if capture_attention:
-            self._install_hooks(settings.path)
-
-    def _install_hooks(self, path: str) -> None:
-        base = self.model.base_model
-        layers = getattr(getattr(base, "encoder", None), "layer", None)
-        attention = (
-            getattr(getattr(layers[-1], "attention", None), "self", None) if layers else None
-        )
-        for name in ("query", "key"):
-            projection = getattr(attention, name, None)
-            if not isinstance(projection, nn.Linear):
-                raise UserError(
-                    f"teacher '{path}' ({self.model.config.model_type}) cannot give attention: its"
-                    " last layer has no query and key projections (BERT, ERNIE, RoBERTa, ELECTRA"
-                    " and XLM-R have); set the stages' weights.attention to 0"
-                )
-            projection.register_forward_hook(self._keep(name))
-
-    def _keep(self, name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._captured[name] = output.detach()
-
-        return hook
+        self.tap: ProjectionTap | None = None
+        if attention_layers:
+            self.tap = ProjectionTap(self.model, "teacher", settings.path, attention_layers)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Scores ``[N]`` in fp32."""
         types = {"token_type_ids": pairs.token_type_ids} if self.uses_token_types else {}
-        output = self.model(input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), **types)
+        with self.tap or nullcontext():
+            output = self.model(
+                input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), **types
+            )
         return output.logits.squeeze(-1).float()
 
     @torch.no_grad()
     def attention(self, pairs: Pairs, chunk: int = 64) -> TeacherAttention:
-        """The projections behind the last forward's attention, detached.
+        """The projections behind the last layer's attention in the last forward, detached.
 
         The row's log-sum-exp covers every real token of the pair, so that
         ``exp(q·k/√d - lse)`` is the attention the model really paid; chunks of pairs bound the
         memory.
         """
-        queries, keys = (self._split_heads(self._captured.pop(n)) for n in ("query", "key"))
+        queries, keys = self._projections(-1)
         own_queries = _take(queries, pairs.query_columns)
         lse = []
         for begin in range(0, len(queries), chunk):
@@ -196,9 +181,20 @@ class CrossEncoder(nn.Module):
             lse.append(scores.logsumexp(-1))
         return TeacherAttention(own_queries, _take(keys, pairs.passage_columns), torch.cat(lse))
 
-    def _split_heads(self, states: Tensor) -> Tensor:
-        """``[N, L, heads·d]`` to ``[N, heads, L, d]``."""
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    @torch.no_grad()
+    def sides(self, pairs: Pairs, layer: int) -> tuple[Projections, Projections]:
+        """A layer's projections in the last forward, of query and of passage tokens, detached."""
+        projections = self._projections(layer)
+        query, passage = (
+            Projections(*(_take(states, columns) for states in projections))
+            for columns in (pairs.query_columns, pairs.passage_columns)
+        )
+        return query, passage
+
+    def _projections(self, layer: int) -> Projections:
+        """Of every token of the last forward's pairs ``[N, heads, L, d]``, detached."""
+        assert self.tap is not None
+        return Projections(*(split_heads(x.detach(), self.num_heads) for x in self.tap.of(layer)))
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write ``state`` (this module's, gathered) as a transformers folder."""

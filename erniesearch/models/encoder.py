@@ -6,6 +6,8 @@
 H are the token states. Queries and passages share the transformer unless ``tied`` is false.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -19,17 +21,20 @@ from transformers import PreTrainedModel
 from erniesearch.config import StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, weights_wanted
+from erniesearch.models.projections import ProjectionTap
 
 Side = Literal["query", "passage"]
 HEAD_FILE = "late_interaction.safetensors"
 
 
 class Encoded(NamedTuple):
-    """``vectors`` ``[N, hidden]`` and ``tokens`` ``[N, L, late_interaction_dim]`` (unit length);
-    what was not asked for is empty."""
+    """``vectors`` ``[N, hidden]``, ``tokens`` ``[N, L, late_interaction_dim]`` (unit length) and
+    ``projections`` ``[N, L, layers, 2, hidden]``, the tapped layers' queries and keys; what was not
+    asked for is empty."""
 
     vectors: Tensor
     tokens: Tensor
+    projections: Tensor
 
 
 class StudentEncoder(nn.Module):
@@ -56,6 +61,7 @@ class StudentEncoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.masked_lm: PreTrainedModel | None = None
+        self.taps: dict[str, ProjectionTap] = {}
         folder = Path(settings.path)
         own = passage_path or folder / "passage_tower"
         head = head or folder / HEAD_FILE
@@ -83,15 +89,33 @@ class StudentEncoder(nn.Module):
                 )
             self.projection.weight.data.copy_(weight)
 
+    def tap_layers(self, layers: Sequence[int]) -> None:
+        """Choose the layers whose projections :meth:`forward` can return.
+
+        Raises:
+            UserError: if the model family has no such projections.
+        """
+        path = self.settings.path
+        for side, tower in (("query", self.query_tower), ("passage", self.passage_tower)):
+            self.taps[side] = ProjectionTap(tower, "student", path, layers)
+
     def forward(
-        self, input_ids: Tensor, mask: Tensor, side: Side, vectors: bool = True, tokens: bool = True
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        side: Side,
+        vectors: bool = True,
+        tokens: bool = True,
+        projections: bool = False,
     ) -> Encoded:
         """Encode ``[N, L]`` token ids; ``mask`` is True on real tokens."""
         tower = self.query_tower if side == "query" else self.passage_tower
-        states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        with self.taps[side] if projections else nullcontext():
+            states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
         return Encoded(
             self._pool(states, mask) if vectors else states.new_empty(0),
             self._project(states) if tokens else states.new_empty(0),
+            self.taps[side].stacked() if projections else states.new_empty(0),
         )
 
     def _project(self, states: Tensor) -> Tensor:

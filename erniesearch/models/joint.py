@@ -6,7 +6,7 @@ One module means one DeepSpeed engine: several engines and one shared backward b
 one of them runs its forward twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from erniesearch.config import LossWeights, ObjectiveConfig, StageConfig
 from erniesearch.data.collate import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask
+from erniesearch.models.projections import matched_layers, split_heads
 from erniesearch.models.terms import Objective, Outputs
 from erniesearch.objectives import scores
 
@@ -67,7 +68,16 @@ class JointModel(nn.Module):
         self.layout = PairLayout.of(tokenizer) if teacher else None
         special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
         self.register_buffer("special_ids", special, persistent=False)
-        self.needs_student = self.objective.needs_vectors or self.objective.needs_tokens
+        self.needs_student = (
+            self.objective.needs_vectors
+            or self.objective.needs_tokens
+            or self.objective.needs_projections
+        )
+        self.virtual_layers: list[tuple[int, int]] = []
+        if weights.virt:
+            assert student is not None
+            assert teacher is not None
+            self.virtual_layers = connect_layers(student, teacher, objective.virt_layers)
         if student is not None and not self.objective.needs_tokens:
             student.projection.requires_grad_(False)
 
@@ -99,7 +109,9 @@ class JointModel(nn.Module):
             outputs = outputs._replace(mlm=self._masked_lm_loss(batch, everything))
         if self.needs_student:
             vectors, tokens = self.objective.needs_vectors, self.objective.needs_tokens
-            queries, passages = self._encode(batch, 1, vectors, tokens)
+            queries, passages = self._encode(
+                batch, 1, vectors, tokens, self.objective.needs_projections
+            )
             outputs = outputs._replace(queries=queries, passages=passages)
         if self.weights.dual_reg:
             queries, passages = self._encode(batch, 2, vectors=True, tokens=False)
@@ -115,13 +127,9 @@ class JointModel(nn.Module):
             wanted = torch.is_grad_enabled() and self.objective.trains_teacher
             with torch.set_grad_enabled(wanted):
                 outputs = outputs._replace(teacher_scores=self.teacher(pairs))
-            if self.weights.attention:
-                assert outputs.queries is not None
-                assert outputs.passages is not None
-                attention = self.attention_term(
-                    batch, everything, pairs, outputs.queries.tokens, outputs.passages.tokens
-                )
-                outputs = outputs._replace(attention=attention)
+            if outputs.queries is not None and outputs.passages is not None:
+                terms = self.pair_terms(batch, everything, pairs, outputs.queries, outputs.passages)
+                outputs = outputs._replace(attention=terms.get("attention"), virt=terms.get("virt"))
         return outputs
 
     def chunks(self, batch: Batch, size: int) -> Iterator[Chunk]:
@@ -153,11 +161,14 @@ class JointModel(nn.Module):
         encoded = self.student(
             every_id[chunk.rows, :width], mask[:, :width], side,
             self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
+            self.objective.needs_projections and first,
         )  # fmt: skip
-        if not encoded.tokens.numel():
-            return encoded
         missing = every_mask.shape[1] - width
-        return encoded._replace(tokens=F.pad(encoded.tokens, (0, 0, 0, missing)))
+        tokens, projections = (
+            F.pad(part, (*[0, 0] * (part.dim() - 2), 0, missing)) if part.numel() else part
+            for part in (encoded.tokens, encoded.projections)
+        )
+        return Encoded(encoded.vectors, tokens, projections)
 
     def pairs(self, batch: Batch, rows: slice) -> Pairs:
         """The cross-encoder's input of some of the B·G pairs."""
@@ -168,27 +179,64 @@ class JointModel(nn.Module):
             batch.passage_mask[rows], self._layout, self.pad_id,
         )  # fmt: skip
 
-    def attention_term(
-        self, batch: Batch, rows: slice, pairs: Pairs, query_tokens: Tensor, passage_tokens: Tensor
-    ) -> Tensor:
-        """The attention KL, a mean over the pairs ``rows`` that the teacher has just read.
+    def pair_terms(
+        self, batch: Batch, rows: slice, pairs: Pairs, queries: Encoded, passages: Encoded
+    ) -> dict[str, Tensor]:
+        """``attention`` and ``virt``, means over the pairs ``rows`` that the teacher has just read;
+        its projections are gone afterwards.
 
-        ``passage_tokens`` ``[n, Lp, dim]`` are these pairs'; ``query_tokens`` ``[n / k, Lq, dim]``
-        those of their queries, one for every k pairs.
+        ``passages`` are these n pairs', ``queries`` those of their queries, one for every k pairs.
         """
+        terms: dict[str, Tensor] = {}
+        if not (self.weights.attention or self.weights.virt):
+            return terms
         assert self.teacher is not None
-        step = len(passage_tokens) // len(query_tokens)
+        assert self.teacher.tap is not None
+        num_queries = len(queries.tokens if self.weights.attention else queries.projections)
+        step = (rows.stop - rows.start) // num_queries
         query = torch.arange(rows.start, rows.stop, step, device=batch.query_ids.device)
         query = query // batch.group_size
-        attention = self.teacher.attention(pairs)
-        return scores.attention_kl(
-            query_tokens,
+        masks = (
             content_mask(batch.query_ids[query], batch.query_mask[query], self.special_ids),
-            passage_tokens,
             content_mask(batch.passage_ids[rows], batch.passage_mask[rows], self.special_ids),
-            attention.queries, attention.keys, attention.lse,
-            self.objective.settings.tau_att, self.objective.settings.kernels,
-        )  # fmt: skip
+        )
+        settings = self.objective.settings
+        if self.weights.attention:
+            attention = self.teacher.attention(pairs)
+            terms["attention"] = scores.attention_kl(
+                queries.tokens, masks[0], passages.tokens, masks[1],
+                attention.queries, attention.keys, attention.lse,
+                settings.tau_att, settings.kernels,
+            )  # fmt: skip
+        if self.weights.virt:
+            terms["virt"] = self._virtual_interaction(pairs, queries, passages, masks)
+        self.teacher.tap.clear()
+        return terms
+
+    def _virtual_interaction(
+        self, pairs: Pairs, queries: Encoded, passages: Encoded, masks: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Query to passage plus passage to query, a mean over the layers."""
+        assert self.teacher is not None
+        heads, kernels = self.teacher.num_heads, self.objective.settings.kernels
+        terms = []
+        for number, (layer, _) in enumerate(self.virtual_layers):
+            (query_q, query_k), (passage_q, passage_k) = (
+                [split_heads(part, heads) for part in side.projections[:, :, number].unbind(2)]
+                for side in (queries, passages)
+            )
+            of_query, of_passage = self.teacher.sides(pairs, layer)
+            terms += [
+                scores.attention_map_kl(
+                    query_q, passage_k, masks[0], masks[1], of_query.queries, of_passage.keys,
+                    kernels,
+                ),
+                scores.attention_map_kl(
+                    passage_q, _per_pair(query_k, passage_q), masks[1],
+                    _per_pair(masks[0], passage_q), of_passage.queries, of_query.keys, kernels,
+                ),
+            ]  # fmt: skip
+        return torch.stack(terms).sum() / len(self.virtual_layers)
 
     def _masked_lm_loss(
         self, batch: Batch, rows: slice, reduction: Literal["mean", "sum"] = "mean"
@@ -201,13 +249,14 @@ class JointModel(nn.Module):
         )
 
     def _encode(
-        self, batch: Batch, number: int, vectors: bool, tokens: bool
+        self, batch: Batch, number: int, vectors: bool, tokens: bool, projections: bool = False
     ) -> tuple[Encoded, Encoded]:
         assert self.student is not None
         self._seed_pass(batch, number)
+        wanted = vectors, tokens, projections
         return (
-            self.student(batch.query_ids, batch.query_mask, "query", vectors, tokens),
-            self.student(batch.passage_ids, batch.passage_mask, "passage", vectors, tokens),
+            self.student(batch.query_ids, batch.query_mask, "query", *wanted),
+            self.student(batch.passage_ids, batch.passage_mask, "passage", *wanted),
         )
 
     @property
@@ -261,3 +310,25 @@ class JointModel(nn.Module):
                 "weight_decay": weight_decay if decays else 0.0,
                 "name": f"{part}{'' if decays else '_no_decay'}",
             }
+
+
+def connect_layers(
+    student: StudentEncoder, teacher: CrossEncoder, layers: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Let the student hand out the projections that the teacher's ``layers`` are targets of; the
+    pairs (teacher's layer, student's layer).
+
+    Raises:
+        UserError: if they do not fit (:func:`matched_layers`), or the student has none.
+    """
+    assert teacher.tap is not None
+    matched = matched_layers(
+        layers, teacher.model.config, student.query_tower.config, teacher.tap.path
+    )
+    student.tap_layers([own for _, own in matched])
+    return matched
+
+
+def _per_pair(rows: Tensor, pairs: Tensor) -> Tensor:
+    """Rows of queries, repeated for each of their pairs."""
+    return rows.repeat_interleave(len(pairs) // len(rows), 0)

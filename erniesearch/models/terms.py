@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
         second_queries, second_passages: ``[B, hidden]`` and ``[B·G, hidden]``, dual-encoder vectors
             of a second pass with other dropout.
         teacher_scores: ``[B·G]``, the cross-encoder's.
-        attention, mlm: these two terms themselves; they need no passage of another query.
+        attention, virt, mlm: these terms themselves; they need no passage of another query.
     """
 
     queries: Encoded | None = None
@@ -37,6 +37,7 @@ class Outputs(NamedTuple):
     second_passages: Tensor | None = None
     teacher_scores: Tensor | None = None
     attention: Tensor | None = None
+    virt: Tensor | None = None
     mlm: Tensor | None = None
 
 
@@ -68,6 +69,7 @@ class Objective:
         w = weights
         self.needs_vectors = any((w.de, w.ce_to_de, w.li_to_de, w.dual_reg))
         self.needs_tokens = any((w.li, w.ce_to_li, w.li_to_de, w.attention))
+        self.needs_projections = bool(w.virt)
         # A teacher that only gives targets needs no gradient.
         self.trains_teacher = bool(w.ce) or not settings.detach_targets
 
@@ -217,6 +219,8 @@ class Objective:
                 )  # fmt: skip
         if outputs.attention is not None:
             terms["attention"] = self._gate("group_ce", "group_li") * outputs.attention
+        if outputs.virt is not None:
+            terms["virt"] = self._gate("group_ce", "group_de") * outputs.virt
         return terms
 
     def _track(self, accuracies: dict[str, Tensor], training: bool) -> None:

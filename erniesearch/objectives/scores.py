@@ -4,6 +4,7 @@ s_de(q,p) = <u_q, u_p> / tau_de
 s_li(q,p) = sum over query tokens i of max over passage tokens j of <E_qi, E_pj> / tau_li
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -93,6 +94,46 @@ def attention_kl(
     _, divergence = maxsim_attention_kl(
         query_tokens, grouped(passage_tokens), grouped(teacher_queries), grouped(teacher_keys),
         tau, query_mask, grouped(passage_mask), teacher_lse=grouped(teacher_lse), backend=kernels,
+    )  # fmt: skip
+    return divergence.mean()
+
+
+def attention_map_kl(
+    queries: Tensor,
+    keys: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """One direction of the virtual interaction (after VIRT, Li et al. 2022): the mean over pairs
+    (x, y), heads h and tokens i of x of
+
+        KL(A_hi ‖ softmax over j of <Q_hi, K_hj>/sqrt(d))
+        A_hi = softmax over j of <Q'_hi, K'_hj>/sqrt(d')
+
+    with j over the tokens of y. Q' and K' are the teacher's projections of a pair that it read as
+    one; Q and K the student's, of x and of y, which it encoded apart. To the operator every head of
+    a pair is a pair with one head, so that no map is held. Cut to y and renormalised, one head's
+    attention is the softmax over y alone.
+
+    Args:
+        queries, keys: ``[n, heads, Lx, d]`` and ``[n·k, heads, Ly, d]``, k texts y for each x.
+        query_mask, key_mask: ``[n, Lx]`` and ``[n·k, Ly]``, False on what takes no part. A pair
+            without a token on either side counts as 0.
+        teacher_queries, teacher_keys: ``[n·k, heads, L, d']``; they receive no gradient.
+    """
+    num_queries, heads = queries.shape[:2]
+
+    def grouped(tensor: Tensor) -> Tensor:  # [n·k, heads, …] to [n·heads, k, …]
+        return tensor.unflatten(0, (num_queries, -1)).transpose(1, 2).flatten(0, 1)
+
+    _, divergence = maxsim_attention_kl(
+        queries.flatten(0, 1), grouped(keys),
+        grouped(teacher_queries).unsqueeze(2), grouped(teacher_keys).unsqueeze(2),
+        math.sqrt(queries.shape[-1]), query_mask.repeat_interleave(heads, 0),
+        grouped(key_mask.unsqueeze(1).expand(-1, heads, -1)), backend=kernels,
     )  # fmt: skip
     return divergence.mean()
 

@@ -51,14 +51,14 @@ def cached_backward(
         As :meth:`Objective.terms`, without graph.
     """
     chunks = list(model.chunks(batch, chunk_size))
-    leaves, attention = _run(model, forward, batch, chunks, progress)
+    leaves, pair_terms = _run(model, forward, batch, chunks, progress)
     for (kind, _), parts in leaves.items():
         for part in parts:
             part.requires_grad_(kind != "pair" or model.objective.trains_teacher)
     progress("loss over all chunks")
     terms: dict[str, Tensor] = {}
     if leaves:
-        outputs = _outputs(leaves, attention.term(*_tokens(leaves)) if attention else None)
+        outputs = _outputs(leaves, pair_terms.terms(leaves))
         terms = model.objective.terms(batch, outputs, model.training)
         (scale * spoil_nonfinite(terms["loss"])).backward()
         terms = {name: value.detach() for name, value in terms.items()}
@@ -88,8 +88,8 @@ def chunked_outputs(
 ) -> Outputs:
     """What the models make of a batch, without gradient and without masked words."""
     chunks = list(model.chunks(batch, chunk_size))
-    leaves, attention = _run(model, forward, batch, chunks, lambda _: None)
-    return _outputs(leaves, attention.term(*_tokens(leaves)) if attention else None)
+    leaves, pair_terms = _run(model, forward, batch, chunks, lambda _: None)
+    return _outputs(leaves, pair_terms.terms(leaves))
 
 
 def _run(
@@ -98,17 +98,17 @@ def _run(
     batch: Batch,
     chunks: list[Chunk],
     progress: Callable[[str], Any],
-) -> tuple[Leaves, "_Attention | None"]:
+) -> tuple[Leaves, "_PairTerms"]:
     leaves: Leaves = {}
-    attention = _Attention(model, batch) if model.weights.attention else None
+    pair_terms = _PairTerms(model, batch)
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
             progress(f"chunk {number + 1} of {len(chunks)}, forward pass")
             if chunk.kind != "masked":
                 _store(leaves, batch, chunk, forward(batch, chunk))
-            if attention and chunk.kind == "pair":
-                attention.add(chunk.rows, *_tokens(leaves))
-    return leaves, attention
+            if chunk.kind == "pair":
+                pair_terms.add(chunk.rows, leaves)
+    return leaves, pair_terms
 
 
 def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...]) -> None:
@@ -121,12 +121,8 @@ def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...])
             whole[chunk.rows] = part
 
 
-def _tokens(leaves: Leaves) -> tuple[Tensor, Tensor]:
-    return leaves["query", 1][1], leaves["passage", 1][1]
-
-
-def _outputs(leaves: Leaves, attention: Tensor | None) -> Outputs:
-    outputs = Outputs(attention=attention)
+def _outputs(leaves: Leaves, pair_terms: dict[str, Tensor]) -> Outputs:
+    outputs = Outputs(attention=pair_terms.get("attention"), virt=pair_terms.get("virt"))
     if ("query", 1) in leaves:
         queries, passages = Encoded(*leaves["query", 1]), Encoded(*leaves["passage", 1])
         outputs = outputs._replace(queries=queries, passages=passages)
@@ -150,44 +146,59 @@ def _inner_product(
     return torch.stack(products).sum()
 
 
-class _Attention:
-    """The attention term, computed while the teacher's projections of a chunk of pairs are there:
-    they are too large to keep. Its gradient with respect to the token vectors is kept instead."""
+class _PairTerms:
+    """The terms over attention, computed while the teacher's projections of a chunk of pairs are
+    there: they are too large to keep. Their gradients with respect to the student's outputs are
+    kept instead."""
 
     def __init__(self, model: JointModel, batch: Batch) -> None:
         self._model, self._batch = model, batch
-        self._value: Tensor | None = None
-        self._gradients: list[Tensor] = []
+        w = model.weights
+        named = (("attention", w.attention, "tokens"), ("virt", w.virt, "projections"))
+        # The part of the student's outputs that a term reads.
+        self._reads = {name: Encoded._fields.index(part) for name, on, part in named if on}
+        self._values: dict[str, Tensor] = {}
+        self._gradients: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, rows: slice, query_tokens: Tensor, passage_tokens: Tensor) -> None:
+    def add(self, rows: slice, leaves: Leaves) -> None:
         """The pairs ``rows``, which the teacher has just read."""
+        if not self._reads:
+            return
         batch, group_size = self._batch, self._batch.group_size
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(query_tokens), torch.zeros_like(passage_tokens)]
         first, last = rows.start // group_size, (rows.stop - 1) // group_size + 1
-        query = torch.arange(rows.start, rows.stop, device=query_tokens.device) // group_size
-        share = (rows.stop - rows.start) / len(passage_tokens)
+        query = torch.arange(rows.start, rows.stop, device=batch.query_ids.device) // group_size
+        share = (rows.stop - rows.start) / len(batch.passage_ids)
+        queries = [part[first:last].detach() for part in leaves["query", 1]]
+        passages = [part[rows].detach() for part in leaves["passage", 1]]
+        for index in self._reads.values():
+            queries[index].requires_grad_()
+            passages[index].requires_grad_()
         with torch.enable_grad():
-            queries = query_tokens[first:last].detach().requires_grad_()
-            passages = passage_tokens[rows].detach().requires_grad_()
-            pairs = self._model.pairs(batch, rows)
-            value = share * self._model.attention_term(
-                batch, rows, pairs, queries[query - first], passages
+            by_pair = [part[query - first] if part.numel() else part for part in queries]
+            made = self._model.pair_terms(
+                batch, rows, self._model.pairs(batch, rows), Encoded(*by_pair), Encoded(*passages)
             )
-        parts = torch.autograd.grad(value, (queries, passages))
-        value = value.detach()
-        self._value = value if self._value is None else self._value + value
-        for whole, where, part in zip(
-            self._gradients, (slice(first, last), rows), parts, strict=True
-        ):
-            whole[where] += part
+            made = {name: share * value for name, value in made.items()}
+        for name, index in self._reads.items():
+            value = made[name]
+            parts = torch.autograd.grad(value, (queries[index], passages[index]))
+            self._values[name] = self._values.get(name, 0) + value.detach()
+            if name not in self._gradients:
+                wholes = leaves["query", 1][index], leaves["passage", 1][index]
+                self._gradients[name] = torch.zeros_like(wholes[0]), torch.zeros_like(wholes[1])
+            places = slice(first, last), rows
+            for whole, where, part in zip(self._gradients[name], places, parts, strict=True):
+                whole[where] += part
 
-    def term(self, query_tokens: Tensor, passage_tokens: Tensor) -> Tensor:
-        """The whole batch's, with gradient to the token vectors."""
-        term: Tensor = _WithGradient.apply(
-            query_tokens, passage_tokens, self._value, *self._gradients
-        )
-        return term
+    def terms(self, leaves: Leaves) -> dict[str, Tensor]:
+        """The whole batch's, with gradient to the student's outputs."""
+        return {
+            name: _WithGradient.apply(
+                leaves["query", 1][index], leaves["passage", 1][index], self._values[name],
+                *self._gradients[name],
+            )
+            for name, index in self._reads.items()
+        }  # fmt: skip
 
 
 class _WithGradient(torch.autograd.Function):

@@ -9,6 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
 from erniesearch.config import (
+    LossWeights,
+    ObjectiveConfig,
     RunConfig,
     StageConfig,
     StudentConfig,
@@ -30,7 +32,7 @@ from erniesearch.models.backbone import (
 )
 from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, stored_temperature
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.models.joint import JointModel
+from erniesearch.models.joint import JointModel, connect_layers
 
 
 def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTokenizerBase]:
@@ -66,7 +68,9 @@ def assemble_model(
         )
         _check_length(load_config(teacher_settings), teacher_settings.path,
                       query_length + passage_length)  # fmt: skip
-        teacher = CrossEncoder(teacher_settings, capture_attention=bool(stage.weights.attention))
+        teacher = CrossEncoder(
+            teacher_settings, stages.attention_layers(stage.weights, config.objective)
+        )
         if not stage.weights.ce and config.objective.detach_targets:
             teacher.requires_grad_(False)
     objective = config.objective
@@ -127,8 +131,21 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     if any(map(stages.needs_teacher, weights)):
         check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
         _check_length(load_config(teacher), teacher.path, query_length + passage_length)
-        if any(w.attention for w in weights):
-            CrossEncoder(teacher, capture_attention=True)
+        _check_attention(config.objective, weights, student, teacher)
+
+
+def _check_attention(
+    objective: ObjectiveConfig,
+    weights: list[LossWeights],
+    student: StudentConfig,
+    teacher: TeacherConfig,
+) -> None:
+    """The models have the projections that the stages' terms over attention ask for."""
+    layers = [layer for w in weights for layer in stages.attention_layers(w, objective)]
+    if layers:
+        cross_encoder = CrossEncoder(teacher, layers)
+        if any(w.virt for w in weights):
+            connect_layers(StudentEncoder(student), cross_encoder, objective.virt_layers)
 
 
 def _check_temperature(config: RunConfig, teacher: TeacherConfig) -> None:

@@ -192,6 +192,26 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class TeacherCheckConfig:
+    """Whether the cascade's teachers rank better than the student that they are to teach: its own
+    candidates, reranked before the cascade."""
+
+    enabled: bool = True
+    """False leaves the check out; a cascade that distils nothing has none."""
+    queries: int = 300
+    """Queries, drawn with the run's seed; all of the split if it has fewer."""
+    depth: int = 20
+    """Candidates of the dual-encoder that each teacher reranks."""
+    num_distractors: int | None = 20_000
+    """Passages searched besides those relevant to the queries, or all if there are fewer; null
+    takes the whole corpus."""
+    split: str | None = None
+    """Name of the qrels file (without .tsv). Null: training.validation_split, else dev where it is
+    there, else data.train_split, on whose queries student and teacher were trained. Never the test
+    split by itself: what is told here is meant to be acted on."""
+
+
+@dataclass(frozen=True)
 class MineConfig:
     """Hard negatives by the current dual-encoder, denoised by the teacher."""
 
@@ -238,6 +258,8 @@ class StagesConfig:
     )  # fmt: skip
     """The cross-encoder alone: lists of 8, random negatives for the first updates, then hard ones.
     The learning rates are those of a small encoder (teacher_lr says which for larger ones)."""
+    teacher_check: TeacherCheckConfig = TeacherCheckConfig()
+    """Measures what the cascade's teachers gain over its student; changes no model."""
     mine: MineConfig = MineConfig()
     """Hard-negative mining."""
     cascade: StageConfig = StageConfig(

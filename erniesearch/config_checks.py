@@ -121,7 +121,10 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
 
 
 def _check_mining_and_evaluation(config: RunConfig, require: Require) -> None:
-    mine, evaluation = config.stages.mine, config.evaluation
+    mine, evaluation, check = config.stages.mine, config.evaluation, config.stages.teacher_check
+    for key in ("queries", "depth"):
+        require(getattr(check, key) >= 1, f"stages.teacher_check.{key}", getattr(check, key),
+                "1 or more")  # fmt: skip
     require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
             f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
     require(mine.num_negatives >= 1, "stages.mine.num_negatives", mine.num_negatives, "1 or more")
@@ -138,11 +141,10 @@ def _check_mining_and_evaluation(config: RunConfig, require: Require) -> None:
     for key, number in (("evaluation.max_queries", evaluation.max_queries),
                         ("stages.mine.max_queries", mine.max_queries)):  # fmt: skip
         require(number is None or number >= 1, key, number, "1 or more, or null")
-    distractors = evaluation.num_distractors
-    require(
-        distractors is None or distractors >= 0, "evaluation.num_distractors", distractors,
-        "0 or more, or null",
-    )  # fmt: skip
+    for key, number in (("evaluation", evaluation.num_distractors),
+                        ("stages.teacher_check", check.num_distractors)):  # fmt: skip
+        require(number is None or number >= 0, f"{key}.num_distractors", number,
+                "0 or more, or null")  # fmt: skip
 
 
 def _check_objective(config: RunConfig, require: Require) -> None:

@@ -22,9 +22,9 @@ from erniesearch.training.process import hold_lock
 from erniesearch.training.stage import check_inputs
 from erniesearch.training.trackers import check_trackers
 
-ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine", "cascade",
-         "export", "evaluate")  # fmt: skip
-STAGE_NAMES = (*TRAINING_STAGES, "mine")
+ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
+         "mine", "cascade", "export", "evaluate")  # fmt: skip
+STAGE_NAMES = (*TRAINING_STAGES, "teacher_check", "mine")
 console = Console(stderr=True, highlight=False)
 
 
@@ -65,6 +65,8 @@ def _check_and_tokenize(
     held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
     check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
+    if "teacher_check" in names:
+        with_split(data, config.data.path, stages.check_split(config))
     check_inputs(config, data)
     if any(
         not stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size))

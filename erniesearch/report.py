@@ -16,6 +16,7 @@ from rich.table import Table
 
 from erniesearch.errors import UserError
 from erniesearch.retrieval.evaluate import Estimate
+from erniesearch.retrieval.teacher_check import TeacherCheck
 from erniesearch.stages import write_atomically
 
 
@@ -30,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``evaluation.json`` holds."""
+    """What ``evaluation.json`` holds; ``teacher_check`` is None where nothing was measured."""
 
     dataset: str
     split: str
@@ -40,6 +41,7 @@ class Report:
     machine: dict[str, object]
     stages: dict[str, dict[str, float]]
     rows: list[Row]
+    teacher_check: TeacherCheck | None = None
 
     def save(self, root: Path) -> None:
         """Write ``evaluation.json`` and ``summary.md``."""
@@ -65,6 +67,8 @@ class Report:
                 {name: Estimate(**value) for name, value in row["metrics"].items()})
             for row in content.pop("rows")
         ]  # fmt: skip
+        if (check := content.pop("teacher_check", None)) is not None:
+            content["teacher_check"] = TeacherCheck.from_facts(check)
         return cls(rows=rows, **content)
 
     @property
@@ -88,6 +92,11 @@ class Report:
         """The summary: table, stages, machine, where the files are."""
         lines = ["# Summary", "", self.caption + ".", "", self.table()]
         lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in self.machine.items()) + "."]
+        if self.teacher_check is not None:
+            lines += ["", "## Before the cascade: what its teachers gain", ""]
+            lines += [self.teacher_check.caption + ".", ""]
+            lines += [f"- {line}" for line in self.teacher_check.lines()]
+            lines += [f"\nWarning: {warning}." for warning in self.teacher_check.warnings()]
         lines += ["", "## Stages", "", "| stage | updates | seconds training | last loss |",
                   "|---|---|---|---|"]  # fmt: skip
         lines += [
@@ -105,8 +114,13 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def show(self, console: Console) -> None:
-        """Print the table."""
+        """Print the table, and what the cascade's teachers gained."""
         show_table(console, self.caption, self.rows)
+        if self.teacher_check is not None:
+            for line in (self.teacher_check.caption + ":", *self.teacher_check.lines()):
+                console.print(line, soft_wrap=True, markup=False)
+            for warning in self.teacher_check.warnings():
+                console.print(f"warning: {warning}", soft_wrap=True, markup=False)
 
 
 def markdown_table(rows: list[Row]) -> str:

@@ -2,7 +2,8 @@
 
     base ─ post_train ─┬─ contrastive (baseline)
                        └─ interaction ─┬─ mine ─ cascade ─ export, evaluate
-    base ─ teacher ────────────────────┘
+    base ─ teacher ────────────────────┤
+                                       └─ teacher_check (measures; only evaluate reads it)
 
 A stage whose ``steps`` are 0 is left out and its successors start from its predecessor.
 """
@@ -32,6 +33,7 @@ STUDENT_CHAIN = {
     "contrastive": ("post_train",),
     "interaction": ("post_train",),
     "teacher": (),
+    "teacher_check": ("interaction", "post_train"),
     "mine": ("interaction", "post_train"),
     "cascade": ("interaction", "post_train"),
 }
@@ -53,9 +55,18 @@ def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[i
     return [-1] * bool(weights.attention) + objective.virt_layers * bool(weights.virt)
 
 
+def distilled_from(weights: LossWeights) -> tuple[str, ...]:
+    """The models whose scores or attention are a target of the objective."""
+    cross_encoder = weights.ce_to_li or weights.ce_to_de or weights.attention
+    return ("late_interaction",) * bool(weights.li_to_de) + ("cross_encoder",) * bool(cross_encoder)
+
+
 def is_enabled(config: RunConfig, stage: str) -> bool:
     """Whether the run contains this stage."""
     settings = getattr(config.stages, stage)
+    if stage == "teacher_check":
+        cascade = config.stages.cascade
+        return bool(settings.enabled and cascade.steps and distilled_from(cascade.weights))
     return settings.enabled if stage == "mine" else settings.steps > 0
 
 
@@ -66,8 +77,19 @@ def student_source(config: RunConfig, stage: str) -> str | None:
 
 def teacher_source(config: RunConfig, stage: str) -> str | None:
     """The stage whose cross-encoder this stage starts from; None for the pretrained weights."""
-    wanted = stage in ("mine", "cascade") and is_enabled(config, "teacher")
-    return "teacher" if wanted else None
+    wanted = stage in ("mine", "cascade") or (
+        stage == "teacher_check"
+        and "cross_encoder" in distilled_from(config.stages.cascade.weights)
+    )
+    return "teacher" if wanted and is_enabled(config, "teacher") else None
+
+
+def check_split(config: RunConfig) -> str:
+    """The split whose queries ``teacher_check`` draws."""
+    if named := config.stages.teacher_check.split or config.training.validation_split:
+        return named
+    there = (Path(config.data.path) / "qrels" / "dev.tsv").is_file()
+    return "dev" if there else config.data.train_split
 
 
 def final_student(config: RunConfig) -> str | None:
@@ -174,7 +196,10 @@ def given_negatives(config: RunConfig) -> Path:
 def models_hash(config: RunConfig, stage: str) -> list[Any]:
     """Settings of the models that a stage runs, with the contents of those that are folders."""
     student, teacher = asdict(config.student), asdict(config.teacher)
-    if stage in TRAINING_STAGES:
+    if stage == "teacher_check":
+        if "cross_encoder" not in distilled_from(config.stages.cascade.weights):
+            teacher = {"path": ""}
+    elif stage in TRAINING_STAGES:
         weights: LossWeights = getattr(config.stages, stage).weights
         if not needs_student(weights):  # its vocabulary, and perhaps its weights, are read
             student = {key: student[key] for key in ("path", "revision", "trust_remote_code")}
@@ -193,7 +218,8 @@ def upstream(config: RunConfig, stage: str) -> list[str]:
     if stage == "bm25":
         return []
     if stage in ("evaluate", "export"):
-        return [name for name in TRAINING_STAGES if is_enabled(config, name)]
+        read = TRAINING_STAGES + ("teacher_check",) * (stage == "evaluate")
+        return [name for name in read if is_enabled(config, name)]
     sources = [student_source(config, stage), teacher_source(config, stage)]
     if stage in TRAINING_STAGES:
         settings: StageConfig = getattr(config.stages, stage)
@@ -248,6 +274,9 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["objective"] = _decisive(asdict(config.objective))
     if stage == "evaluate":
         settings["evaluation"] = asdict(config.evaluation)
+    elif stage == "teacher_check":
+        settings["settings"] = asdict(config.stages.teacher_check) | {"split": check_split(config)}
+        settings["teachers"] = distilled_from(config.stages.cascade.weights)
     elif stage == "mine":
         settings["settings"] = asdict(config.stages.mine)
     elif stage in TRAINING_STAGES:

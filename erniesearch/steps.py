@@ -1,12 +1,14 @@
-"""What the pipeline does beside training: BM25, mining, export, evaluation.
+"""What the pipeline does beside training: BM25, measuring teachers, mining, export, evaluation.
 
 Each step runs in a process of its own, which a pipeline starts (``erniesearch.launcher``): a
 process that has worked on a GPU keeps its context and cache there until it ends, and the next
 stage's ranks need the room.
 """
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from erniesearch.data.formats import (
     RetrievalData,
     Run,
     load_beir,
+    with_split,
     write_negatives,
     write_trec_run,
 )
@@ -28,8 +31,10 @@ from erniesearch.export import export_all, write_cards
 from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
+from erniesearch.retrieval.fusion import reciprocal_rank_fusion
 from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.mine import asks_teacher, mine_negatives, statistics, told
+from erniesearch.retrieval.teacher_check import TeacherCheck, check_teachers
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -98,6 +103,26 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     return facts
 
 
+def make_teacher_check(config: RunConfig) -> dict[str, Any]:
+    """What the cascade's teachers gain over the student that it starts from."""
+    settings, split = config.stages.teacher_check, stages.check_split(config)
+    data = with_split(_training_data(config), config.data.path, split)
+    data = evaluate.draw_subset(data, settings.queries, settings.num_distractors, config.seed)
+    teachers = stages.distilled_from(config.stages.cascade.weights)
+    student, teacher = part_settings(config, "teacher_check")
+    facts = check_teachers(
+        data, make_retriever(config, student),
+        make_scorer(config, teacher) if "cross_encoder" in teachers else None,
+        "late_interaction" in teachers, settings.depth, config.seed,
+    )  # fmt: skip
+    check = TeacherCheck(split=split, trained_on=split == config.data.train_split, **facts)
+    for line in (check.caption, *check.lines()):
+        console.print(line, soft_wrap=True)
+    for warning in check.warnings():
+        console.print(f"[bold]warning:[/] {warning}", soft_wrap=True)
+    return asdict(check)
+
+
 def export_models(config: RunConfig) -> dict[str, Any]:
     """The last models as folders for other libraries."""
     return {"folders": [str(path) for path in export_all(config)]}
@@ -120,6 +145,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     for stage, label in students.items():
         if stage is None or stages.trains_student(config, stage):
             table.add_student(stage, label)
+    table.add_fusion()
     table.add_rerankers()
     facts = {
         name: stage_facts(table.folder.stage(name))
@@ -129,14 +155,23 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     report = Report(
         Path(config.data.path).name, config.evaluation.split, len(data.queries), len(data.pids),
         config.evaluation.rerank_depth, describe_machine(), facts, table.rows,
+        _teacher_check(config, table.folder),
     )  # fmt: skip
     report.save(table.folder.root)
     write_cards(config, report.for_card())
     return {"rows": len(table.rows)}
 
 
+def _teacher_check(config: RunConfig, folder: stages.RunFolder) -> TeacherCheck | None:
+    if not stages.is_enabled(config, "teacher_check"):
+        return None
+    marker = folder.stage("teacher_check") / "done.json"
+    return TeacherCheck.from_facts(json.loads(marker.read_text(encoding="utf-8")))
+
+
 STEPS: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
     "bm25": make_bm25_negatives,
+    "teacher_check": make_teacher_check,
     "mine": make_mined_negatives,
     "export": export_models,
     "evaluate": evaluate_run,
@@ -155,6 +190,7 @@ class _TableMaker:
         self.folder = stages.RunFolder(config.run_dir)
         self.depth = max(100, config.evaluation.rerank_depth)
         self.rows: list[Row] = []
+        self.bm25_run: Run = {}
         self.final_run: Run | None = None
         self.final_retriever: Retriever | None = None
 
@@ -168,10 +204,10 @@ class _TableMaker:
 
     def add_bm25(self) -> None:
         settings = self.config.evaluation
-        run = evaluate.bm25_run(
+        self.bm25_run = evaluate.bm25_run(
             self.data, self.depth, settings.bm25_stemmer, settings.bm25_tokenizer
         )
-        self.add("BM25", "bm25", run)
+        self.add("BM25", "bm25", self.bm25_run)
 
     def add_student(self, stage: str | None, label: str) -> None:
         final = stage is not None and stage == stages.final_student(self.config)
@@ -188,6 +224,11 @@ class _TableMaker:
         self.add(label, f"dual_encoder-{stage or 'untrained'}", run)
         if final:
             self.final_run, self.final_retriever = run, retriever
+
+    def add_fusion(self) -> None:
+        if self.final_run is not None:
+            run = reciprocal_rank_fusion([self.bm25_run, self.final_run], self.depth)
+            self.add("BM25 + dual-encoder, fused", "fused", run)
 
     def add_rerankers(self) -> None:
         if self.final_run is None or self.final_retriever is None:

@@ -26,6 +26,12 @@ from erniesearch.data.formats import load_beir, write_trec_run
 from erniesearch.errors import UserError
 
 GridMaker = Callable[..., Path]
+_HALF = {"mean": 0.5, "low": 0.4, "high": 0.6}
+TEACHERS = {
+    "queries": 9, "passages": 9, "depth": 9, "split": "dev", "trained_on": False,
+    "student": _HALF, "ceiling": _HALF, "late_interaction": None,
+    "cross_encoder": {"mrr": _HALF, "gain": {"mean": 0.125, "low": 0.1, "high": 0.15}},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -73,7 +79,8 @@ def write_results(grid: Grid) -> list[str]:
             line = {"step": 3, "loss": 1.0, "speed": {"seconds": 2.0}}
             (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
             (folder / "checkpoints").mkdir()
-            stages.mark_done(folder, stages.fingerprint(config, step, 1))
+            facts = TEACHERS if step == "teacher_check" else {}
+            stages.mark_done(folder, stages.fingerprint(config, step, 1), **facts)
         else:
             data = load_beir(grid.base["data"]["path"], "test")
             rng = np.random.default_rng(len(begun))
@@ -116,7 +123,8 @@ def test_shared_stages_are_trained_once(make_grid: GridMaker) -> None:
     }
     assert len(teachers) == 1
     run.train_arms(grid, jobs, parallel=1)
-    assert len(begun) == 1 + 6 + 6  # nothing is done again
+    assert sum(line.endswith("run teacher_check") for line in begun) == 1
+    assert len(begun) == 1 + 1 + 6 + 6  # nothing is done again
 
     results = collect(grid, "erniesearch ablate grid.yaml")
     assert [c.arm for c in results.comparisons] == ["distilled", "hotter"]
@@ -131,11 +139,18 @@ def test_shared_stages_are_trained_once(make_grid: GridMaker) -> None:
     assert results.arms["hotter"]["seconds"] == 2.0
     assert results.arms["hotter"]["seconds_with_upstream"] == 4.0
     assert results.arms["plain"]["seconds_with_upstream"] == 2.0
+    for name, gain in (("plain", None), ("distilled", 0.125), ("hotter", 0.125)):
+        assert results.arms[name]["teacher_gain"] == gain
+        assert results.arms[name]["late_interaction_gain"] is None
     results.save(grid.run_dir / "results.json")
     assert json.loads((grid.run_dir / "results.json").read_text())["seeds"] == [1, 2]
     table = results.markdown()
     assert "| plain |" in table
     assert "primary" in table
+    rows = {
+        line.split("|")[1].strip(): line.split("|") for line in table.splitlines() if "|" in line
+    }
+    assert [rows[name][7].strip() for name in ("plain", "hotter")] == ["", "+0.125"]
     plot_differences(results, grid.run_dir / "differences.png")
     plot_curves(grid, grid.run_dir / "curves.png")
     assert (grid.run_dir / "curves.png").stat().st_size > 5000
@@ -153,7 +168,7 @@ def test_arms_see_the_same_batches(make_grid: GridMaker) -> None:
     assert (weights.de, weights.ce_to_de, weights.li, weights.ce) == (0.5, 1.0, 0.0, 0.0)
     assert hotter.objective.tau_de == 2.0
     assert needed_steps(plain) == ["cascade"]
-    assert needed_steps(hotter) == ["teacher", "cascade"]
+    assert needed_steps(hotter) == ["teacher", "teacher_check", "cascade"]
 
 
 @pytest.mark.parametrize(

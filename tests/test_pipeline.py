@@ -82,7 +82,8 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     status, output = run_python(*command, timeout=400)
     assert status == 0, output[-4000:]
     assert "Traceback" not in output
-    for name in ("bm25", "post_train", "contrastive", "interaction", "teacher", "mine"):
+    for name in ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
+                 "mine"):  # fmt: skip
         assert f"{name}: done before" in output
     trace = losses_of(folder.stage("cascade"))
     assert [line["step"] for line in trace] == list(range(1, 81))
@@ -91,9 +92,12 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     assert rows == [
         "BM25", "dual-encoder, before training", "dual-encoder, contrastive alone",
         "dual-encoder, after post-training", "dual-encoder, after interaction",
-        "dual-encoder, after cascade", "late interaction, reranking", "cross-encoder, reranking",
+        "dual-encoder, after cascade", "BM25 + dual-encoder, fused", "late interaction, reranking",
+        "cross-encoder, reranking",
     ]  # fmt: skip
     summary = (run_dir / "summary.md").read_text()
+    assert "Before the cascade: what its teachers gain" in summary
+    assert "ceiling" in output
     assert all(row in summary and row in output for row in rows)
     for path in ("exports/dual_encoder/modules.json", "exports/late_interaction/modules.json",
                  "exports/cross_encoder/config.json", "index/index", "config.yaml",
@@ -107,7 +111,7 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("stages/*/done.json")}
     status, output = run_python(*command, timeout=200)
     assert status == 0
-    assert len(re.findall("done before", output)) == len(before) == 9
+    assert len(re.findall("done before", output)) == len(before) == 10
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
     whole = tmp_path / "whole"
@@ -157,7 +161,7 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
         row["name"] for row in json.loads((folder.root / "evaluation.json").read_text())["rows"]
     ]
     assert rows == ["BM25", "dual-encoder, before training", "dual-encoder, after cascade",
-                    "late interaction, reranking"]  # fmt: skip
+                    "BM25 + dual-encoder, fused", "late interaction, reranking"]  # fmt: skip
     assert (folder.index / "index").is_file()
 
     # A mistake that the step finds is told by it, once.

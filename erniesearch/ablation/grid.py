@@ -132,7 +132,8 @@ def read_grid(path: Path, overrides: Mapping[str, Any]) -> Grid:
 
 
 def needed_steps(config: RunConfig) -> list[str]:
-    """The pipeline's steps that lead to the final student, in order.
+    """The pipeline's steps that lead to the final student, in order, and what measures its
+    teachers.
 
     Raises:
         UserError: if the configuration trains no student.
@@ -142,6 +143,8 @@ def needed_steps(config: RunConfig) -> list[str]:
         raise UserError("the configuration trains no student: set stages.NAME.steps above 0")
     wanted: set[str] = set()
     todo = [final]
+    if stages.is_enabled(config, "teacher_check"):
+        todo.append("teacher_check")
     while todo:
         name = todo.pop()
         if name not in wanted:

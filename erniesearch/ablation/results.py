@@ -16,6 +16,7 @@ from erniesearch.data.formats import load_beir
 from erniesearch.data.trec import read_trec_run
 from erniesearch.report import describe_machine, stage_facts
 from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query
+from erniesearch.retrieval.teacher_check import Teacher, TeacherCheck
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Results:
     """The content of ``results-SPLIT.json``.
 
     ``arms`` holds for each arm every metric's mean, standard deviation over seeds (None for one
-    seed) and value per seed, updates and seconds of the final stage, and what the arm is about.
+    seed) and value per seed, updates and seconds of the final stage, what the arm is about, and
+    what its teachers gain in MRR@10 over the student that the cascade starts from
+    (``teacher_gain``: the cross-encoder; ``late_interaction_gain``; means over seeds, None for a
+    model that it distils nothing from).
     """
 
     name: str
@@ -72,9 +76,11 @@ class Results:
             f" clusters (queries that share a relevant passage); {metric}, mean ± standard"
             f" deviation over seeds; difference to the control ({self.control} unless said) with a"
             " 95 % bootstrap interval over clusters; p of the randomisation test, signs flipped by"
-            " cluster; Holm's correction over the secondary comparisons.", "",
-            f"| arm | {metric} | difference | p | p (Holm) | per seed | updates | seconds |",
-            "|---|---|---|---|---|---|---|---|",
+            " cluster; Holm's correction over the secondary comparisons. Gain: a teacher's MRR@10"
+            " over that of the student it teaches, before the cascade, on its own candidates.", "",
+            f"| arm | {metric} | difference | p | p (Holm) | per seed | cross-encoder's gain | late"
+            " interaction's gain | updates | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for name, facts in self.arms.items():
             value = facts[metric]
@@ -90,6 +96,8 @@ class Results:
                 ]  # fmt: skip
             else:
                 cells += ["control", "", "", ""]
+            gains = (facts["teacher_gain"], facts["late_interaction_gain"])
+            cells += ["" if gain is None else f"{gain:+.3f}" for gain in gains]
             lines.append(f"| {' | '.join(cells)} | {facts['updates']} | {facts['seconds']:.0f} |")
         return "\n".join(lines) + "\n"
 
@@ -139,6 +147,7 @@ def _summary(by_seed: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
 def _facts(grid: Grid, arm: Arm) -> dict[str, Any]:
     """Updates and mean seconds of the final stage, and the seconds of all that leads to it."""
     own, whole, updates = [], [], 0
+    gains: dict[str, list[float]] = {"cross_encoder": [], "late_interaction": []}
     for seed in arm.seeds:
         config = grid.config(arm, seed)
         steps = [name for name in needed_steps(config) if name in TRAINING_STAGES]
@@ -146,12 +155,24 @@ def _facts(grid: Grid, arm: Arm) -> dict[str, Any]:
         own.append(facts[steps[-1]]["seconds"])
         whole.append(sum(f["seconds"] for f in facts.values()))
         updates = int(facts[steps[-1]]["steps"])
+        for teacher, found in _teachers(grid, config).items():
+            gains[teacher].append(found.gain.mean)
+    means = {name: float(np.mean(values)) if values else None for name, values in gains.items()}
     return {"updates": updates, "seconds": float(np.mean(own)),
-            "seconds_with_upstream": float(np.mean(whole))}  # fmt: skip
+            "seconds_with_upstream": float(np.mean(whole)),
+            "teacher_gain": means["cross_encoder"],
+            "late_interaction_gain": means["late_interaction"]}  # fmt: skip
 
 
 def _stage(grid: Grid, config: RunConfig, name: str) -> dict[str, float]:
     return stage_facts(result_folder(grid, config, name) / "stages" / name)
+
+
+def _teachers(grid: Grid, config: RunConfig) -> dict[str, Teacher]:
+    if not stages.is_enabled(config, "teacher_check"):
+        return {}
+    folder = result_folder(grid, config, "teacher_check") / "stages" / "teacher_check"
+    return TeacherCheck.from_facts(json.loads((folder / "done.json").read_text())).teachers
 
 
 def _compare(

@@ -78,8 +78,8 @@ def step_command(argv: list[str]) -> int:
         " holds the run's folder meanwhile.",
     )  # fmt: skip
     parser.add_argument(
-        "--name", type=Literal["bm25", "mine", "export", "evaluate"], required=True,
-        help="What is done.",
+        "--name", required=True, help="What is done.",
+        type=Literal["bm25", "teacher_check", "mine", "export", "evaluate"],
     )  # fmt: skip
     parser.add_argument(
         "--world_size", type=int, required=True, help="Ranks of the run's training stages."

@@ -45,26 +45,36 @@ def evaluation_subset(data: RetrievalData, settings: EvaluationConfig, seed: int
     """The collection to search: the drawn queries, their relevant passages and the distractors.
 
     Raises:
-        UserError: if there are fewer queries or distractors than asked for.
+        UserError: if there are fewer distractors than asked for.
     """
+    subset = draw_subset(data, settings.max_queries, settings.num_distractors, seed)
+    judged = {pid for grades in subset.qrels.values() for pid in grades}
+    drawn = len(subset.pids) - len(judged)
+    if settings.num_distractors is not None and drawn < settings.num_distractors:
+        raise UserError(
+            f"evaluation.num_distractors is {settings.num_distractors}, the corpus has"
+            f" {drawn} passages besides the judged ones: lower it, or null for all"
+        )
+    return subset
+
+
+def draw_subset(
+    data: RetrievalData, max_queries: int | None, num_distractors: int | None, seed: int
+) -> RetrievalData:
+    """At most ``max_queries`` queries with a relevant passage, their judged passages and at most
+    ``num_distractors`` others; None takes all."""
     rng = np.random.default_rng([seed, 6])
     relevant = data.relevant()
     qids = list(relevant)
-    if settings.max_queries is not None and settings.max_queries < len(qids):
-        qids = [qids[i] for i in sorted(rng.permutation(len(qids))[: settings.max_queries])]
+    if max_queries is not None and max_queries < len(qids):
+        qids = [qids[i] for i in sorted(rng.permutation(len(qids))[:max_queries])]
     qrels = {qid: data.qrels[qid] for qid in qids}
     queries = {qid: data.queries[qid] for qid in qids}
-    if settings.num_distractors is None:
+    if num_distractors is None:
         return replace(data, queries=queries, qrels=qrels)
     keep = np.zeros(len(data.pids), dtype=bool)
     keep[rows_of(data.index_of, [pid for grades in qrels.values() for pid in grades])] = True
-    others = np.flatnonzero(~keep)
-    if settings.num_distractors > len(others):
-        raise UserError(
-            f"evaluation.num_distractors is {settings.num_distractors}, the corpus has"
-            f" {len(others)} passages besides the judged ones: lower it, or null for all"
-        )
-    keep[rng.permutation(others)[: settings.num_distractors]] = True
+    keep[rng.permutation(np.flatnonzero(~keep))[:num_distractors]] = True
     rows = np.flatnonzero(keep)
     return RetrievalData(take(data.pids, rows), take(data.passages, rows), queries, qrels)
 

@@ -21,7 +21,7 @@ from erniesearch.ablation.plots import plot_curves, plot_differences
 from erniesearch.ablation.results import collect
 from erniesearch.ablation.statistics import clusters_of, difference, holm
 from erniesearch.cli import main
-from erniesearch.config import LossWeights, StageConfig, to_yaml
+from erniesearch.config import TRAINING_STAGES, LossWeights, StageConfig, to_yaml
 from erniesearch.data.formats import load_beir, write_trec_run
 from erniesearch.errors import UserError
 
@@ -78,7 +78,8 @@ def write_results(grid: Grid) -> list[str]:
             folder = stages.RunFolder(config.run_dir).stage(step)
             line = {"step": 3, "loss": 1.0, "speed": {"seconds": 2.0}}
             (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-            (folder / "checkpoints").mkdir()
+            if step in TRAINING_STAGES:
+                (folder / "checkpoints").mkdir()
             facts = TEACHERS if step == "teacher_check" else {}
             stages.mark_done(folder, stages.fingerprint(config, step, 1), **facts)
         else:

@@ -235,6 +235,24 @@ def test_attention_from_a_model_that_has_none_is_refused(
 
 
 @both
+def test_virt_of_a_student_without_projections_is_refused(
+    command: tuple[str, ...], config: RunConfig, tmp_path: Path, refused: Refused
+) -> None:
+    folder = write_without_projections(
+        tmp_path / "student", "distilbert", Path(config.student.path)
+    )
+    cascade = replace(config.stages.cascade, weights=LossWeights(de=1.0, virt=1.0))
+    config = replace(
+        config, stages=replace(config.stages, cascade=cascade),
+        teacher=TeacherConfig(config.student.path),
+        student=replace(config.student, path=str(folder)),
+    )  # fmt: skip
+    message = refused(config, *command)
+    assert message.startswith(f"student '{folder}' (distilbert) cannot give attention")
+    assert message.endswith("weights.virt to 0")
+
+
+@both
 @pytest.mark.parametrize(
     ("path", "problem"),
     [

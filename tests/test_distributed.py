@@ -12,6 +12,7 @@ from conftest import ROOT, WITH_VIRT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch import distributed
+from erniesearch.config import LossWeights
 from erniesearch.stages import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -163,3 +164,15 @@ def test_in_batch_negatives_are_those_of_separate_batches(
     changes = {"candidates": "in_batch", **OTHER_SETTINGS}
     for folder in train(make_config, tmp_path, 2, (1, 3), **changes).values():
         compare(folder, one)
+
+
+def test_projections_have_their_parameters_in_the_backward_pass(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """Alone, the virtual interaction reaches the last layer through its projections only: under
+    ZeRO-3 nothing else brings their parameters back."""
+    alone = train(make_config, tmp_path, 1, (0, 1, 3), weights=LossWeights(virt=1.0))
+    first, *_, last = (row["virt"] for row in losses_of(alone[0].stage("cascade")))
+    assert last < first
+    for zero in (1, 3):
+        compare(alone[zero], alone[0])

@@ -194,7 +194,7 @@ class CrossEncoder(nn.Module):
     def _projections(self, layer: int) -> Projections:
         """Of every token of the last forward's pairs ``[N, heads, L, d]``, detached."""
         assert self.tap is not None
-        return Projections(*(split_heads(x.detach(), self.num_heads) for x in self.tap.of(layer)))
+        return Projections(*(split_heads(x, self.num_heads) for x in self.tap.of(layer)))
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write ``state`` (this module's, gathered) as a transformers folder."""

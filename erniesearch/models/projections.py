@@ -31,7 +31,7 @@ class ProjectionTap:
     backward pass brings ZeRO-3's parameters back.
 
     Args:
-        part: whose model it is.
+        part: whose model it is; a teacher's are kept without their graph.
         path: where it comes from, for messages.
         layers: counted from 0, or from the last one, -1.
 
@@ -49,6 +49,7 @@ class ProjectionTap:
         modules = getattr(getattr(model.base_model, "encoder", None), "layer", None)
         self._taps: dict[int, tuple[nn.Linear, nn.Linear]] = {}
         self.path = path
+        self._detached = part == "teacher"
         self._handles: list[RemovableHandle] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._num_layers = int(model.config.num_hidden_layers)
@@ -78,7 +79,7 @@ class ProjectionTap:
 
     def _hook(self, key: tuple[int, int]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._kept[key] = output
+            self._kept[key] = output.detach() if self._detached else output
 
         return hook
 

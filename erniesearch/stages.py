@@ -286,6 +286,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         own.pop("queries_per_rank")
         settings["seed"] = stage_seed(config, stage)
         own.pop("seed")
+        # A term that is not computed decides nothing, nor does one that this version does not know.
+        own["weights"] = {term: weight for term, weight in own["weights"].items() if weight}
         settings["settings"] = own
         settings["objective"] = _decisive_objective(config, stage, ranks)
         if own["negatives"] == "given":

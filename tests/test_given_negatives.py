@@ -47,7 +47,7 @@ def test_groups_come_from_the_given_file(config: RunConfig) -> None:
 def test_no_stage_makes_them(config: RunConfig) -> None:
     off = replace(config.stages, mine=replace(config.stages.mine, enabled=False))
     config = validate(replace(config, stages=off))
-    assert planned(config) == ["cascade", "export", "evaluate"]
+    assert planned(config) == ["teacher_check", "cascade", "export", "evaluate"]
     assert stages.upstream(config, "cascade") == []
 
 

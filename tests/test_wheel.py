@@ -105,7 +105,8 @@ def test_quickstart_away_from_the_checkout(command: Command) -> None:
                                                      "cascade")]  # fmt: skip
     command("erniesearch", "run", "quickstart", *steps, "--stages.mine.max_queries", "16",
             "--evaluation.max_queries", "20", "--evaluation.num_distractors", "100")  # fmt: skip
-    answer = command("erniesearch", "search", "--run", "runs/quickstart", "wait until a process has ended")
+    answer = command("erniesearch", "search", "--run", "runs/quickstart",
+                     "wait until a process has ended")  # fmt: skip
     assert " 1. " in answer
     model = "runs/quickstart/exports/dual_encoder"
     command("erniesearch", "encode", "--model", model, "--data", "data/pycode", "--out", "vectors")

@@ -87,7 +87,7 @@ assert commit() is None
 PY
 status=0
 erniesearch run quickstart 2>error || status=$?
-if [ $status != 2 ] || ! grep -q "^erniesearch: error: data/pydocs: no such folder" error; then
+if [ $status != 2 ] || ! grep -q "^erniesearch: error: data/pycode: no such folder" error; then
     cat error >&2
     exit 1
 fi

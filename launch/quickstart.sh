@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
 export TOKENIZERS_PARALLELISM=false
-[ -e data/pydocs/qrels/train.tsv ] || erniesearch data pydocs --out data/pydocs --max_pairs 5000
+[ -e data/pycode/qrels/train.tsv ] || erniesearch data pycode --out data/pycode --max_pairs 4000
 erniesearch run configs/quickstart.yaml "$@"
 echo
-echo "Ask it: . .venv/bin/activate && erniesearch search --run runs/quickstart \"undo the last edit\""
+echo "Ask it: . .venv/bin/activate && erniesearch search --run runs/quickstart \"wait until a process has ended\""

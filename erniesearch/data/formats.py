@@ -113,8 +113,8 @@ def load_beir(root: str | Path, split: str, use_titles: bool = True) -> Retrieva
     if not root.is_dir():
         raise UserError(
             f"{root}: no such folder; data.path must hold corpus.jsonl, queries.jsonl and qrels/:"
-            " `erniesearch data import` brings a data set there, `erniesearch data pydocs --out"
-            f" {root} --max_pairs 5000` writes the quickstart's"
+            " `erniesearch data import` brings a data set there, `erniesearch data pycode --out"
+            f" {root} --max_pairs 4000` writes the quickstart's"
         )
     corpus = open_corpus(root / "corpus.jsonl", use_titles)
     queries = read_queries(root / "queries.jsonl")

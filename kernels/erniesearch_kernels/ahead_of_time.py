@@ -185,16 +185,17 @@ def _kl_configurations(
     for rebuild in (False, True):
         name = f"{'attention' if rebuild else 'token'}_kl"
         for step in ("forward", "query_gradient", "passage_gradient"):
-            config = _kl_tile(step, dtype, shared["BLOCK_D"], rebuild)
-            meta = shared | head | {"REBUILD": rebuild, "ALIGNED": not rebuild} | config
+            meta = shared | head | {"REBUILD": rebuild, "ALIGNED": not rebuild}
+            meta |= _kl_tile(step, dtype, meta)
             kernel = getattr(token_kl, f"{step}_kernel")
             yield _for(kernel, f"{name}_{step}/{label}", capability, dtype, meta)
 
 
-def _kl_tile(step: str, dtype: torch.dtype, block_d: int, rebuild: bool) -> dict[str, int]:
-    if step == "query_gradient":
-        return tiles.kl_query_gradient_config(dtype, block_d, rebuild)
-    return tiles.kl_config(dtype, block_d, backward=step != "forward")
+def _kl_tile(step: str, dtype: torch.dtype, meta: dict[str, Any]) -> dict[str, int]:
+    if step == "forward":
+        return tiles.kl_config(dtype, meta["BLOCK_D"])
+    config = getattr(tiles, f"kl_{step}_config")
+    return config(dtype, meta["BLOCK_D"], meta["BLOCK_H"] if meta["REBUILD"] else 0)
 
 
 def rarer_forms(capability: int, dtype: torch.dtype, dim: int = 128) -> Iterator[Configuration]:
@@ -229,7 +230,7 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
         other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
         if meta["REBUILD"]:
             step = usual.kernel.__name__.removesuffix("_kernel")
-            meta = meta | _kl_tile(step, torch.float32, meta["BLOCK_D"], rebuild=True)
+            meta = meta | _kl_tile(step, torch.float32, meta)
         suffix = f"teacher_{str(other).removeprefix('torch.')}"
         yield suffix, replace(usual, teacher=other, meta=meta)
         meta = usual.meta

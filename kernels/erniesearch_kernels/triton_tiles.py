@@ -82,23 +82,27 @@ def unit_length(query_length: int) -> int:
     return 32 if -(-query_length // 32) * 2 == -(-query_length // 16) else 16
 
 
-def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> dict[str, int]:
-    """Tile shape of all kernels here: query tokens by passage tokens."""
+def kl_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Tile shape of the KL kernels' forward: query tokens by passage tokens."""
     if dtype == torch.float32:
         # Without tensor cores, loads that run ahead cost registers that spill.
-        if backward:
-            small = block_d > 64
-            rows, columns, warps = 16 if small else 32, 16, 4 if small else 8
-        else:
-            rows = columns = 32 if block_d <= 128 else 16
-            warps = 8
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": 1}
+        rows = 32 if block_d <= 128 else 16
+        return {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": 1}
     columns = 64 if block_d <= 128 else 32
     return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
 
-def kl_query_gradient_config(dtype: torch.dtype, block_d: int, rebuild: bool) -> dict[str, int]:
-    """As the other backward kernel's; with a given map, 4 warps do with fewer instructions and no
-    spills (8 spill on sm_90 with int32 winners). A rebuilt map leaves 4 warps too few registers."""
-    config = kl_config(dtype, block_d, backward=True)
-    return config if rebuild or dtype == torch.float32 else config | {"num_warps": 4}
+def kl_passage_gradient_config(dtype: torch.dtype, block_d: int, block_h: int) -> dict[str, int]:
+    """Tile shape; ``block_h``: padded head dim of the teacher, 0 where its map is given."""
+    widest = max(block_d, block_h)
+    if dtype == torch.float32:
+        rows, warps = (32, 8) if widest <= 64 else (16, 4)
+        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": warps, "num_stages": 1}
+    return kl_config(dtype, widest)
+
+
+def kl_query_gradient_config(dtype: torch.dtype, block_d: int, block_h: int) -> dict[str, int]:
+    """As the passage gradient's; with a given map, 4 warps do with fewer instructions and no spills
+    (8 spill on sm_90 with int32 winners). A rebuilt map leaves 4 warps too few registers."""
+    config = kl_passage_gradient_config(dtype, block_d, block_h)
+    return config if block_h or dtype == torch.float32 else config | {"num_warps": 4}

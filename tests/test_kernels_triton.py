@@ -94,13 +94,29 @@ def test_some_rarer_forms() -> None:
     for capability, dtype in ((100, torch.bfloat16), (89, torch.float32)):
         for form in rarer_forms(capability, dtype):
             kinds.setdefault(form.name.rsplit("/", 1)[1], form)
-    # It spilled with the tile of the other KL kernels.
-    tightest = "token_kl_query_gradient/bfloat16/d128/winners32"
-    forms = {form.name: form for form in rarer_forms(90, torch.bfloat16)}
-    kinds["tightest"] = forms[tightest]
     assert {"winners16", "winners32", "bounds64", "unsaved", "unit16", "tf32", "odd_length",
             "teacher_float32", "teacher_bfloat16", "head32", "head256"} <= kinds.keys()  # fmt: skip
     assert_sound(kinds.values())
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        (90, "token_kl_query_gradient/bfloat16/d128/winners32"),
+        (90, "attention_kl_passage_gradient/float32/d128/tf32"),
+        (100, "maxsim_forward/bfloat16/d128/normalized/unmasked"),
+        (80, "attention_kl_passage_gradient/bfloat16/d128/head256"),
+    ],
+)
+def test_tightest_forms(capability: int, name: str) -> None:
+    """Each spilled with the tile of its neighbours."""
+    from erniesearch_kernels.ahead_of_time import rarer_forms
+
+    dtype = torch.float32 if "float32" in name else torch.bfloat16
+    forms = [form for form in rarer_forms(capability, dtype) if form.name == name]
+    assert len(forms) == 1
+    assert_sound(forms)
 
 
 @pytest.mark.slow

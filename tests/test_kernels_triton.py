@@ -99,6 +99,26 @@ def test_some_rarer_forms() -> None:
     assert_sound(kinds.values())
 
 
+@compiler
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        (90, "token_kl_query_gradient/bfloat16/d128/winners32"),
+        (90, "attention_kl_passage_gradient/float32/d128/tf32"),
+        (100, "maxsim_forward/bfloat16/d128/normalized/unmasked"),
+        (80, "attention_kl_passage_gradient/bfloat16/d128/head256"),
+    ],
+)
+def test_tightest_forms(capability: int, name: str) -> None:
+    """Each spilled with the tile of its neighbours."""
+    from erniesearch_kernels.ahead_of_time import rarer_forms
+
+    dtype = torch.float32 if "float32" in name else torch.bfloat16
+    forms = [form for form in rarer_forms(capability, dtype) if form.name == name]
+    assert len(forms) == 1
+    assert_sound(forms)
+
+
 @pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -117,6 +137,18 @@ def test_every_rarer_form(capability: int, dtype: torch.dtype) -> None:
     from erniesearch_kernels.ahead_of_time import rarer_forms
 
     assert_sound(rarer_forms(capability, dtype))
+
+
+@compiler
+def test_registers_given_up_for_another_block_are_no_spills() -> None:
+    from erniesearch_kernels.ahead_of_time import Compiled
+
+    def spills(warps: int, registers: int, spill_bytes: int) -> bool:
+        return Compiled(warps, registers, spill_bytes, 0, {}, {}, {}).spills()
+
+    # 2 and 4 blocks of 8 warps, 3 of 4 warps; then 24 bytes, and numbers that no block gains by.
+    assert not any(spills(*x, 16) for x in [(8, 128), (8, 64), (4, 168), (4, 128)])
+    assert all(spills(*x) for x in [(8, 128, 24), (8, 168, 8), (8, 255, 8), (4, 255, 16)])
 
 
 @compiler

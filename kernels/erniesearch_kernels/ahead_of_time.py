@@ -29,6 +29,7 @@ from erniesearch_kernels.triton_tiles import padded_dim
 CAPABILITIES = (80, 89, 90, 100, 120)
 # Left free of a block's shared memory: room for what the next compiler adds.
 MARGIN = 4 * 1024
+REGISTERS = 64 * 1024  # of a multiprocessor
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TEACHER_LSE = token_kl.teacher_lse_kernel
 STUDENT = {"q_ptr", "p_ptr", "out_ptr"}
@@ -91,6 +92,7 @@ class Configuration:
 class Compiled:
     """What the assembler reports for one configuration and architecture."""
 
+    warps: int
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -99,9 +101,12 @@ class Compiled:
     inner_loop: dict[str, int]  # of a loop inside it that also has matrix products, if any
 
     def spills(self) -> bool:
-        """Whether registers ran out. (ptxas also gives up one or two of them where that lets twice
-        as many blocks run, at 64 and at 128: not counted.)"""
-        return self.spill_bytes > (16 if self.registers in (64, 128) else 0)
+        """Whether registers ran out. (ptxas also gives up a few of them where that lets one block
+        more run on a multiprocessor: up to 16 bytes do not count at such a number.)"""
+        threads = 32 * self.warps
+        blocks = REGISTERS // (self.registers * threads)
+        most = REGISTERS // (blocks * threads) // 8 * 8  # registers are given out in eights
+        return self.spill_bytes > (16 if self.registers == most else 0)
 
     def matrix(self) -> str:
         """The widest matrix instruction in use, empty if none is."""
@@ -180,10 +185,17 @@ def _kl_configurations(
     for rebuild in (False, True):
         name = f"{'attention' if rebuild else 'token'}_kl"
         for step in ("forward", "query_gradient", "passage_gradient"):
-            config = tiles.kl_config(dtype, shared["BLOCK_D"], backward=step != "forward")
-            meta = shared | head | {"REBUILD": rebuild, "ALIGNED": not rebuild} | config
+            meta = shared | head | {"REBUILD": rebuild, "ALIGNED": not rebuild}
+            meta |= _kl_tile(step, dtype, meta)
             kernel = getattr(token_kl, f"{step}_kernel")
             yield _for(kernel, f"{name}_{step}/{label}", capability, dtype, meta)
+
+
+def _kl_tile(step: str, dtype: torch.dtype, meta: dict[str, Any]) -> dict[str, int]:
+    if step == "forward":
+        return tiles.kl_config(dtype, meta["BLOCK_D"])
+    config = getattr(tiles, f"kl_{step}_config")
+    return config(dtype, meta["BLOCK_D"], meta["BLOCK_H"] if meta["REBUILD"] else 0)
 
 
 def rarer_forms(capability: int, dtype: torch.dtype, dim: int = 128) -> Iterator[Configuration]:
@@ -217,8 +229,8 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
     if TEACHER & set(usual.kernel.arg_names) and usual.kernel is not TEACHER_LSE:
         other = torch.bfloat16 if usual.dtype == torch.float32 else torch.float32
         if meta["REBUILD"]:
-            backward = usual.kernel is not token_kl.forward_kernel
-            meta = meta | tiles.kl_config(torch.float32, meta["BLOCK_D"], backward=backward)
+            step = usual.kernel.__name__.removesuffix("_kernel")
+            meta = meta | _kl_tile(step, torch.float32, meta)
         suffix = f"teacher_{str(other).removeprefix('torch.')}"
         yield suffix, replace(usual, teacher=other, meta=meta)
         meta = usual.meta
@@ -258,6 +270,7 @@ def compile_one(configuration: Configuration) -> Compiled:
     lines = _instructions(code)
     loop, inner_loop = _matrix_loops(lines, _labels(code))
     return Compiled(
+        warps=configuration.meta["num_warps"],
         registers=resources["REG"],
         spill_bytes=resources["LOCAL"] + resources["STACK"],
         shared_bytes=kernel.metadata.shared,

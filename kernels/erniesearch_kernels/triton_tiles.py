@@ -42,6 +42,7 @@ def forward_config(
 ) -> dict[str, int]:
     """Tile shape of the forward; ``group_rows`` > 0: tokens per query in the own-group form."""
     wide = block_d > 128
+    tight = normalize and capability >= 100 and roomy(capability)  # registers spill there
     if group_rows:
         rows = min(32 if wide else 64, max(16, triton.next_power_of_2(group_rows)))
         columns = 32 if wide or dtype == torch.float32 else 64
@@ -49,13 +50,12 @@ def forward_config(
     if dtype == torch.float32:
         return {"BLOCK_M": 32 if wide else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if wide:
-        small = not roomy(capability) or (normalize and capability >= 100)  # which spills there
-        rows, columns = (64, 32) if small else (128, 64)
+        rows, columns = (64, 32) if tight or not roomy(capability) else (128, 64)
         return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
     # Many rows halve what comes from L2; 64 columns waste less of a last tile. 256 rows take 98 KB
     # of shared memory, and spill registers where norms are computed.
     rows = 256 if roomy(capability) and not normalize else 128
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": rows, "BLOCK_N": 32 if tight else 64, "num_warps": 8, "num_stages": 3}
 
 
 def query_gradient_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
@@ -82,14 +82,27 @@ def unit_length(query_length: int) -> int:
     return 32 if -(-query_length // 32) * 2 == -(-query_length // 16) else 16
 
 
-def kl_config(dtype: torch.dtype, block_d: int, *, backward: bool = False) -> dict[str, int]:
-    """Tile shape of all kernels here: query tokens by passage tokens."""
+def kl_config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Tile shape of the KL kernels' forward: query tokens by passage tokens."""
     if dtype == torch.float32:
         # Without tensor cores, loads that run ahead cost registers that spill.
-        if backward:
-            rows, columns = 32 if block_d <= 64 else 16, 16
-        else:
-            rows = columns = 32 if block_d <= 128 else 16
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
+        rows = 32 if block_d <= 128 else 16
+        return {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": 1}
     columns = 64 if block_d <= 128 else 32
     return {"BLOCK_M": 32, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
+
+
+def kl_passage_gradient_config(dtype: torch.dtype, block_d: int, block_h: int) -> dict[str, int]:
+    """Tile shape; ``block_h``: padded head dim of the teacher, 0 where its map is given."""
+    widest = max(block_d, block_h)
+    if dtype == torch.float32:
+        rows, warps = (32, 8) if widest <= 64 else (16, 4)
+        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": warps, "num_stages": 1}
+    return kl_config(dtype, widest)
+
+
+def kl_query_gradient_config(dtype: torch.dtype, block_d: int, block_h: int) -> dict[str, int]:
+    """As the passage gradient's; with a given map, 4 warps do with fewer instructions and no spills
+    (8 spill on sm_90 with int32 winners). A rebuilt map leaves 4 warps too few registers."""
+    config = kl_passage_gradient_config(dtype, block_d, block_h)
+    return config if block_h or dtype == torch.float32 else config | {"num_warps": 4}

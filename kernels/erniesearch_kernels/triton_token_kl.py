@@ -37,7 +37,12 @@ from erniesearch_kernels.triton_common import (
     precision,
     row_max,
 )
-from erniesearch_kernels.triton_tiles import kl_config, padded_dim
+from erniesearch_kernels.triton_tiles import (
+    kl_config,
+    kl_passage_gradient_config,
+    kl_query_gradient_config,
+    padded_dim,
+)
 
 
 @triton.jit
@@ -438,15 +443,18 @@ class _Problem:
             return grad_queries, grad_passages
         grad_kl = grad_kl.float() / self.num_tokens
         scale, grads = balanced(grad_scores.float().contiguous(), grad_kl.contiguous())
-        config = kl_config(self.tile_dtype, self.meta["BLOCK_D"], backward=True)
+        block_h = self.meta["BLOCK_H"] if self.meta["REBUILD"] else 0
+        tile = self.tile_dtype, self.meta["BLOCK_D"], block_h
         inputs = (
             *grads, scale, self.queries, self.passages, *self.masks, *self.teacher,
             self.teacher_lse(given_lse), winners, lse, norm,
         )  # fmt: skip
         if grad_queries is not None:
+            config = kl_query_gradient_config(*tile)
             grid = (self.num_queries * triton.cdiv(self.query_length, config["BLOCK_M"]),)
             query_gradient_kernel[grid](*inputs, grad_queries, *self.sizes, **self.meta, **config)
         if grad_passages is not None:
+            config = kl_passage_gradient_config(*tile)
             grid = (self.pairs * triton.cdiv(self.passage_length, config["BLOCK_N"]),)
             passage_gradient_kernel[grid](
                 *inputs, grad_passages, *self.sizes, **self.meta, **config

@@ -305,7 +305,7 @@ def test_unknown_stage_and_step_are_refused(config: RunConfig, refused: Refused)
     assert "did you mean 'cascade'?" in message
     assert "stage teacher is left out" in refused(config, "train", "--stage", "teacher")
     message = refused(config, "run", "--only", "cascade,exprt")
-    assert message == "--only exprt: this run has cascade, export, evaluate"
+    assert message == "--only exprt: this run has teacher_check, cascade, export, evaluate"
 
 
 def test_config_that_trains_nothing_is_refused(config: RunConfig, refused: Refused) -> None:

@@ -18,6 +18,7 @@ from erniesearch.training.engine import zero_section
 NAMES = [
     file.relative_to(ROOT / "configs").with_suffix("").as_posix()
     for file in sorted((ROOT / "configs").rglob("*.yaml"))
+    if file.parent.name != "ablation"  # grids, which `erniesearch ablate` takes by name
 ]
 
 

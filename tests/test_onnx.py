@@ -111,5 +111,5 @@ def test_missing_packages_and_failing_models_are_told(
     with pytest.raises(UserError, match=r"no ONNX of this model \(operator aten::strange is not"):
         export_all(config, onnx=True)
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"onnx is not installed: pip install 'erniesearch"):
+    with pytest.raises(UserError, match=r"onnx is not installed: pip install onnx onnxruntime"):
         export_all(config, onnx=True)

@@ -148,7 +148,9 @@ def visible_devices(context: Context) -> None:
     """`erniesearch run` starts its ranks on the GPU that CUDA_VISIBLE_DEVICES names, by its UUID;
     on a CPU, where it names none that exist, the ranks must still be told the same."""
     base = material.tiny(context.folder)
-    config = material.changed(base, context.folder / "run", training={"num_processes": 1})
+    config = material.changed(
+        base, context.folder / "run", training={"num_processes": 1}, student={"dropout": 0.1}
+    )
     file = material.write_config(config, context.folder / "run.yaml")
     wanted = _last_gpu() if context.gpu else "97"
     process = subprocess.Popen(

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
-. launch/setup.sh
+. launch/setup.sh ""  # without an argument it would see those of this script
 export TOKENIZERS_PARALLELISM=false
 [ -e data/pycode/qrels/train.tsv ] || erniesearch data pycode --out data/pycode --max_pairs 4000
 erniesearch run configs/quickstart.yaml "$@"

@@ -185,3 +185,13 @@ def test_own_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "tree" / "pyproject.toml").write_text("[project]\nname = 'erniesearch'\n")
     monkeypatch.setattr(installation, "PACKAGE", tmp_path / "tree" / "erniesearch")
     assert installation.commit() == commit
+
+
+def test_options_of_the_quickstart_are_not_an_extra(tmp_path: Path) -> None:
+    """A sourced script sees the arguments of the one that sources it, unless it gets its own."""
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "quickstart.sh"
+    script.write_text((ROOT / "launch" / "quickstart.sh").read_text())
+    (tmp_path / "launch" / "setup.sh").write_text('echo "extra: ${1:-none}"; exit 0\n')
+    said = subprocess.run(["bash", str(script), "--run_dir", "x"], capture_output=True, text=True)
+    assert said.stdout == "extra: none\n"

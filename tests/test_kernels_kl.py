@@ -129,8 +129,9 @@ def test_large(where: Where, shape: tuple[int, ...], form: str) -> None:
 
 @pytest.mark.parametrize("where", PLACES)
 def test_two_runs_are_bitwise_equal(where: Where) -> None:
+    shape = SHAPES[1 if where.slow else 2]
     for form in FORMS:
-        ours, _, queries, passages, *_ = build(where, SHAPES[2], torch.float32, form, True, 1.0)
+        ours, _, queries, passages, *_ = build(where, shape, torch.float32, form, True, 1.0)
         inputs = queries.to(where.device), passages.to(where.device)
         first, second = (differentiate(ours, inputs, 0) for _ in range(2))
         for x, y in zip(first[0] + first[1], second[0] + second[1], strict=True):

@@ -29,7 +29,6 @@ from erniesearch.yaml_file import read_yaml, unknown_key
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
              "primary", "arms")  # fmt: skip
 ARM_KEYS = ("about", "terms", "set", "seeds", "control")
-SEEDABLE = ("post_train", "contrastive", "interaction", "teacher", "cascade")
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,10 @@ def read_grid(path: Path, overrides: Mapping[str, Any]) -> Grid:
     base = read_yaml(beside if beside.is_file() else installation.config_file(config))
     base = merged(base, _nested(content.get("set"), path, "set"))
     seeds = _seeds(content.get("seeds", [42]), path, "seeds")
-    seeded = content.get("seeded", [*SEEDABLE])
+    seeded = content.get("seeded", [*TRAINING_STAGES])
     for name in seeded:
-        if name not in SEEDABLE:
-            raise UserError(f"{path}: seeded: '{name}' is none of {', '.join(SEEDABLE)}")
+        if name not in TRAINING_STAGES:
+            raise UserError(f"{path}: seeded: '{name}' is none of {', '.join(TRAINING_STAGES)}")
     if not isinstance(content["arms"], dict):
         raise UserError(f"{path}: 'arms' must be a mapping of names to variants")
     arms = {

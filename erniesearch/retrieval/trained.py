@@ -9,7 +9,7 @@ import jsonargparse
 
 from erniesearch import stages
 from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dict
-from erniesearch.config_checks import check_yaml, validate
+from erniesearch.config_checks import validate
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.yaml_file import read_yaml, unknown_key
@@ -24,7 +24,6 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; --run names the folder of a finished run")
-    check_yaml(path)
     return config_from(read_yaml(path) | {"run_dir": str(run_dir)}, str(path))
 
 

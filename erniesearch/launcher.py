@@ -21,6 +21,8 @@ from erniesearch.training import preemption
 from erniesearch.training.process import pipeline_token
 
 DEEPSPEED = "deepspeed.launcher.launch"
+ONE_PROCESS = "ERNIESEARCH_ONE_PROCESS"
+"""Set by an ablation, which gives every step a process: work on one rank is done in that."""
 _running: subprocess.Popen[bytes] | None = None
 
 

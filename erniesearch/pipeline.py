@@ -3,6 +3,7 @@ are unchanged; then export, index, evaluate, report."""
 
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,11 +29,15 @@ STAGE_NAMES = (*TRAINING_STAGES, "teacher_check", "mine")
 console = Console(stderr=True, highlight=False)
 
 
-def run(config: RunConfig, only: list[str] | None = None) -> None:
+Launch = Callable[[RunConfig, str, int], None]
+
+
+def run(config: RunConfig, only: list[str] | None = None, launch: Launch = launcher.launch) -> None:
     """Run the pipeline.
 
     Args:
         only: run just these steps of :data:`ORDER`; None runs all that the config enables.
+        launch: how a step is started on a number of ranks.
 
     Raises:
         UserError: for bad input, before anything is trained.
@@ -51,7 +56,7 @@ def run(config: RunConfig, only: list[str] | None = None) -> None:
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         _write_record(config, folder.root)
         for name in names:
-            _run_step(config, name, folder, world_size)
+            _run_step(config, name, folder, world_size, launch)
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
         console.print(f"summary: {folder.root / 'summary.md'}")
@@ -78,13 +83,15 @@ def _check_and_tokenize(
         open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
 
 
-def _run_step(config: RunConfig, name: str, folder: stages.RunFolder, world_size: int) -> None:
+def _run_step(
+    config: RunConfig, name: str, folder: stages.RunFolder, world_size: int, launch: Launch
+) -> None:
     if stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size)):
         console.print(f"[bold]{name}[/]: done before")
         return
     _check_upstream(config, name, world_size, folder)
     console.rule(f"[bold]{name}[/]", align="left")
-    launcher.launch(config, name, world_size)
+    launch(config, name, world_size)
 
 
 def _check_upstream(

@@ -28,13 +28,16 @@ UNSUPPORTED = "Device not supported"
 
 def tests(context: Context) -> None:
     """The tests marked cuda; without a GPU a few of them in Triton's interpreter."""
-    files = [TESTS / f"test_kernels_{name}.py" for name in ("maxsim", "kl", "contract")]
+    names = ("maxsim", "kl", "contract", *("gpu", "operators") * context.gpu)
+    files = [TESTS / f"test_kernels_{name}.py" for name in names]
     if not missing(["deepspeed"]):
         files.append(TESTS / "test_kernels_training.py")
     report = context.folder / "report.xml"
     command = ["-m", "pytest", *map(str, files), "-q", "-p", "no:cacheprovider",
                "--junit-xml", str(report)]  # fmt: skip
     wanted = ["-m", "cuda and not slow"] if context.gpu else ["-k", INTERPRETED]
+    if context.gpu and not missing(["xdist"]):  # compiling takes the time, and it takes cores
+        wanted += ["-n", str(max(1, (os.cpu_count() or 2) // 2))]
     environment = {} if context.gpu else {"TRITON_INTERPRET": "1"}
     failure = None
     try:

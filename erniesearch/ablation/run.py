@@ -8,8 +8,6 @@ arms that are added later reuse what is there, and tasks of a Slurm array may sh
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from erniesearch import launcher, stages
+from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.errors import UserError
@@ -26,7 +25,7 @@ from erniesearch.training import preemption
 from erniesearch.training.process import hold_lock, pipeline_token
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-_running: set[subprocess.Popen[bytes]] = set()
+_running: set[Forked] = set()
 
 
 class ArmFailed(RuntimeError):
@@ -136,10 +135,10 @@ def _start(arm: str, *arguments: str) -> None:
     """Run a command of ours in a process of its own; its errors have been told when it ends."""
     if preemption.requested():
         raise preemption.Preempted("stopped between two steps")
-    command = [sys.executable, "-m", "erniesearch.cli", *arguments]
-    environment = os.environ | {"ERNIESEARCH_PIPELINE": pipeline_token()}
     # Only errors and progress are shown; the tables of single arms would bury both.
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = Forked(
+        arguments, {"ERNIESEARCH_PIPELINE": pipeline_token(), launcher.ONE_PROCESS: "1"}
+    )
     _running.add(process)
     try:
         status = process.wait()

@@ -5,7 +5,7 @@ import sys
 from typing import Literal
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
-from erniesearch.config import TRAINING_STAGES
+from erniesearch.config import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
 from erniesearch.training import preemption
 
@@ -28,9 +28,10 @@ def run_command(argv: list[str]) -> int:
     from erniesearch.training.process import exit_with_pipeline
 
     exit_with_pipeline()  # an ablation may have started this one
+    launch = _do_here if os.environ.get(launcher.ONE_PROCESS) else launcher.launch
     try:
         with preemption.listening(launcher.stop):
-            pipeline.run(config, settings.only.split(",") if settings.only else None)
+            pipeline.run(config, settings.only.split(",") if settings.only else None, launch)
     except preemption.Preempted as stop:
         return _stopped(stop)
     except launcher.StageFailed as error:
@@ -56,18 +57,10 @@ def train_command(argv: list[str]) -> int:
         hint = nearest(settings.stage, TRAINING_STAGES)
         raise UserError(f"--stage {settings.stage}: one of {', '.join(TRAINING_STAGES)}{hint}")
     name_accelerator()
-    with preemption.listening():  # before the slow imports
-        import torch.distributed as dist
-
-        from erniesearch.training.loop import train_stage
-
-        try:
-            train_stage(config, settings.stage)
-        except preemption.Preempted as stop:
-            return _stopped(stop)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    try:
+        _train(config, settings.stage)
+    except preemption.Preempted as stop:
+        return _stopped(stop)
     return 0
 
 
@@ -85,18 +78,47 @@ def step_command(argv: list[str]) -> int:
         "--world_size", type=int, required=True, help="Ranks of the run's training stages."
     )
     config, settings = parse_config(parser, argv)
-
-    def stop() -> None:
-        raise preemption.Preempted
-
     try:
-        with preemption.listening(stop):  # before the slow imports
-            from erniesearch.steps import run_step
-
-            run_step(config, settings.name, settings.world_size)
+        _do_step(config, settings.name, settings.world_size)
     except preemption.Preempted:
         return preemption.EXIT_STATUS  # the pipeline tells
     return 0
+
+
+def _train(config: RunConfig, stage: str) -> None:
+    with preemption.listening():  # before the slow imports
+        import torch.distributed as dist
+
+        from erniesearch.training.loop import train_stage
+
+        try:
+            train_stage(config, stage)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _do_step(config: RunConfig, name: str, world_size: int) -> None:
+    def stop() -> None:
+        raise preemption.Preempted("stopped between two steps")
+
+    with preemption.listening(stop):  # before the slow imports
+        from erniesearch.steps import run_step
+
+        run_step(config, name, world_size)
+
+
+def _do_here(config: RunConfig, name: str, world_size: int) -> None:
+    """A step in this process if it has one rank."""
+    from erniesearch import launcher
+
+    if world_size > 1 or launcher.in_slurm_job():
+        launcher.launch(config, name, world_size)
+    elif name in TRAINING_STAGES:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        _train(config, name)
+    else:
+        _do_step(config, name, world_size)
 
 
 def _stopped(stop: preemption.Preempted) -> int:

@@ -1,10 +1,11 @@
 """BM25 by bm25s: the lexical baseline, and the first hard negatives."""
 
 import importlib
+import sys
 from collections.abc import Sequence
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
-import bm25s
 import numpy as np
 import regex
 import Stemmer
@@ -12,6 +13,21 @@ import Stemmer
 from erniesearch.data.corpora import take
 from erniesearch.errors import UserError
 
+
+def _bm25s_without_jax() -> Any:
+    """bm25s. Where JAX is installed it runs it once on import (bm25s/selection.py, 0.3), and JAX
+    then holds three quarters of the GPU's memory for as long as the process lives."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    held = {"jax.lax": modules["jax.lax"]} if "jax.lax" in modules else {}
+    modules["jax.lax"] = None  # makes `import jax.lax` an ImportError
+    try:
+        return importlib.import_module("bm25s")
+    finally:
+        del modules["jax.lax"]
+        modules.update(held)
+
+
+bm25s = _bm25s_without_jax()
 Tokenizer = Literal["words", "code", "jieba"]
 # HTTP|Server, parse|Int, conv|2|d; letters without case (Chinese, say) stay together.
 IDENTIFIER_PARTS = regex.compile(r"\p{Lu}+(?!\p{Ll})|\p{Lu}?\p{Ll}+|[\p{Lo}\p{Lm}]+|\p{Nd}+")
@@ -42,7 +58,7 @@ class BM25:
         self.retriever = bm25s.BM25()
         self.retriever.index(self._tokenize(list(passages)), show_progress=False)
 
-    def _tokenize(self, texts: list[str]) -> bm25s.tokenization.Tokenized:
+    def _tokenize(self, texts: list[str]) -> Any:
         if self.tokenizer == "words":
             return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
         split, stopwords = (

@@ -3,7 +3,9 @@
     python kernels/benchmarks/benchmark.py --device cpu --threads 1 --cases cpu_goal cpu_group
     python kernels/benchmarks/benchmark.py --device cuda --cases gpu_a gpu_b
 
-Parity with the float64-free ``eager`` result is asserted before anything is timed. Timing goes in
+Before anything is timed, every result is compared with the formula in fp32 on the same inputs, as a
+norm: ours must be close, what the others differ by is told (in bf16, plain PyTorch rounds the
+similarities, and then finds other maxima). Timing goes in
 rounds: every round runs each implementation once, beginning with another one each time, so that
 drift of the machine hits all alike; on a GPU the L2 cache is flushed before each run. The JSON has
 median, minimum and quartiles over rounds.
@@ -30,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import CASES, Candidate, Case, Inputs, candidates, make_inputs
+from candidates import CASES, Candidate, Case, Inputs, candidates, eager, make_inputs
 from torch import Tensor
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
+REFERENCE_SIMILARITIES = 1 << 29
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,15 +52,41 @@ def run_once(candidate: Candidate, inputs: Inputs, backward: bool) -> list[Tenso
     return [x.detach() for x in outputs] + list(grads)
 
 
-def assert_parity(name: str, got: list[Tensor], expected: list[Tensor], dtype: str) -> float:
-    """Largest error relative to the largest expected value; too large an error stops the run."""
-    worst = 0.0
-    for x, y in zip(got, expected, strict=True):
-        error = (x.double() - y.double()).abs().max() / y.double().abs().max().clamp_min(1e-9)
-        worst = max(worst, float(error))
-    if worst > TOLERANCE[dtype]:
-        raise AssertionError(f"{name} differs from eager by {worst:.2e}")
-    return worst
+def reference(inputs: Inputs) -> list[Tensor]:
+    """What :func:`run_once` must give: the formula in fp32, a few queries at a time."""
+    x = {name: value.detach().float() for name, value in inputs.items()}
+    grouped = x["passages"].dim() == 4
+    passages = x["passages"].requires_grad_()
+    each = passages.shape[1] if grouped else passages.shape[0]
+    rows = max(1, REFERENCE_SIMILARITIES // (each * x["queries"].shape[1] * passages.shape[-2]))
+    parts: list[list[Tensor]] = []
+    number = None
+    for start in range(0, len(x["queries"]), rows):
+        own = {name: value[start : start + rows] for name, value in x.items()}
+        own["queries"] = own["queries"].requires_grad_()
+        if not grouped:
+            own["passages"] = passages
+        outputs = eager(own)
+        number = len(outputs)
+        total = torch.zeros((), device=passages.device)
+        for output in outputs:
+            size = len(x["queries"]) * output[0].numel()
+            weights = torch.linspace(-1, 1, size, device=output.device)
+            begin = start * output[0].numel()
+            total = total + (output.flatten() * weights[begin : begin + output.numel()]).sum()
+        grads = torch.autograd.grad(total, (own["queries"], passages))
+        parts.append([*(output.detach() for output in outputs), *grads])
+    assert number is not None
+    joined = [torch.cat([part[i] for part in parts]) for i in range(number + 1)]
+    return [*joined, torch.stack([part[-1] for part in parts]).sum(0)]
+
+
+def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest norm of an error over the norm of what is expected."""
+    return max(
+        float((x.double() - y.double()).norm() / y.double().norm())
+        for x, y in zip(got, expected, strict=True)
+    )
 
 
 def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
@@ -145,9 +174,9 @@ def measure(case_name: str, device: torch.device, rounds: int, skip: set[str]) -
     inputs = make_inputs(case, device)
     ready: dict[str, Candidate] = {}
     results: dict[str, dict[str, Any]] = {}
-    expected = None
+    expected = reference(inputs)
     order = candidates(case, device)
-    for name in sorted(order, key=lambda n: n != "eager"):  # eager is what the others must equal
+    for name in order:
         if name in skip:
             continue
         try:
@@ -156,11 +185,13 @@ def measure(case_name: str, device: torch.device, rounds: int, skip: set[str]) -
         except Exception as error:  # a peer may fail in any way; that is a result
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        expected = got if expected is None else expected
-        results[name] = {"error_vs_eager": assert_parity(name, got, expected, case.dtype)}
+        error = relative_error(got, expected)
+        if name.startswith("erniesearch") and not error <= TOLERANCE[case.dtype]:
+            raise AssertionError(f"{name} differs from the formula in fp32 by {error:.2e}")
+        results[name] = {"relative_error": error}
         ready[name] = candidate
         del got
-    expected = None
+    del expected
     clock = timer(device)
     for backward, key in ((False, "forward"), (True, "forward_backward")):
         seconds: dict[str, list[float]] = {name: [] for name in ready}

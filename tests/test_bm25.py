@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, WORDS, ConfigMaker
+from conftest import ROOT, WORDS, ConfigMaker, run_python
 
 from erniesearch import pipeline
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer, split_identifiers
@@ -219,3 +220,18 @@ def test_missing_segmenter_stops_the_pipeline_before_it_starts(
     with pytest.raises(UserError, match="bm25_tokenizer: jieba needs the package rjieba"):
         pipeline.run(config)
     assert not Path(config.run_dir).exists()
+
+
+def test_jax_is_not_started_where_it_is_installed(tmp_path: Path) -> None:
+    """bm25s runs JAX on import, which then holds most of the GPU's memory."""
+    fake = tmp_path / "jax"
+    fake.mkdir()
+    (fake / "__init__.py").touch()
+    (fake / "lax.py").write_text("raise SystemExit('JAX was started')\n")
+    status, output = run_python(
+        "-c", "import sys; import erniesearch.data.bm25 as b; print(b.BM25(['a word']).size);"
+        " assert 'jax.lax' not in sys.modules; import jax.lax",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
+    )  # fmt: skip
+    assert output.split() == ["1", "JAX", "was", "started"]  # by our own import, at the end
+    assert status == 1

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import WITH_VIRT, ConfigMaker
+from deepspeed.accelerator import cuda_accelerator
 from pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
 
 from erniesearch import distributed
 from erniesearch.config import LossWeights
 from erniesearch.data.formats import load_beir
 from erniesearch.planning.tracker import fake_world
+from erniesearch.training.engine import _keep_deepspeed_from_nvml
 from erniesearch.training.loop import update
 from erniesearch.training.stage import build_batches, build_model
 from erniesearch.training.validation import Validation, is_validated
@@ -121,3 +123,23 @@ def test_mixed_devices_are_told() -> None:
         ):
             with pytest.raises(Mixed):
                 mix()
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"), [("3", 3), ("5,3", 5), ("GPU-abaa900a", 70), ("MIG-90be,MIG-6fa1", 70)]
+)
+def test_deepspeed_is_not_asked_for_a_gpu_by_its_uuid(
+    monkeypatch: pytest.MonkeyPatch, visible: str, free: int
+) -> None:
+    """ZeRO asks for the free memory when it is built; by NVML's number, or PyTorch's figures."""
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    nvml = SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle),
+    )
+    monkeypatch.setattr(cuda_accelerator, "pynvml", nvml)
+    monkeypatch.setattr(accelerator, "total_memory", lambda device: 80)
+    monkeypatch.setattr(accelerator, "memory_allocated", lambda device: 10)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _keep_deepspeed_from_nvml()
+    assert accelerator.available_memory(0) == free

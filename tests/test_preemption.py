@@ -120,14 +120,18 @@ def test_slurm_says_how_many_ranks(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("visible", "seen", "status"),
-    [("4,5,6,7", "4,5", 0), ("GPU-6fa1,GPU-90be", "GPU-6fa1,GPU-90be", 75), ("", "-1,-1", 2)],
-)
+    ("ranks", "visible", "seen", "status"),
+    [
+        (2, "4,5,6,7", "4,5", 0), (2, "GPU-6fa1,GPU-90be", "GPU-6fa1,GPU-90be", 75),
+        (2, "", "-1,-1", 2), (1, "GPU-6fa1,GPU-90be", "GPU-6fa1", 0), (1, "", "-1", 75),
+        (1, "3", "3", 2),
+    ],
+)  # fmt: skip
 def test_ranks_get_the_gpus_that_are_visible(
-    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str,
-    seen: str, status: int,
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: int,
+    visible: str, seen: str, status: int,
 ) -> None:  # fmt: skip
-    """By the real launcher; a rank's exit status comes through it."""
+    """By the real launcher, or without one; a rank's exit status comes through."""
     package = tmp_path / "erniesearch"  # stands in for the real one in the ranks
     package.mkdir()
     (package / "__init__.py").touch()
@@ -136,21 +140,21 @@ def test_ranks_get_the_gpus_that_are_visible(
         "with open('rank-' + os.environ['RANK'], 'w') as file:\n"
         "    print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['LOCAL_RANK'],\n"
         "          os.environ['WORLD_SIZE'], *sys.argv[1:], file=file)\n"
-        f"sys.exit({status} * int(os.environ['RANK']))\n"
+        f"sys.exit({status} * (int(os.environ['RANK']) == {ranks - 1}))\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     config = make_config()
     if status == 0:
-        launch(config, "cascade", 2)
+        launch(config, "cascade", ranks)
     else:
         wanted = preemption.Preempted if status == 75 else StageFailed
         with pytest.raises(wanted) as ended:
-            launch(config, "cascade", 2)
+            launch(config, "cascade", ranks)
         assert status == getattr(ended.value, "status", 75)
-    for rank in range(2):
+    for rank in range(ranks):
         assert (tmp_path / f"rank-{rank}").read_text().split() == [
-            seen, str(rank), "2", "train", "--config", f"{config.run_dir}/config.yaml",
+            seen, str(rank), str(ranks), "train", "--config", f"{config.run_dir}/config.yaml",
             "--stage", "cascade",
         ]  # fmt: skip
 

@@ -23,5 +23,5 @@ CHECKS = (
     Check("kernel_benchmark", "acceptance.kernel_checks:benchmark", 2, (150, 200), alone=True),
     Check("encode", "acceptance.retrieval:encode", 2, (90, 120), ("jsonargparse", "rich"), True),
     Check("index", "acceptance.retrieval:index", 2, (90, 60), ("faiss", "jsonargparse", "rich")),
-    Check("pipeline", "acceptance.retrieval:pipeline", 2, (240, 150), (*TRAINING, "faiss")),
+    Check("pipeline", "acceptance.retrieval:pipeline", 2, (240, 240), (*TRAINING, "faiss")),
 )

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import warnings
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from erniesearch.config import StageConfig, TrainingConfig
@@ -53,6 +55,17 @@ def zero_section(training: TrainingConfig) -> dict[str, Any]:
     return dict(content["zero_optimization"])
 
 
+def _keep_deepspeed_from_nvml() -> None:
+    """Where CUDA_VISIBLE_DEVICES holds more than numbers, a GPU's UUID or a MIG instance.
+
+    DeepSpeed 0.19 asks NVML for the free memory, by these names as numbers, and ends with a
+    ValueError. Without NVML (pynvml not installed) it asks PyTorch.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    if not all(name.strip().lstrip("-").isdigit() for name in names):
+        cuda_accelerator.pynvml = None
+
+
 def build_engine(
     model: JointModel,
     training: TrainingConfig,
@@ -71,6 +84,7 @@ def build_engine(
     peaks = {str(group["name"]): float(group["lr"]) for group in groups}
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     zero = zero_section(training)
+    _keep_deepspeed_from_nvml()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every check: style, types, layering, tests. Arguments go to pytest (e.g. -k resume).
-# Tests marked slow (kernels compiled for more head dimensions) run with `-m slow`. The suite sees no
-# GPU; where there is one, the tests marked cuda follow by themselves.
+# Every check: style, types, layering, and the tests, on up to four cores. Arguments go to pytest
+# (e.g. -k resume), and the tests then run one after the other. Tests marked slow (kernels compiled for
+# more head dimensions) run with `-m slow`. The suite sees no GPU; where there is one, the tests marked
+# cuda follow by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -11,7 +12,11 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest -m "not slow" "$@"
-if [ $# -eq 0 ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    python -m pytest -m "cuda and not slow" "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest -m "not slow" "$@"
+fi
+cores=$(nproc)  # a test may start four processes, so no more than four at a time
+python -m pytest -m "not slow" -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -m pytest -m "cuda and not slow"
 fi

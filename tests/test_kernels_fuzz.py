@@ -7,7 +7,7 @@ from test_kernels_kl import FORMS, build
 from test_kernels_maxsim import check, check_varlen
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
     group=st.booleans(), masks=st.booleans(), normalize=st.booleans(),
     seed=st.integers(0, 1000),
 )  # fmt: skip
+@example(shape=(1, 2, 1, 3, 1), group=True, masks=True, normalize=False, seed=2)
 def test_maxsim(
     shape: tuple[int, ...], group: bool, masks: bool, normalize: bool, seed: int
 ) -> None:

@@ -417,6 +417,9 @@ def _group_backward(
                 rows, queries[own].reshape(-1, dim), offsets, mode="sum",
                 per_sample_weights=weight.flatten()[order],
             ).view(num, group, length, dim)  # fmt: skip
+    if query_mask is not None and grad_queries is not None:
+        # A NaN in a masked token has won with the passage's last one, which may be masked as well.
+        grad_queries.masked_fill_(~query_mask.unsqueeze(-1), 0.0)
     return grad_queries, grad_passages
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from conftest import ConfigMaker, run_python, start
@@ -265,26 +266,21 @@ def test_killed_and_continued_gives_the_same_table(make_grid: GridMaker, tmp_pat
         folder = tmp_path / name
         command = ("-m", "erniesearch.cli", "ablate", str(make_grid(run_dir=str(folder))))
         if name == "killed":
-            for moment in (25, 20):
+            for reached in ("cascade-*/stages/cascade/started.json", "teacher-*/**/done.json"):
                 process = start(*command)
-                time.sleep(moment)
+                while not list((folder / "results").glob(reached)):
+                    assert process.poll() is None, process.stdout.read()[-3000:]
+                    time.sleep(0.05)
+                below = psutil.Process(process.pid).children(recursive=True)
+                assert below
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                time.sleep(2)  # its children end by themselves
-                assert not _children_of(folder)
+                _, left = psutil.wait_procs(below, timeout=20)  # they end by themselves
+                assert all(child.status() == psutil.STATUS_ZOMBIE for child in left)
+                assert not (folder / "results-test.json").exists()
         status, output = run_python(*command, timeout=550)
         assert status == 0, output
         content = json.loads((folder / "results-test.json").read_text())
         tables.append({arm: facts["MRR@10"] for arm, facts in content["arms"].items()})
         assert len(list((folder / "results").glob("teacher-*"))) == 1
     assert tables[0] == tables[1]
-
-
-def _children_of(folder: Path) -> list[bytes]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (entry / "cmdline").exists():
-            command = (entry / "cmdline").read_bytes()
-            if str(folder).encode() in command:
-                found.append(command)
-    return found

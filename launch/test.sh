@@ -15,7 +15,8 @@ lint-imports
 if [ $# -gt 0 ]; then
     exec python -m pytest -m "not slow" "$@"
 fi
-cores=$(nproc)  # a test may start four processes, so no more than four at a time
+# A test may start four processes, so no more than four at a time. (nproc would say OMP_NUM_THREADS.)
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 python -m pytest -m "not slow" -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     python -m pytest -m "cuda and not slow"

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,17 @@ def check(context: Context) -> None:
     job: dict[str, Any] = {"config": _config(context), "updates": 20 if context.gpu else 3}
     files = [context.folder / "job.json", context.folder / "result.json"]
     files[0].write_text(json.dumps(job))
-    context.python("-m", "acceptance.steps", *map(str, files))
-    figures = json.loads(files[1].read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])
     queries = config.stages.cascade.queries_per_rank
-    device = "cuda" if context.gpu else "cpu"
-    trace = Planner(config, Machine(), device).estimator(STAGE)(1, queries)
+    # The plan is made on a core of its own meanwhile: it takes a minute for twelve layers.
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(context.python, "-m", "acceptance.steps", *map(str, files))
+        if not context.gpu:
+            training.result()  # there may be no other core
+        device = "cuda" if context.gpu else "cpu"
+        trace = Planner(config, Machine(), device).estimator(STAGE)(1, queries)
+        training.result()
+    figures = json.loads(files[1].read_text())
     if not context.gpu:
         from erniesearch.planning.measure import measure
 

@@ -37,7 +37,7 @@ def check(context: Context) -> None:
     files[0].write_text(json.dumps(job))
     config: RunConfig = from_dict(RunConfig, job["config"])
     queries = config.stages.cascade.queries_per_rank
-    # The plan is made on a core of its own meanwhile: it takes a minute for twelve layers.
+    # The plan is made on another core meanwhile.
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(context.python, "-m", "acceptance.steps", *map(str, files))
         if not context.gpu:

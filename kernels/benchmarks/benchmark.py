@@ -5,10 +5,10 @@
 
 Before anything is timed, every result is compared with the formula in fp32 on the same inputs, as a
 norm: ours must be close, what the others differ by is told (in bf16, plain PyTorch rounds the
-similarities, and then finds other maxima). Timing goes in
-rounds: every round runs each implementation once, beginning with another one each time, so that
-drift of the machine hits all alike; on a GPU the L2 cache is flushed before each run. The JSON has
-median, minimum and quartiles over rounds.
+similarities, and then finds other maxima). Timing goes in rounds: every round runs each
+implementation once, beginning with another one each time, so that drift of the machine hits all
+alike; on a GPU the L2 cache is flushed before each run. The JSON has median, minimum and quartiles
+over rounds.
 
 Memory is counted beyond inputs, in a run of its own: the allocator's peak (``peak_bytes``, exact),
 and on a CPU also the growth of the process's peak resident set in a fresh process
@@ -55,30 +55,21 @@ def run_once(candidate: Candidate, inputs: Inputs, backward: bool) -> list[Tenso
 def reference(inputs: Inputs) -> list[Tensor]:
     """What :func:`run_once` must give: the formula in fp32, a few queries at a time."""
     x = {name: value.detach().float() for name, value in inputs.items()}
-    grouped = x["passages"].dim() == 4
-    passages = x["passages"].requires_grad_()
+    queries, passages = x["queries"].requires_grad_(), x["passages"].requires_grad_()
+    grouped = passages.dim() == 4
     each = passages.shape[1] if grouped else passages.shape[0]
-    rows = max(1, REFERENCE_SIMILARITIES // (each * x["queries"].shape[1] * passages.shape[-2]))
-    parts: list[list[Tensor]] = []
-    number = None
-    for start in range(0, len(x["queries"]), rows):
-        own = {name: value[start : start + rows] for name, value in x.items()}
-        own["queries"] = own["queries"].requires_grad_()
-        if not grouped:
-            own["passages"] = passages
-        outputs = eager(own)
-        number = len(outputs)
-        total = torch.zeros((), device=passages.device)
-        for output in outputs:
-            size = len(x["queries"]) * output[0].numel()
-            weights = torch.linspace(-1, 1, size, device=output.device)
-            begin = start * output[0].numel()
-            total = total + (output.flatten() * weights[begin : begin + output.numel()]).sum()
-        grads = torch.autograd.grad(total, (own["queries"], passages))
-        parts.append([*(output.detach() for output in outputs), *grads])
-    assert number is not None
-    joined = [torch.cat([part[i] for part in parts]) for i in range(number + 1)]
-    return [*joined, torch.stack([part[-1] for part in parts]).sum(0)]
+    weights = torch.linspace(-1, 1, len(queries) * each, device=queries.device).view(-1, each)
+    rows = max(1, REFERENCE_SIMILARITIES // (each * queries.shape[1] * passages.shape[-2]))
+    parts = []
+    for start in range(0, len(queries), rows):
+        some = slice(start, start + rows)
+        own = {name: value[some] for name, value in x.items()}
+        outputs = eager(own if grouped else own | {"passages": passages})
+        torch.stack([(output * weights[some]).sum() for output in outputs]).sum().backward()
+        parts.append([output.detach() for output in outputs])
+    assert queries.grad is not None
+    assert passages.grad is not None
+    return [*(torch.cat(part) for part in zip(*parts, strict=True)), queries.grad, passages.grad]
 
 
 def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:

@@ -12,6 +12,7 @@ and its primary arm on the same queries.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -24,11 +25,12 @@ import torch
 
 from erniesearch import installation, launcher, stages
 from erniesearch.ablation.grid import Grid, read_grid
-from erniesearch.ablation.run import final_result, result_folder, run_file
+from erniesearch.ablation.run import evaluate_command, final_result, result_folder, run_file
 from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config import RunConfig
 from erniesearch.data.formats import load_beir, read_negatives
 from erniesearch.data.trec import read_trec_run
+from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.report import describe_machine
 from erniesearch.retrieval.metrics import parse_metrics, per_query
 from erniesearch.retrieval.trained import make_scorer, trained_teacher
@@ -61,7 +63,7 @@ def groups(grid: Grid, config: RunConfig, seed: int) -> list[tuple[str, list[str
 def _teacher_scores(
     grid: Grid, config: RunConfig, queries: Any, negatives: Any, relevant: Any, texts: Any
 ) -> dict[tuple[str, str], float]:
-    file = grid.run_dir / "teacher-scores.json"
+    file = result_folder(grid, config, "mine") / "teacher-scores.json"
     pairs = [(qid, pid) for qid in negatives for pid in [*relevant[qid], *negatives[qid]]]
     if file.is_file():
         values = json.loads(file.read_text())
@@ -88,14 +90,13 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
     )
 
     stage, scale = config.stages.cascade, 1 / config.objective.tau_de
-    warm = (
-        result_folder(grid, config, "interaction") / "stages" / "interaction" / "model" / "student"
+    warm = stages.RunFolder(result_folder(grid, config, "interaction")).model(
+        "interaction", "student"
     )
     model = SentenceTransformer(str(warm))
     model.max_seq_length = config.data.max_passage_length
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
     columns |= {f"negative_{i}": [] for i in range(stage.num_negatives)} | {"label": []}
-    temperature = _temperature(grid, config)
     for query, passages, scores in groups(grid, config, seed):
         for key, value in zip(columns, (query, *passages, scores), strict=True):
             columns[key].append(value)
@@ -109,6 +110,9 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
     # The loss divides both sides by its temperature: the teacher's goes into the labels.
     distil = losses.DistillKLDivLoss(model, similarity_fct=similarity, temperature=1.0)
     if loss != "mnrl":
+        teacher = trained_teacher(config)
+        assert teacher is not None
+        temperature = stored_temperature(Path(teacher.path)) or 1.0
         whole = whole.map(lambda row: {"label": [x / temperature for x in row["label"]]})
     half = len(plain) // 2
     data, used = {
@@ -129,23 +133,15 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
     model.save_pretrained(str(out / "model"))
 
 
-def _temperature(grid: Grid, config: RunConfig) -> float:
-    done = result_folder(grid, config, "teacher") / "stages" / "teacher" / "done.json"
-    return float(json.loads(done.read_text())["calibration"]["temperature"])
-
-
-def measure(config: RunConfig, split: str, out: Path) -> Path:
+def measure(grid: Grid, config: RunConfig, out: Path) -> Path:
     """The TREC run of a trained recipe."""
-    run = out / f"{split}.trec"
-    subprocess.run(
-        [sys.executable, "-m", "erniesearch.cli", "evaluate", "--data", config.data.path, "--split",
-         split, "--model", str(out / "model"), "--kind", "dual_encoder", "--metrics", "MRR@10",
-         "--use_titles", str(config.data.use_titles).lower(), "--run_out", str(run),
-         "--max_query_length", str(config.data.max_query_length),
-         "--max_passage_length", str(config.data.max_passage_length),
-         "--batch_size", str(config.evaluation.batch_size)],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    run = out / f"{grid.split}.trec"
+    if not run.is_file():
+        arguments = evaluate_command(grid, config, out / "model", run)
+        arguments += ["--max_query_length", str(config.data.max_query_length)]
+        arguments += ["--max_passage_length", str(config.data.max_passage_length)]
+        command = [sys.executable, "-m", "erniesearch.cli", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run
 
 
@@ -154,6 +150,7 @@ def compare(grid: Grid, config: RunConfig, runs: dict[str, dict[int, Path]]) -> 
     data = load_beir(config.data.path, grid.split, config.data.use_titles)
     metrics, clusters = parse_metrics(grid.metric), clusters_of(data.qrels)
 
+    @functools.cache
     def values(path: Path) -> np.ndarray:
         run = read_trec_run(path)
         return per_query(run, data.qrels, list(data.qrels), metrics)[grid.metric]
@@ -198,12 +195,10 @@ def main() -> None:
     for loss in given.losses.split(","):
         for seed in given.seeds or control.seeds:
             config = grid.config(control, seed)
-            out = grid.run_dir / "sentence-transformers" / f"{loss}-{seed}"
+            out = final_result(grid, config)[1] / "sentence-transformers" / loss
             if not (out / "model").is_dir():
                 train(grid, config, loss, seed, out)
-            if not (out / f"{grid.split}.trec").is_file():
-                measure(config, grid.split, out)
-            runs.setdefault(loss, {})[seed] = out / f"{grid.split}.trec"
+            runs.setdefault(loss, {})[seed] = measure(grid, config, out)
     if given.train_only:
         return
     import sentence_transformers

@@ -108,12 +108,17 @@ def _measure(grid: Grid, arm: str, config: RunConfig) -> None:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         model = stages.RunFolder(result).model(step, "student")
-        _start(
-            arm, "evaluate", "--data", config.data.path, "--split", grid.split,
-            "--model", str(model), "--kind", "dual_encoder", "--metrics", grid.metric,
-            "--use_titles", str(config.data.use_titles).lower(),
-            "--batch_size", str(config.evaluation.batch_size), "--run_out", str(out),
-        )  # fmt: skip
+        _start(arm, *evaluate_command(grid, config, model, out))
+
+
+def evaluate_command(grid: Grid, config: RunConfig, model: Path, out: Path) -> list[str]:
+    """Arguments of ``erniesearch`` that measure a dual-encoder on the grid's split."""
+    return [
+        "evaluate", "--data", config.data.path, "--split", grid.split,
+        "--model", str(model), "--kind", "dual_encoder", "--metrics", grid.metric,
+        "--use_titles", str(config.data.use_titles).lower(),
+        "--batch_size", str(config.evaluation.batch_size), "--run_out", str(out),
+    ]  # fmt: skip
 
 
 def _link(link: Path, target: Path) -> None:

@@ -15,8 +15,8 @@ def run_command(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     parser = config_parser(
-        "run", "Run every stage of a config, each through the DeepSpeed launcher; finished stages"
-        " are skipped, an interrupted one continues.",
+        "run", "Run every stage of a config, several ranks through the DeepSpeed launcher; finished"
+        " stages are skipped, an interrupted one continues.",
     )  # fmt: skip
     parser.add_argument(
         "--only", type=str | None, default=None,

@@ -1,8 +1,6 @@
 """``python -m erniesearch``: the command line, for launchers that start a module."""
 
-import sys
-
-from erniesearch.cli import main
+from erniesearch.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -4,10 +4,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jsonargparse
 
-from erniesearch import __version__
+from erniesearch import __version__, exiting
 from erniesearch.errors import RankFailed, UserError, nearest
 
 USAGE = """usage: erniesearch COMMAND [options]
@@ -101,6 +102,11 @@ COMMANDS = {
 }
 
 
+def entry() -> NoReturn:
+    """The command of this process, which it ends."""
+    exiting.run(main)
+
+
 def _drop_local_rank(argv: list[str]) -> list[str]:
     """Without ``--local_rank``, which launchers add, in front of a module's command too;
     LOCAL_RANK says the same."""
@@ -129,4 +135,4 @@ def _load(name: str) -> Callable[[list[str]], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

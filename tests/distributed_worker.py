@@ -6,10 +6,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from erniesearch import exiting
 from erniesearch.config import RunConfig, from_dict
 from erniesearch.training.loop import train_stage
 
-if __name__ == "__main__":
+
+def main() -> None:
     for stage, config in json.loads(Path(sys.argv[1]).read_text()):
         train_stage(from_dict(RunConfig, config), stage)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exiting.run(main)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from erniesearch import distributed
+from erniesearch import distributed, exiting
 from erniesearch.cli import main
 from erniesearch.config import RunConfig, from_dict
 from erniesearch.models.joint import JointModel
@@ -79,10 +79,13 @@ def install(fault: dict[str, Any]) -> None:
     JointModel.forward = forward
 
 
-if __name__ == "__main__":
+def train() -> int:
     fault = json.loads(Path(sys.argv[1]).read_text())
     install(fault)
     for stage, config in fault.get("jobs", []):
         train_stage(from_dict(RunConfig, config), stage)
-    if "jobs" not in fault:
-        sys.exit(main(["train", *sys.argv[2:]]))
+    return 0 if "jobs" in fault else main(["train", *sys.argv[2:]])
+
+
+if __name__ == "__main__":
+    exiting.run(train)

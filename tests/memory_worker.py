@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from erniesearch import distributed
+from erniesearch import distributed, exiting
 from erniesearch.config import RunConfig, from_dict
 from erniesearch.objectives import scores
 from erniesearch.training import loop
@@ -89,11 +89,14 @@ def measure_exchange(exchange: scores.Exchange, num_queries: int, num_passages: 
     tell(peak, grad_norm=norm)
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1] == "update":
         measure_update(from_dict(RunConfig, json.loads(Path(sys.argv[2]).read_text())))
     else:
         measure_exchange(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))  # type: ignore[arg-type]
-    # Left to the end of the process, gloo's threads may end it by an abort.
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exiting.run(main)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from erniesearch import distributed
+from erniesearch import distributed, exiting
 from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.training.engine import build_engine
 from erniesearch.training.loop import update
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exiting.run(main)

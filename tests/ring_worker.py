@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erniesearch import distributed
+from erniesearch import distributed, exiting
 from erniesearch.objectives import scores
 
 NUM_QUERIES, QUERY_LENGTH, DIM = 3, 5, 8
@@ -93,7 +93,7 @@ def check_sum_of_bf16() -> None:
     assert rows.grad.equal(wanted), f"{int((rows.grad != wanted).sum())} of 150 are rounded twice"
 
 
-if __name__ == "__main__":
+def main() -> None:
     distributed.initialize()
     check_sum_of_bf16()
     check("torch", torch.float64, 1e-12)
@@ -102,3 +102,7 @@ if __name__ == "__main__":
     check("torch", torch.bfloat16, 1e-2)
     sys.stdout.write("as one process\n")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exiting.run(main)

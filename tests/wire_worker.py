@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erniesearch import distributed
+from erniesearch import distributed, exiting
 from erniesearch.config import RunConfig, from_dict
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.measure import full_batches
@@ -63,4 +63,4 @@ def main(job_file: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    exiting.run(lambda: main(*sys.argv[1:]))

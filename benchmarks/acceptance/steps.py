@@ -19,6 +19,7 @@ from typing import Any
 
 from acceptance import material
 from acceptance.check import Context, require
+from erniesearch import exiting
 
 STAGE = "cascade"
 WARM_UP = 3
@@ -245,4 +246,4 @@ def _profile(step: Callable[[], None], gpu: bool, updates: int = 2) -> dict[str,
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    exiting.run(lambda: main(*sys.argv[1:]))

@@ -11,6 +11,7 @@ from typing import Any
 
 from acceptance import material
 from acceptance.check import Context, require
+from erniesearch import exiting
 
 TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 """Largest difference of any term in any update, relative to the total loss there. On a CPU fp32
@@ -113,4 +114,4 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    exiting.run(lambda: main(Path(sys.argv[1])))

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from erniesearch import exiting
 from erniesearch.config import RunConfig, StageConfig, TrainingConfig, from_dict
 from erniesearch.errors import UserError
 
@@ -193,4 +194,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    exiting.run(lambda: main(sys.argv[1]))

@@ -167,6 +167,11 @@ class StageConfig:
     data.path ({"query_id", "negative_document_ids"} a line, as `erniesearch data import` writes
     it). A query with too few is filled up with random passages; a query without a line is left
     out."""
+    teacher_scores: Literal["live", "stored"] = "live"
+    """Where ce_to_li and ce_to_de have the cross-encoder's scores from. live: it reads every group,
+    and may be trained. stored: from the file of the hard negatives, where mining with a teacher
+    leaves them (positive_scores, negative_scores); no cross-encoder is loaded. A passage without a
+    score, a random one that fills a group up, has no part in the KL."""
     easy_steps: int = 0
     """For this many first updates draw random negatives instead (curriculum)."""
     student_lr: float = 2e-5

@@ -99,6 +99,8 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
             stage.num_negatives > 0 or not over_group, f"{prefix}.num_negatives", 0,
             f"1 or more: the terms {over_group} compare the passages of a group",
         )  # fmt: skip
+    if stage.steps and stage.teacher_scores == "stored":
+        _check_stored_scores(config, name, stage, require)
     if name == "post_train":
         for key in ("ce", "ce_to_li", "ce_to_de", "attention", "virt"):
             require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
@@ -118,6 +120,33 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
         f"{prefix}.negatives", "mined",
         "bm25, given or random: only the cascade follows mining",
     )  # fmt: skip
+
+
+def _check_stored_scores(
+    config: RunConfig, name: str, stage: StageConfig, require: Require
+) -> None:
+    """A cross-encoder that is not there can only give the scores that it left."""
+    prefix, weights = f"stages.{name}", stage.weights
+    for key in ("ce", "attention", "virt"):
+        require(getattr(weights, key) == 0, f"{prefix}.weights.{key}", getattr(weights, key),
+                f"0 while {prefix}.teacher_scores is stored: it runs the teacher")  # fmt: skip
+    read = weights.ce_to_li or weights.ce_to_de
+    require(bool(read), f"{prefix}.teacher_scores", "stored",
+            "live while ce_to_li and ce_to_de are 0: nothing reads the scores")  # fmt: skip
+    require(stage.negatives in ("mined", "given") and stage.num_negatives > 0,
+            f"{prefix}.teacher_scores", "stored",
+            "live unless negatives are mined or given: others have no scores")  # fmt: skip
+    require(stage.easy_steps == 0, f"{prefix}.easy_steps", stage.easy_steps,
+            f"0 while {prefix}.teacher_scores is stored: random negatives have none")  # fmt: skip
+    require(config.objective.detach_targets, "objective.detach_targets", False,
+            f"true while {prefix}.teacher_scores is stored: scores cannot be trained")  # fmt: skip
+    mine = config.stages.mine
+    limits = (mine.denoise_margin, mine.denoise_threshold)
+    asked = mine.selection == "spread" or any(limit is not None for limit in limits)
+    require(stage.negatives == "given" or (asked and config.stages.teacher.steps > 0),
+            f"{prefix}.teacher_scores", "stored",
+            "live unless mining asks a teacher: stages.teacher.steps above 0 and"
+            " stages.mine.denoise_margin a number (one far below 0 drops nothing)")  # fmt: skip
 
 
 def _check_mining_and_evaluation(config: RunConfig, require: Require) -> None:

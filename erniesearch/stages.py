@@ -50,6 +50,11 @@ def needs_teacher(weights: LossWeights) -> bool:
     return bool(w.ce or w.ce_to_li or w.ce_to_de or w.attention or w.virt)
 
 
+def runs_teacher(stage: StageConfig) -> bool:
+    """Whether the stage runs the cross-encoder, rather than read scores that it has stored."""
+    return needs_teacher(stage.weights) and stage.teacher_scores == "live"
+
+
 def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[int]:
     """The teacher's layers whose attention the objective has as a target."""
     return [-1] * bool(weights.attention) + objective.virt_layers * bool(weights.virt)
@@ -114,7 +119,7 @@ def trains_late_interaction(config: RunConfig) -> bool:
 def final_teacher(config: RunConfig) -> str | None:
     """The last stage that trains the cross-encoder; None if there is none."""
     cascade = config.stages.cascade
-    if cascade.steps and needs_teacher(cascade.weights):
+    if cascade.steps and runs_teacher(cascade):
         return "cascade"
     return "teacher" if is_enabled(config, "teacher") else None
 
@@ -200,10 +205,10 @@ def models_hash(config: RunConfig, stage: str) -> list[Any]:
         if "cross_encoder" not in distilled_from(config.stages.cascade.weights):
             teacher = {"path": ""}
     elif stage in TRAINING_STAGES:
-        weights: LossWeights = getattr(config.stages, stage).weights
-        if not needs_student(weights):  # its vocabulary, and perhaps its weights, are read
+        settings: StageConfig = getattr(config.stages, stage)
+        if not needs_student(settings.weights):  # its vocabulary, and perhaps its weights, are read
             student = {key: student[key] for key in ("path", "revision", "trust_remote_code")}
-        if not needs_teacher(weights):
+        if not needs_teacher(settings.weights):
             teacher = {"path": ""}
     described: list[Any] = [student, teacher]
     for path in (student["path"], teacher["path"]):
@@ -284,6 +289,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         ranks = world_size or 1
         own["batch_size"] = queries_per_rank(config, stage, ranks) * ranks
         own.pop("queries_per_rank")
+        if own["teacher_scores"] == "live":
+            own.pop("teacher_scores")  # runs of before the option are still good
         settings["seed"] = stage_seed(config, stage)
         own.pop("seed")
         # A term that is not computed decides nothing, nor does one that this version does not know.

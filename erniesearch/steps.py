@@ -33,7 +33,13 @@ from erniesearch.retrieval import evaluate, search
 from erniesearch.retrieval.encode import Retriever
 from erniesearch.retrieval.fusion import reciprocal_rank_fusion
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import asks_teacher, mine_negatives, statistics, told
+from erniesearch.retrieval.mine import (
+    asks_teacher,
+    mine_negatives,
+    mined_line,
+    statistics,
+    told,
+)
 from erniesearch.retrieval.teacher_check import TeacherCheck, check_teachers
 from erniesearch.retrieval.trained import (
     make_retriever,
@@ -97,8 +103,9 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     if asks_teacher(settings) and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher)
     mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
-    write_negatives(
-        stages.RunFolder(config.run_dir).negatives("mined"), mined.negatives, data.relevant()
+    stages.write_atomically(
+        stages.RunFolder(config.run_dir).negatives("mined"),
+        "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
     )
     facts = statistics(mined.queries)
     console.print(told(facts))

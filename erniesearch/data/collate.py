@@ -26,6 +26,8 @@ class Batch:
         passage_index: ``[B·G]`` position of each passage in the corpus.
         relevant_index: ``[B, R]`` corpus positions relevant to each query, filled up with -1.
         step, micro_step: where the batch stands in the run; dropout seeds derive from them.
+        teacher_scores: ``[B·G]``, stored ones of the cross-encoder, NaN where a passage has none;
+            None where it scores them itself or nothing asks.
         mlm_ids: ``[B·G, Lp]`` passages with masked words (post-training only).
         mlm_labels: ``[B·G, Lp]`` the words to predict, -100 elsewhere.
     """
@@ -38,6 +40,7 @@ class Batch:
     relevant_index: Tensor
     step: int = 0
     micro_step: int = 0
+    teacher_scores: Tensor | None = None
     mlm_ids: Tensor | None = None
     mlm_labels: Tensor | None = None
 
@@ -96,9 +99,11 @@ class GroupCollator:
         relevant = np.full((len(groups), max(len(g.relevant) for g in groups)), -1)
         for row, group in zip(relevant, groups, strict=True):
             row[: len(group.relevant)] = group.relevant
+        scores = [g.teacher_scores for g in groups if g.teacher_scores is not None]
         return Batch(
             query_ids, query_mask, passage_ids, passage_mask,
             torch.from_numpy(index), torch.from_numpy(relevant), step, micro_step,
+            torch.from_numpy(np.concatenate(scores)) if scores else None,
         )  # fmt: skip
 
 

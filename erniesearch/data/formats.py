@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 
 from erniesearch.data.corpora import ArrowColumn, PidIndex, open_corpus, rows_of
@@ -164,6 +165,38 @@ def write_negatives(
     """Hard negatives as JSON lines (:func:`negatives_line`)."""
     lines = (negatives_line(qid, positives[qid], pids) for qid, pids in negatives.items())
     write_atomically(path, "".join(lines))
+
+
+def read_teacher_scores(path: Path) -> dict[str, dict[str, float]]:
+    """The teacher's scores that lie with hard negatives, by query and passage, relevant passages
+    and negatives together.
+
+    Raises:
+        UserError: for a line without them, or with another number of scores than of passages.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for number, record in read_jsonl(path):
+        own = found[str(record.get("query_id"))] = {}
+        for kind in ("positive", "negative"):
+            pids = record.get(f"{kind}_document_ids")
+            scores = record.get(f"{kind}_scores")
+            if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
+                raise UserError(
+                    f"{path}:{number}: no {kind}_scores, numbers that go with"
+                    f" {kind}_document_ids: mine with a teacher (`erniesearch mine --write_scores"
+                    " true`), or set teacher_scores: live"
+                )
+            if not isinstance(pids, list) or len(pids) != len(scores):
+                raise UserError(
+                    f"{path}:{number}: {len(scores)} {kind}_scores for"
+                    f" {len(pids) if isinstance(pids, list) else 'no'} {kind}_document_ids"
+                )
+            own |= {str(pid): float(score) for pid, score in zip(pids, scores, strict=True)}
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def read_negatives(path: Path, data: RetrievalData | None = None) -> dict[str, list[str]]:

@@ -19,12 +19,14 @@ class Group:
     """A query with its passages: the positive first, then hard negatives.
 
     ``query`` indexes the sampler's qids, ``passages`` the corpus, ``relevant`` lists every corpus
-    position the qrels call relevant for the query (the positive included).
+    position the qrels call relevant for the query (the positive included). ``teacher_scores`` are
+    the passages', NaN where none is stored.
     """
 
     query: int
     passages: np.ndarray
     relevant: np.ndarray
+    teacher_scores: np.ndarray | None = None
 
 
 def check_group_fits(data: RetrievalData, num_negatives: int) -> None:
@@ -103,9 +105,10 @@ class GroupSampler(StepSampler):
         global_batch: queries per update over all ranks and micro-steps.
         seed: the run's seed.
         easy_steps: first updates that use random negatives only.
+        teacher_scores: stored ones by query and pid, which groups then carry.
 
     Raises:
-        UserError: when the corpus is too small for a group.
+        UserError: when the corpus is too small for a group, or a relevant passage has no score.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class GroupSampler(StepSampler):
         global_batch: int,
         seed: int,
         easy_steps: int = 0,
+        teacher_scores: dict[str, dict[str, float]] | None = None,
     ) -> None:
         relevant = data.relevant()
         if negatives is not None:
@@ -132,6 +136,9 @@ class GroupSampler(StepSampler):
                 for q, own in relevant.items()
             ]
             self.negatives = _rows(data, wrong)
+        self.scored: list[tuple[np.ndarray, np.ndarray]] | None = None
+        if teacher_scores is not None:
+            self.scored = self._scored(data, relevant, teacher_scores)
         self.num_passages = len(data.pids)
         self.num_negatives = num_negatives
         self.easy_steps = easy_steps
@@ -159,7 +166,35 @@ class GroupSampler(StepSampler):
             drawn = drawn[~np.isin(drawn, relevant) & ~np.isin(drawn, chosen)]
             _, first = np.unique(drawn, return_index=True)
             chosen = np.concatenate([chosen, drawn[np.sort(first)][:missing]])
-        return Group(query, np.concatenate([[positive], chosen]).astype(np.int64), relevant)
+        passages = np.concatenate([[positive], chosen]).astype(np.int64)
+        return Group(query, passages, relevant, self._scores_of(query, passages))
+
+    def _scored(
+        self,
+        data: RetrievalData,
+        relevant: dict[str, list[str]],
+        scores: dict[str, dict[str, float]],
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Corpus rows and their scores, by query."""
+        for qid, pids in relevant.items():
+            if missing := [pid for pid in pids if pid not in scores.get(qid, {})]:
+                raise UserError(
+                    f"no teacher's score is stored for passage '{missing[0]}', which is relevant to"
+                    f" query '{qid}': score the lists again, or set teacher_scores: live"
+                )
+        own = [scores[qid] for qid in self.qids]
+        rows = _rows(data, [list(found) for found in own])
+        return [
+            (where, np.fromiter(found.values(), np.float32, len(found)))
+            for where, found in zip(rows, own, strict=True)
+        ]
+
+    def _scores_of(self, query: int, passages: np.ndarray) -> np.ndarray | None:
+        if self.scored is None:
+            return None
+        rows, scores = self.scored[query]
+        known = passages[:, None] == rows
+        return np.where(known.any(1), scores[known.argmax(1)], np.float32("nan"))
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
         queries, passages: the student's first pass.
         second_queries, second_passages: ``[B, hidden]`` and ``[B·G, hidden]``, dual-encoder vectors
             of a second pass with other dropout.
-        teacher_scores: ``[B·G]``, the cross-encoder's.
+        teacher_scores: ``[B·G]``, the cross-encoder's; None also where the batch has stored ones.
         attention, virt, mlm: these terms themselves; they need no passage of another query.
     """
 
@@ -84,7 +84,7 @@ class Objective:
         if outputs.queries is not None:
             student = self.score(batch, outputs)
             terms |= self._student_terms(outputs, student, training)
-        if outputs.teacher_scores is not None:
+        if outputs.teacher_scores is not None or batch.teacher_scores is not None:
             terms |= self._teacher_terms(batch, outputs, student, training)
         weights = asdict(self.weights)
         terms["loss"] = stack(
@@ -187,12 +187,16 @@ class Objective:
     def _teacher_terms(
         self, batch: Batch, outputs: Outputs, student: StudentScores | None, training: bool
     ) -> dict[str, Tensor]:
-        assert outputs.teacher_scores is not None
         w = self.weights
         terms: dict[str, Tensor] = {}
-        teacher_scores = outputs.teacher_scores.view(-1, batch.group_size)
-        labels = zeros(len(teacher_scores), dtype=long, device=teacher_scores.device)
         mask = group_mask(batch)
+        if batch.teacher_scores is None:
+            assert outputs.teacher_scores is not None
+            teacher_scores = outputs.teacher_scores.view_as(mask)
+        else:  # a random passage that fills a group up has none, and the KL leaves it out
+            mask = mask & batch.teacher_scores.isfinite().view_as(mask)
+            teacher_scores = batch.teacher_scores.nan_to_num().view_as(mask)
+        labels = zeros(len(teacher_scores), dtype=long, device=teacher_scores.device)
         terms["accuracy_ce"] = losses.accuracy(teacher_scores, labels, mask)
         if w.ce:
             terms["ce"] = losses.contrastive_loss(teacher_scores, labels, mask)

@@ -23,19 +23,21 @@ def full_batch(
     passage_ids, passage_mask = _texts(
         num_passages, config.data.max_passage_length, tokenizer, generator
     )
-    masked = {}
+    extra: dict[str, torch.Tensor] = {}
     if stage.weights.mlm:
         chosen = passage_mask & (torch.rand(passage_ids.shape, generator=generator) < 0.15)
         chosen[:, 1] = True
-        masked = {
+        extra |= {
             "mlm_ids": passage_ids.masked_fill(chosen, tokenizer.mask_token_id),
             "mlm_labels": passage_ids.masked_fill(~chosen, -100),
         }
+    if stage.teacher_scores == "stored":
+        extra["teacher_scores"] = torch.rand(num_passages, generator=generator)
     index = torch.arange(num_passages)
     relevant = index.view(num_queries, -1)[:, :1]
     return Batch(
         query_ids, query_mask, passage_ids, passage_mask, index, relevant, step, micro_step,
-        **masked,
+        **extra,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from erniesearch.config import MineConfig
 from erniesearch.data.corpora import rows_of, take
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.formats import RetrievalData, negatives_line
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
@@ -68,6 +68,12 @@ class Mined:
     def num_denoised(self) -> int:
         """Candidates that the teacher dropped."""
         return sum(query.num_denoised for query in self.queries)
+
+
+def mined_line(query: MinedQuery, with_scores: bool) -> str:
+    """As :func:`negatives_line`, with the teacher's scores or without."""
+    scores = (query.teacher_positive_scores, query.teacher_scores) if with_scores else None
+    return negatives_line(query.qid, query.positives, query.negatives, scores)
 
 
 def statistics(queries: Iterable[MinedQuery]) -> dict[str, Any]:

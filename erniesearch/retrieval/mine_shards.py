@@ -17,7 +17,7 @@ from rich.console import Console
 
 from erniesearch import distributed, stages
 from erniesearch.config import MineConfig
-from erniesearch.data.formats import load_beir, negatives_line
+from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
 from erniesearch.progress import Meter
 from erniesearch.retrieval.index import VectorIndex
@@ -26,6 +26,7 @@ from erniesearch.retrieval.mine import (
     MinedQuery,
     Miner,
     drawn_queries,
+    mined_line,
     query_blocks,
     statistics,
     told,
@@ -153,12 +154,7 @@ def _join(parts: Path, target: Path, write_scores: bool, console: Console) -> No
     aside = parts / "negatives.jsonl"
     with aside.open("w", encoding="utf-8") as handle:
         for query in _read_parts(parts):
-            scores = (query.teacher_positive_scores, query.teacher_scores)
-            handle.write(
-                negatives_line(
-                    query.qid, query.positives, query.negatives, scores if write_scores else None
-                )
-            )
+            handle.write(mined_line(query, write_scores))
         handle.flush()
         os.fsync(handle.fileno())
     write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")

@@ -18,7 +18,12 @@ from erniesearch.config import (
     training_stages,
 )
 from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
-from erniesearch.data.formats import RetrievalData, read_negatives, with_split
+from erniesearch.data.formats import (
+    RetrievalData,
+    read_negatives,
+    read_teacher_scores,
+    with_split,
+)
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
@@ -59,7 +64,7 @@ def assemble_model(
         _check_length(load_config(student_settings), student_settings.path,
                       max(query_length, passage_length))  # fmt: skip
         student = StudentEncoder(student_settings, masked_lm=bool(stage.weights.mlm))
-    if stages.needs_teacher(stage.weights):
+    if stages.runs_teacher(stage):
         check_same_vocabulary(
             tokenizer,
             load_tokenizer(teacher_settings),
@@ -75,20 +80,21 @@ def assemble_model(
             teacher.requires_grad_(False)
     objective = config.objective
     if objective.tau_ce == "auto":
-        tau = _teacher_temperature(stage, teacher, teacher_settings.path)
+        tau = _teacher_temperature(stage, teacher_settings.path)
         objective = replace(objective, tau_ce=tau)
     model = JointModel(student, teacher, stage.weights, objective, tokenizer, config.seed)
     return model, tokenizer
 
 
-def _teacher_temperature(stage: StageConfig, teacher: CrossEncoder | None, path: str) -> float:
+def _teacher_temperature(stage: StageConfig, path: str) -> float:
     """What ``objective.tau_ce: auto`` stands for in a stage."""
     needed = stage.weights.ce_to_li or stage.weights.ce_to_de
-    if teacher is None or not needed or not weights_wanted():
+    if not needed or not weights_wanted():
         return 1.0  # nothing depends on it
-    if teacher.temperature is None:
+    temperature = stored_temperature(Path(resolve(path)))
+    if temperature is None:
         raise UserError(no_temperature(path))
-    return teacher.temperature
+    return temperature
 
 
 def no_temperature(path: str) -> str:
@@ -117,18 +123,22 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
                 f"{stages.given_negatives(config)}: names no query of the split"
                 f" {config.data.train_split}"
             )
+    for name, stage in training_stages(config).items():
+        if stage.steps and stage.teacher_scores == "stored" and stage.negatives == "given":
+            build_sampler(config, name, data, 1)
     if config.training.validation_split is not None:
         with_split(data, config.data.path, config.training.validation_split)
     student = config.student
     teacher = base_teacher(config)
     tokenizer = load_tokenizer(student)
-    weights = [stage.weights for stage in training_stages(config).values() if stage.steps]
+    enabled = [stage for stage in training_stages(config).values() if stage.steps]
+    weights = [stage.weights for stage in enabled]
     query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
     student_config = load_config(student)
     _check_length(student_config, student.path, max(query_length, passage_length))
     kept_layers(student_config, student)
     _check_temperature(config, teacher)
-    if any(map(stages.needs_teacher, weights)):
+    if any(map(stages.runs_teacher, enabled)):
         check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
         _check_length(load_config(teacher), teacher.path, query_length + passage_length)
         _check_attention(config.objective, weights, student, teacher)
@@ -227,9 +237,10 @@ def build_sampler(
 ) -> GroupSampler:
     """The stage's sampler over the whole global batch."""
     stage: StageConfig = getattr(config.stages, name)
-    negatives = None
+    negatives = scores = path = None
     if stage.negatives == "given" and stage.num_negatives:
-        negatives = read_negatives(stages.given_negatives(config), data)
+        path = stages.given_negatives(config)
+        negatives = read_negatives(path, data)
     elif stage.negatives != "random" and stage.num_negatives:
         path = stages.RunFolder(config.run_dir).negatives(stage.negatives)
         if not path.is_file():
@@ -238,9 +249,12 @@ def build_sampler(
                 " `erniesearch run`, which makes them"
             )
         negatives = read_negatives(path)
+    if stage.teacher_scores == "stored":
+        assert path is not None
+        scores = read_teacher_scores(path)
     global_batch = _global_batch(config, name, world_size)
     return GroupSampler(data, negatives, stage.num_negatives, global_batch, config.seed,
-                        stage.easy_steps)  # fmt: skip
+                        stage.easy_steps, scores)  # fmt: skip
 
 
 def _global_batch(config: RunConfig, name: str, world_size: int) -> int:

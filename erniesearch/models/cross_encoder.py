@@ -9,7 +9,6 @@ for: the query and key projections of chosen layers are kept instead
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config import TeacherConfig
+from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier
+from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import Projections, ProjectionTap, split_heads
 
 
@@ -155,11 +156,19 @@ class CrossEncoder(nn.Module):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Scores ``[N]`` in fp32."""
-        types = {"token_type_ids": pairs.token_type_ids} if self.uses_token_types else {}
-        with self.tap or nullcontext():
-            output = self.model(
-                input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), **types
-            )
+        if self.tap:  # its projections are those of one pass
+            with self.tap:
+                return self._scores(pairs.input_ids, pairs.mask, pairs.token_type_ids)
+        blocks = blocks_by_length(pairs.mask)
+        scores = []
+        for rows in blocks:
+            width = longest_row(pairs.mask[rows])
+            scores.append(self._scores(*(part[rows, :width] for part in pairs[:3])))
+        return put_back(scores, blocks)
+
+    def _scores(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        types = {"token_type_ids": token_type_ids} if self.uses_token_types else {}
+        output = self.model(input_ids=input_ids, attention_mask=mask.long(), **types)
         return output.logits.squeeze(-1).float()
 
     @torch.no_grad()

@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from erniesearch.config import StudentConfig
+from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, weights_wanted
+from erniesearch.models.lengths import blocks_by_length, padded, put_back
 from erniesearch.models.projections import ProjectionTap
 
 Side = Literal["query", "passage"]
@@ -35,6 +37,10 @@ class Encoded(NamedTuple):
     vectors: Tensor
     tokens: Tensor
     projections: Tensor
+
+    def padded(self, length: int) -> "Encoded":
+        """With zeros behind the states of each text, up to L = ``length``."""
+        return Encoded(self.vectors, padded(self.tokens, length), padded(self.projections, length))
 
 
 class StudentEncoder(nn.Module):
@@ -109,6 +115,27 @@ class StudentEncoder(nn.Module):
         projections: bool = False,
     ) -> Encoded:
         """Encode ``[N, L]`` token ids; ``mask`` is True on real tokens."""
+        wanted = side, vectors, tokens, projections
+        blocks = blocks_by_length(mask)
+        if len(blocks) == 1:
+            return self._encode(input_ids, mask, *wanted)
+        parts = []
+        for rows in blocks:
+            own = mask[rows]
+            width = longest_row(own)
+            encoded = self._encode(input_ids[rows, :width], own[:, :width], *wanted)
+            parts.append(encoded.padded(mask.shape[1]))
+        return Encoded(*(put_back(list(part), blocks) for part in zip(*parts, strict=True)))
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        side: Side,
+        vectors: bool,
+        tokens: bool,
+        projections: bool,
+    ) -> Encoded:
         tower = self.query_tower if side == "query" else self.passage_tower
         with self.taps[side] if projections else nullcontext():
             states = tower(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
@@ -158,17 +157,12 @@ class JointModel(nn.Module):
         )
         mask = every_mask[chunk.rows]
         width = distributed.longest_row(mask)
-        encoded = self.student(
+        encoded: Encoded = self.student(
             every_id[chunk.rows, :width], mask[:, :width], side,
             self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
             self.objective.needs_projections and first,
         )  # fmt: skip
-        missing = every_mask.shape[1] - width
-        tokens, projections = (
-            F.pad(part, (*[0, 0] * (part.dim() - 2), 0, missing)) if part.numel() else part
-            for part in (encoded.tokens, encoded.projections)
-        )
-        return Encoded(encoded.vectors, tokens, projections)
+        return encoded.padded(every_mask.shape[1])
 
     def pairs(self, batch: Batch, rows: slice) -> Pairs:
         """The cross-encoder's input of some of the B·G pairs."""
@@ -274,13 +268,17 @@ class JointModel(nn.Module):
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass. Non-reentrant: the reentrant form fails
         under ZeRO when an encoder runs twice in a step."""
+        for tower in self.towers():
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def towers(self) -> list[PreTrainedModel]:
+        """The student's (one of them twice if tied) and the cross-encoder."""
         towers: list[PreTrainedModel] = []
         if self.student is not None:
             towers += [self.student.query_tower, self.student.passage_tower]
         if self.teacher is not None:
             towers.append(self.teacher.model)
-        for tower in towers:
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
+        return towers
 
     def parameter_groups(self, stage: StageConfig, weight_decay: float) -> Iterator[dict[str, Any]]:
         """AdamW groups per part; biases and norms do not decay, frozen parameters are left out.

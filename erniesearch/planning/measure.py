@@ -107,6 +107,7 @@ def main(job_file: str) -> None:
     from erniesearch.models.backbone import without_weights
     from erniesearch.training.engine import build_engine, zero_section
     from erniesearch.training.loop import update
+    from erniesearch.training.precision import tune_for_device
     from erniesearch.training.stage import assemble_model, base_teacher
 
     job = json.loads(Path(job_file).read_text())
@@ -124,8 +125,7 @@ def main(job_file: str) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model, tokenizer = assemble_model(config, name, config.student, base_teacher(config))
-    if config.training.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    tune_for_device(model, config, device)
     engine, _ = build_engine(model, config.training, stage, num_queries, device)
     engine.train()
     updates = UPDATES.get(zero_section(config.training).get("stage", 0), 2)
@@ -159,7 +159,8 @@ def _warm_up(training: TrainingConfig, device: Any) -> None:
     import deepspeed
     import torch
 
-    from erniesearch.training.engine import use_bf16, zero_section
+    from erniesearch.training.engine import zero_section
+    from erniesearch.training.precision import use_bf16
 
     layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, 0.0, "gelu")
     engine, *_ = deepspeed.initialize(

@@ -13,6 +13,7 @@ from erniesearch.planning.states import Layout, Reduction, Zero, resident
 from erniesearch.planning.tracker import GpuKernels, Tracker, fake_world
 from erniesearch.training import guards
 from erniesearch.training.gradient_cache import cached_backward
+from erniesearch.training.precision import tune_for_device
 from erniesearch.training.stage import assemble_model, base_teacher
 
 
@@ -78,8 +79,7 @@ class StageTracer:
             if bf16:
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
-        if config.training.activation_checkpointing:
-            self.model.enable_activation_checkpointing()
+        tune_for_device(self.model, config, torch.device(device))
         self.layout = Layout.of(self.model, self.stage)
         self.tracker.exclude(self.model.parameters())
         self.model.train()

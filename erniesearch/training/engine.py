@@ -15,6 +15,7 @@ from erniesearch.config import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.installation import zero_file
 from erniesearch.models.joint import JointModel
+from erniesearch.training.precision import use_bf16
 
 # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a minute, and
 # a compiler); gloo does without.
@@ -22,13 +23,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19 still calls collectives by the names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """``auto`` is bf16 on a GPU that has it, fp32 elsewhere."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
 
 
 def zero_section(training: TrainingConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from erniesearch.training.engine import build_engine, zero_section
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.model_folder import frozen_state, save_model
 from erniesearch.training.monitor import Monitor
+from erniesearch.training.precision import tune_for_device
 from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
 from erniesearch.training.resume import find_resume, load_checkpoint
 from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
@@ -76,8 +77,7 @@ def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> 
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     model, tokenizer = build_model(config, name)
     batches = build_batches(config, name, data, tokenizer)
-    if training.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    tune_for_device(model, config, device)
     frozen = frozen_state(model)
     resume = find_resume(folder / "checkpoints", zero_section(training).get("stage", 0))
     engine, peaks = build_engine(

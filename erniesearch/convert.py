@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertTokenizer, ErnieConfig, ErnieForSequenceClassification, ErnieModel
 
-from erniesearch.config import DataConfig, RunConfig, StudentConfig
+from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.export.layout import cross_encoder_layout, dual_encoder_layout, write_json
 from erniesearch.models.paddle_ernie import (

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from erniesearch.config import TRAINING_STAGES, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
 from erniesearch.training import preemption

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from erniesearch import __version__, installation, launcher, stages
-from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml, training_stages
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.formats import load_beir, with_split
 from erniesearch.data.tokens import open_tokens

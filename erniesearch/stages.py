@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import (
+from erniesearch.config.keys import (
     TRAINING_STAGES,
     LossWeights,
     ObjectiveConfig,

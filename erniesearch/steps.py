@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from erniesearch import stages
-from erniesearch.config import TRAINING_STAGES, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
 from erniesearch.data.corpora import rows_of
 from erniesearch.data.formats import (

@@ -74,7 +74,7 @@ for package in ("erniesearch", "erniesearch_kernels"):
 
 from importlib.resources import files
 
-from erniesearch.config import TrainingConfig
+from erniesearch.config.keys import TrainingConfig
 from erniesearch.installation import commit, config_names
 from erniesearch.training.engine import zero_section
 

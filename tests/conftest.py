@@ -20,7 +20,7 @@ import torch
 from _pytest.mark.expression import Expression
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from erniesearch.config import (
+from erniesearch.config.keys import (
     DataConfig,
     EvaluationConfig,
     LossWeights,

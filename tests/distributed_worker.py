@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from erniesearch import exiting
-from erniesearch.config import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.training.loop import train_stage
 
 

@@ -18,7 +18,7 @@ import torch
 
 from erniesearch import distributed, exiting
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.joint import JointModel
 from erniesearch.training.loop import train_stage
 

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.distributed import free_port
 from erniesearch.errors import RankFailed
 from erniesearch.stages import RunFolder

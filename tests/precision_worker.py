@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from erniesearch import distributed, exiting
-from erniesearch.config import StageConfig, TrainingConfig
+from erniesearch.config.keys import StageConfig, TrainingConfig
 from erniesearch.training.engine import build_engine
 from erniesearch.training.loop import update
 from erniesearch.training.model_folder import gathered_state

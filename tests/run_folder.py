@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from erniesearch.config import (
+from erniesearch.config.keys import (
     DataConfig,
     LossWeights,
     RunConfig,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ConfigMaker, run_python
 
-from erniesearch.config import LossWeights, ObjectiveConfig, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig, to_yaml
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder

@@ -7,7 +7,7 @@ import pytest
 from conftest import write_beir, write_model
 
 from erniesearch.cli import main
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.data.check import check, percentiles
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer

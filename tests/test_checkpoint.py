@@ -16,7 +16,7 @@ from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch.cli import main
-from erniesearch.config import LossWeights, RunConfig, from_dict, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, from_dict, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
 from erniesearch.training import manifest

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, FNetC
 
 from erniesearch import __version__, stages
 from erniesearch.cli import COMMANDS, main
-from erniesearch.config import LossWeights, RunConfig, TeacherConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, TeacherConfig, to_yaml
 
 Refused = Callable[..., str]
 

@@ -9,7 +9,7 @@ from conftest import WORDS
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.data.collate import Batch, GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.formats import RetrievalData
 from erniesearch.data.sampler import Group, GroupSampler

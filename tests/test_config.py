@@ -13,11 +13,12 @@ import yaml
 from conftest import ROOT
 from jsonargparse import ArgumentError
 
-from erniesearch import config as config_module
 from erniesearch import installation
 from erniesearch.cli import main
 from erniesearch.commands.parsing import config_parser, parse_config
-from erniesearch.config import (
+from erniesearch.config import keys as config_module
+from erniesearch.config.checks import check_yaml, validate
+from erniesearch.config.keys import (
     DataConfig,
     LossWeights,
     RunConfig,
@@ -25,7 +26,6 @@ from erniesearch.config import (
     from_dict,
     to_yaml,
 )
-from erniesearch.config_checks import check_yaml, validate
 from erniesearch.errors import UserError
 
 DEFAULT = RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x"))

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, ErnieConfig
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from erniesearch.cli import main
-from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.convert import convert_paddle
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier, load_encoder, load_tokenizer

@@ -19,7 +19,7 @@ from transformers import (
     RobertaModel,
 )
 
-from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.data.collate import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer

@@ -12,7 +12,7 @@ from conftest import ROOT, WITH_VIRT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch import distributed
-from erniesearch.config import LossWeights
+from erniesearch.config.keys import LossWeights
 from erniesearch.stages import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8

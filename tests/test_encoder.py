@@ -21,7 +21,7 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import kept_layers, max_positions, resolve
 from erniesearch.models.encoder import HEAD_FILE, StudentEncoder, content_mask

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ir_measures import RR, R, nDCG
 
-from erniesearch.config import EvaluationConfig, StudentConfig
+from erniesearch.config.keys import EvaluationConfig, StudentConfig
 from erniesearch.data.formats import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search

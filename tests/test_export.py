@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from erniesearch.config import LossWeights, RunConfig, StageConfig, StudentConfig, TeacherConfig
+from erniesearch.config.keys import (
+    LossWeights,
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from erniesearch.data.collate import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.export import export_all

@@ -9,8 +9,8 @@ from conftest import ConfigMaker, write_beir
 
 from erniesearch import stages
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, to_yaml
-from erniesearch.config_checks import validate
+from erniesearch.config.checks import validate
+from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
 from erniesearch.pipeline import planned

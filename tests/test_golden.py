@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ConfigMaker, losses_of, run_python, write_beir, write_model
 
-from erniesearch.config import to_yaml
+from erniesearch.config.keys import to_yaml
 from erniesearch.stages import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "cpu_loss_trace.json"

@@ -10,7 +10,7 @@ import torch
 from conftest import ALL_TERMS, WITH_VIRT, ConfigMaker
 from torch import Tensor
 
-from erniesearch.config import LossWeights, RunConfig
+from erniesearch.config.keys import LossWeights, RunConfig
 from erniesearch.data.collate import Batch
 from erniesearch.data.formats import load_beir
 from erniesearch.models.joint import Chunk, JointModel

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
-from erniesearch.config import LossWeights, RunConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
 from erniesearch.errors import RankFailed
 from erniesearch.stages import RunFolder
 from erniesearch.training.guards import CONSTANT_AFTER, TermWatch, spoil_nonfinite

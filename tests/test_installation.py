@@ -11,7 +11,7 @@ from conftest import ROOT, run_python, start
 from erniesearch import __version__, installation
 from erniesearch.cli import main
 from erniesearch.commands.parsing import config_parser, parse_config
-from erniesearch.config import RunConfig, TrainingConfig
+from erniesearch.config.keys import RunConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.training.engine import zero_section
 
@@ -139,7 +139,7 @@ RECORD = """
 import json, sys
 from pathlib import Path
 from erniesearch import pipeline
-from erniesearch.config import DataConfig, RunConfig, StudentConfig
+from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
 out = Path(sys.argv[1])
 pipeline._write_record(RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x")), out)
 print(json.loads((out / "environment.json").read_text())["commit"])

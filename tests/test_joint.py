@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import WITH_VIRT, ConfigMaker
 
-from erniesearch.config import LossWeights, StageConfig
+from erniesearch.config.keys import LossWeights, StageConfig
 from erniesearch.data.collate import Batch
 from erniesearch.data.formats import load_beir
 from erniesearch.models.joint import JointModel

@@ -8,7 +8,7 @@ import torch
 from conftest import WITH_VIRT, ConfigMaker
 from torch import Tensor
 
-from erniesearch.config import LossWeights
+from erniesearch.config.keys import LossWeights
 from erniesearch.data.formats import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
 from erniesearch.training.precision import tune_for_device

@@ -11,7 +11,7 @@ import torch
 from conftest import ConfigMaker, write_model
 from test_export import LONG, TEXTS, finished_run, retriever_of
 
-from erniesearch.config import RunConfig, TeacherConfig, to_yaml
+from erniesearch.config.keys import RunConfig, TeacherConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.encode import PairScorer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ALL_TERMS, ROOT, WORDS, ConfigMaker, run_python, write_beir, write_model
 
-from erniesearch.config import (
+from erniesearch.config.keys import (
     DataConfig,
     ObjectiveConfig,
     RunConfig,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erniesearch.config import MineConfig
+from erniesearch.config.keys import MineConfig
 from erniesearch.data.formats import RetrievalData, load_beir
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.mine import Mined, mine_negatives, spread, statistics

@@ -10,7 +10,7 @@ from conftest import ConfigMaker, run_python, write_beir
 from test_export import finished_run
 
 from erniesearch.cli import main
-from erniesearch.config import MineConfig
+from erniesearch.config.keys import MineConfig
 from erniesearch.data.formats import load_beir, read_negatives
 from erniesearch.errors import UserError
 from erniesearch.export import export_all

@@ -13,7 +13,7 @@ from conftest import ConfigMaker
 from test_export import finished_run, retriever_of
 
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, from_dict, to_yaml
+from erniesearch.config.keys import RunConfig, from_dict, to_yaml
 from erniesearch.export import export_all, write_cards
 from erniesearch.retrieval.load import load_scorer
 from erniesearch.stages import RunFolder, fingerprint, mark_done

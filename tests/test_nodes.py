@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ConfigMaker, losses_of, run_python, start
 
-from erniesearch.config import to_yaml
+from erniesearch.config.keys import to_yaml
 from erniesearch.distributed import free_port
 from erniesearch.stages import RunFolder
 

@@ -9,7 +9,7 @@ import torch
 from conftest import WORDS, ConfigMaker, run_python, write_beir
 from transformers import AutoTokenizer
 
-from erniesearch.config import MAX_TOKENS, LossWeights, RunConfig
+from erniesearch.config.keys import MAX_TOKENS, LossWeights, RunConfig
 from erniesearch.data import tokens
 from erniesearch.data.bm25 import bm25_negatives
 from erniesearch.data.formats import RetrievalData, load_beir

@@ -23,7 +23,7 @@ from conftest import ALL_TERMS, ROOT, ConfigMaker, run_python
 from test_export import LONG, TEXTS
 
 from erniesearch.cli import main
-from erniesearch.config import (
+from erniesearch.config.keys import (
     DataConfig,
     EvaluationConfig,
     LossWeights,

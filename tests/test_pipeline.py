@@ -14,7 +14,7 @@ import pytest
 from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start, write_beir
 
 from erniesearch import pipeline, stages
-from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.distributed import free_port
 from erniesearch.launcher import StageFailed, num_processes
 from erniesearch.models.backbone import load_tokenizer

@@ -17,7 +17,7 @@ import torch
 from conftest import ALL_TERMS, ConfigMaker, run_python, write_model
 
 from erniesearch import cli, distributed
-from erniesearch.config import LossWeights, RunConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
 from erniesearch.planning.estimate import (
     MOST_QUERIES,
     Estimator,

@@ -14,7 +14,7 @@ from test_pipeline import orphans
 from test_resume import wait_for_step
 
 from erniesearch import pipeline
-from erniesearch.config import to_yaml
+from erniesearch.config.keys import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.launcher import StageFailed, check_devices, launch, num_processes, stop
 from erniesearch.stages import RunFolder

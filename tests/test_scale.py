@@ -25,7 +25,7 @@ SHARDS = 20
 MOST_MEMORY = 3 * 2**30
 OPEN = """
 import sys
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.data.formats import load_beir
 from erniesearch.data.tokens import open_tokens
 from erniesearch.models.backbone import load_tokenizer

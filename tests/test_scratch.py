@@ -9,7 +9,7 @@ import torch
 from conftest import run_python
 
 from erniesearch.cli import main
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.encoder import StudentEncoder

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from slurm_cluster import Cluster, missing
 
-from erniesearch.config import LossWeights, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, StageConfig, to_yaml
 from erniesearch.stages import RunFolder
 from erniesearch.training.checkpoint import find_checkpoints
 

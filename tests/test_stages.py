@@ -8,7 +8,7 @@ import pytest
 from conftest import ConfigMaker
 
 from erniesearch import stages
-from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.retrieval.trained import trained_student

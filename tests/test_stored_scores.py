@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
-from erniesearch.config import LossWeights, ObjectiveConfig, RunConfig
-from erniesearch.config_checks import validate
+from erniesearch.config.checks import validate
+from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig
 from erniesearch.data.formats import (
     RetrievalData,
     load_beir,

@@ -11,7 +11,7 @@ import pytest
 from conftest import ALL_TERMS
 from run_folder import write_run
 
-from erniesearch.config import LossWeights
+from erniesearch.config.keys import LossWeights
 from erniesearch.data.formats import RetrievalData
 from erniesearch.errors import UserError
 from erniesearch.retrieval.explain import match_tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erniesearch import stages, steps
 from erniesearch.cli import main
-from erniesearch.config import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.data.formats import RetrievalData
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder

@@ -11,7 +11,7 @@ from conftest import WORDS, run_python
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from erniesearch.config import MAX_TOKENS, StudentConfig
+from erniesearch.config.keys import MAX_TOKENS, StudentConfig
 from erniesearch.data import tokens
 from erniesearch.data.corpora import open_corpus
 from erniesearch.data.tokens import SpecialTokens, describe, open_tokens
@@ -144,7 +144,7 @@ def test_a_passage_keeps_its_first_tokens_only(
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.data.corpora import open_corpus
 from erniesearch.data.tokens import open_tokens
 from erniesearch.models.backbone import load_tokenizer

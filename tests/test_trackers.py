@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_validation import train
 
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, to_yaml
+from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import fingerprint
 from erniesearch.training.monitor import Monitor
@@ -133,7 +133,7 @@ def test_two_ranks_track_once_what_metrics_jsonl_has(
 OPEN = """
 import json, sys
 from pathlib import Path
-from erniesearch.config import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.errors import UserError
 from erniesearch.training.trackers import open_trackers
 config = from_dict(RunConfig, json.loads(sys.argv[1]))

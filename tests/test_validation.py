@@ -10,7 +10,7 @@ from conftest import ALL_TERMS, ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
 from erniesearch.cli import main
-from erniesearch.config import LossWeights, RunConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
 from erniesearch.stages import RunFolder
 from erniesearch.training.checkpoint import find_best, find_checkpoints, step_of
 from erniesearch.training.manifest import read_manifest

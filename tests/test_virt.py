@@ -11,7 +11,7 @@ from conftest import WITH_VIRT, ConfigMaker, write_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
-from erniesearch.config import LossWeights, TeacherConfig
+from erniesearch.config.keys import LossWeights, TeacherConfig
 from erniesearch.data.collate import Batch
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError

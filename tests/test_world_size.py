@@ -9,7 +9,7 @@ from conftest import ROOT, ConfigMaker, losses_of, run_python
 
 from erniesearch import stages
 from erniesearch.cli import main
-from erniesearch.config import RunConfig, to_yaml
+from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
 

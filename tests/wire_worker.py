@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erniesearch import distributed, exiting
-from erniesearch.config import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.measure import full_batches
 from erniesearch.planning.tracker import COLLECTIVES, bytes_sent

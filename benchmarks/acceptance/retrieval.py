@@ -46,7 +46,7 @@ def _compare(context: Context, model: Path, texts: list[str]) -> np.ndarray:
     """Cosines between the first stored vectors and those of the CPU in fp32."""
     import torch
 
-    from erniesearch.config import StudentConfig
+    from erniesearch.config.keys import StudentConfig
     from erniesearch.retrieval.embeddings import Embeddings
     from erniesearch.retrieval.encode import Retriever
 

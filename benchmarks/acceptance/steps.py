@@ -30,7 +30,7 @@ take."""
 
 def check(context: Context) -> None:
     """BERT-base student and teacher, 32 queries with groups of 8; tiny on a CPU."""
-    from erniesearch.config import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.planning.plan import Machine, Planner
 
     job: dict[str, Any] = {"config": _config(context), "updates": 20 if context.gpu else 3}
@@ -81,7 +81,7 @@ def main(job_file: str, result_file: str) -> None:
     import torch
 
     from erniesearch import distributed
-    from erniesearch.config import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.models.backbone import without_weights
     from erniesearch.planning.measure import full_batches
     from erniesearch.training.engine import build_engine

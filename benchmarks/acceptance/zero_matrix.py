@@ -98,7 +98,7 @@ def main(file: Path) -> None:
     """Train the cascade of each configuration."""
     import torch.distributed as dist
 
-    from erniesearch.config import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.errors import UserError
     from erniesearch.training.loop import train_stage
 

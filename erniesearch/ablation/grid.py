@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import installation, launcher, stages
-from erniesearch.config import TRAINING_STAGES, LossWeights, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, LossWeights, RunConfig
+from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import ORDER
 from erniesearch.retrieval.trained import config_from
-from erniesearch.yaml_file import read_yaml, unknown_key
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
              "primary", "arms")  # fmt: skip

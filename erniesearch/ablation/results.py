@@ -11,7 +11,7 @@ from erniesearch import installation, stages
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.ablation.run import final_result, result_folder, run_file
 from erniesearch.ablation.statistics import Difference, clusters_of, difference, holm
-from erniesearch.config import TRAINING_STAGES, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.formats import load_beir
 from erniesearch.data.trec import read_trec_run
 from erniesearch.report import describe_machine, stage_facts

@@ -19,7 +19,7 @@ from rich.console import Console
 from erniesearch import launcher, stages
 from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
-from erniesearch.config import TRAINING_STAGES, RunConfig, to_yaml
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.training import preemption
 from erniesearch.training.process import hold_lock, pipeline_token

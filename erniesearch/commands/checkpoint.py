@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
-from erniesearch.config import TRAINING_STAGES
+from erniesearch.config.keys import TRAINING_STAGES
 from erniesearch.errors import UserError, nearest
 
 

@@ -186,7 +186,7 @@ def check_command(argv: list[str]) -> int:
         "--use_titles", type=bool, default=True, help="Count a passage's title as its text."
     )
     settings = parser.parse_args(argv)
-    from erniesearch.config import StudentConfig
+    from erniesearch.config.keys import StudentConfig
     from erniesearch.data.check import check
     from erniesearch.models.backbone import load_tokenizer
 

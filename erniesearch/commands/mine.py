@@ -5,7 +5,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from erniesearch.commands.parsing import name_accelerator, require_positive
-from erniesearch.config import MineConfig
+from erniesearch.config.keys import MineConfig
 from erniesearch.errors import UserError
 
 

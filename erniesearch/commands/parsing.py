@@ -7,8 +7,8 @@ from typing import Any, get_type_hints
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from erniesearch.config import RunConfig, from_dict
-from erniesearch.config_checks import check_yaml, validate
+from erniesearch.config.checks import check_yaml, validate
+from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.errors import UserError, nearest
 from erniesearch.installation import config_file, config_names
 

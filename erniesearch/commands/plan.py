@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
-from erniesearch.config import TRAINING_STAGES, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
 
 

@@ -5,7 +5,7 @@ import sys
 from typing import Literal
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
-from erniesearch.config import TRAINING_STAGES, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
 from erniesearch.training import preemption
 

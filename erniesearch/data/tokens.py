@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config import MAX_TOKENS
+from erniesearch.config.keys import MAX_TOKENS
 from erniesearch.data.arrow import Blocks, BlockWriter
 from erniesearch.data.cache import cached, key_of
 from erniesearch.data.corpora import ArrowColumn, Rows

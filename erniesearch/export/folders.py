@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from erniesearch import stages
-from erniesearch.config import RunConfig
+from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.export.layout import (
     cross_encoder_layout,

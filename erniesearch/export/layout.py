@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import RunConfig
+from erniesearch.config.keys import RunConfig
 from erniesearch.export.model_card import pair_length
 
 ST_VERSION = "5.0.0"

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from erniesearch import __version__
-from erniesearch.config import RunConfig, to_yaml, training_stages
+from erniesearch.config.keys import RunConfig, to_yaml, training_stages
 
 _FRONT = {
     "dual_encoder": ("sentence-transformers", "sentence-similarity", "dual-encoder"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, load_tokenizer, max_positions
 

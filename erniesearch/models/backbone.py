@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.errors import UserError
 
 _weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config import TeacherConfig
+from erniesearch.config.keys import TeacherConfig
 from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier

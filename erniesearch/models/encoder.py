@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from erniesearch.config import StudentConfig
+from erniesearch.config.keys import StudentConfig
 from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, weights_wanted

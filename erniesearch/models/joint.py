@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
-from erniesearch.config import LossWeights, ObjectiveConfig, StageConfig
+from erniesearch.config.keys import LossWeights, ObjectiveConfig, StageConfig
 from erniesearch.data.collate import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
-from erniesearch.config import LossWeights, ObjectiveConfig
+from erniesearch.config.keys import LossWeights, ObjectiveConfig
 from erniesearch.data.collate import Batch
 from erniesearch.models.encoder import Encoded
 from erniesearch.objectives import losses, scores

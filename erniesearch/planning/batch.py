@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.data.collate import Batch
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import exiting
-from erniesearch.config import RunConfig, StageConfig, TrainingConfig, from_dict
+from erniesearch.config.keys import RunConfig, StageConfig, TrainingConfig, from_dict
 from erniesearch.errors import UserError
 
 UPDATES = {3: 4}

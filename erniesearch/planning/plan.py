@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from erniesearch import stages
-from erniesearch.config import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.errors import UserError
 from erniesearch.planning.estimate import Estimator, largest_fitting
 from erniesearch.planning.states import Zero, engine_traffic

@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from erniesearch.config import StageConfig, TrainingConfig
+from erniesearch.config.keys import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.planning.tracker import Tracker, bytes_sent

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from erniesearch.config import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident

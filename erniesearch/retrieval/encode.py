@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config import StudentConfig, TeacherConfig
+from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.data.collate import encode_texts
 from erniesearch.data.corpora import take
 from erniesearch.data.tokens import TokenStore

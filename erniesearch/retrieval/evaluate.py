@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from erniesearch.config import EvaluationConfig
+from erniesearch.config.keys import EvaluationConfig
 from erniesearch.data.bm25 import BM25, Tokenizer
 from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData, Run

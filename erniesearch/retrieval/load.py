@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from erniesearch.config import MAX_TOKENS, TeacherConfig
+from erniesearch.config.keys import MAX_TOKENS, TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side

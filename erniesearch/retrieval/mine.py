@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from erniesearch.config import MineConfig
+from erniesearch.config.keys import MineConfig
 from erniesearch.data.corpora import rows_of, take
 from erniesearch.data.formats import RetrievalData, negatives_line
 from erniesearch.errors import UserError

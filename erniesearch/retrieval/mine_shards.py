@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from erniesearch import distributed, stages
-from erniesearch.config import MineConfig
+from erniesearch.config.keys import MineConfig
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError
 from erniesearch.progress import Meter

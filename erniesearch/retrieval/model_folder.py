@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from erniesearch.config import RunConfig, StudentConfig, from_dict
+from erniesearch.config.keys import RunConfig, StudentConfig, from_dict
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import resolve
 from erniesearch.models.encoder import HEAD_FILE, Side

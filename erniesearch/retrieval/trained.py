@@ -8,11 +8,11 @@ from typing import Any
 import jsonargparse
 
 from erniesearch import stages
-from erniesearch.config import RunConfig, StudentConfig, TeacherConfig, from_dict
-from erniesearch.config_checks import validate
+from erniesearch.config.checks import validate
+from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig, from_dict
+from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.yaml_file import read_yaml, unknown_key
 
 
 def load_run_config(run_dir: str | Path) -> RunConfig:

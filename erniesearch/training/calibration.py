@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from erniesearch import distributed
-from erniesearch.config import StageConfig
+from erniesearch.config.keys import StageConfig
 from erniesearch.data.collate import StepBatches
 from erniesearch.models.joint import JointModel
 from erniesearch.models.terms import group_mask

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-from erniesearch.config import StageConfig, TrainingConfig
+from erniesearch.config.keys import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.installation import zero_file
 from erniesearch.models.joint import JointModel

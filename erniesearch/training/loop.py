@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed, stages
-from erniesearch.config import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.data.collate import Batch, StepBatches
 from erniesearch.data.formats import load_beir
 from erniesearch.errors import UserError

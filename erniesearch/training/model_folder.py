@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
-from erniesearch.config import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.training.checkpoint import find_best, newest_whole, step_of

@@ -2,7 +2,7 @@
 
 import torch
 
-from erniesearch.config import RunConfig
+from erniesearch.config.keys import RunConfig
 from erniesearch.models.joint import JointModel
 
 PLAIN_ATTENTION_TOKENS = 256

@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
-from erniesearch.config import (
+from erniesearch.config.keys import (
     LossWeights,
     ObjectiveConfig,
     RunConfig,

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, clear_environment
 
-from erniesearch.config import RunConfig
+from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.stages import write_atomically
 

@@ -12,7 +12,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from erniesearch import distributed
-from erniesearch.config import LossWeights, RunConfig, StageConfig
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
 from erniesearch.data.collate import GroupCollator, StepBatches
 from erniesearch.data.formats import RetrievalData, with_split
 from erniesearch.data.sampler import GroupSampler

@@ -6,9 +6,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config import MAX_TOKENS, RunConfig, StageConfig, training_stages
+from erniesearch.config.keys import MAX_TOKENS, RunConfig, StageConfig, training_stages
+from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
-from erniesearch.yaml_file import read_yaml, unknown_key
 
 Require = Callable[[bool, str, object, str], None]
 """Raises :class:`UserError` unless the condition holds: condition, key, value, what is allowed."""

@@ -1,0 +1,1 @@
+"""The configuration: its documented keys, how it is read, and what is checked."""

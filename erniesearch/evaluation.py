@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from erniesearch.data.formats import RetrievalData, Run, load_beir, write_trec_run
+from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.report import Row, describe_machine, show_cells, show_table
 from erniesearch.retrieval.answers import AnswerRecall, read_answers

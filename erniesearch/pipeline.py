@@ -12,8 +12,8 @@ from rich.console import Console
 from erniesearch import __version__, installation, launcher, stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
-from erniesearch.data.formats import load_beir, with_split
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.collection import load_beir, with_split
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer

@@ -18,8 +18,7 @@ from rich.console import Console
 from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
-from erniesearch.data.corpora import rows_of
-from erniesearch.data.formats import (
+from erniesearch.data.collection import (
     RetrievalData,
     Run,
     load_beir,
@@ -27,6 +26,7 @@ from erniesearch.data.formats import (
     write_negatives,
     write_trec_run,
 )
+from erniesearch.data.corpus.texts import rows_of
 from erniesearch.export import export_all, write_cards
 from erniesearch.report import Report, Row, describe_machine, stage_facts
 from erniesearch.retrieval import evaluate, search

@@ -15,7 +15,7 @@ from erniesearch.config.keys import (
     TeacherConfig,
     to_yaml,
 )
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder

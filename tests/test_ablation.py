@@ -23,7 +23,7 @@ from erniesearch.ablation.results import collect
 from erniesearch.ablation.statistics import clusters_of, difference, holm
 from erniesearch.cli import main
 from erniesearch.config.keys import TRAINING_STAGES, LossWeights, StageConfig, to_yaml
-from erniesearch.data.formats import load_beir, write_trec_run
+from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.errors import UserError
 
 GridMaker = Callable[..., Path]

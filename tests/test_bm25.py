@@ -13,13 +13,13 @@ from conftest import ROOT, WORDS, ConfigMaker, run_python
 
 from erniesearch import pipeline
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer, split_identifiers
-from erniesearch.data.corpora import open_corpus
-from erniesearch.data.formats import (
+from erniesearch.data.collection import (
     RetrievalData,
     load_beir,
     read_negatives,
     write_negatives,
 )
+from erniesearch.data.corpus.texts import open_corpus
 from erniesearch.errors import UserError
 from erniesearch.retrieval.evaluate import bm25_run, per_query_metrics
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ConfigMaker, run_python
 
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig, to_yaml
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
 from erniesearch.training.calibration import HIGHEST, LOWEST, Calibration, fit_temperature

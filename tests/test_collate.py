@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import StudentConfig
-from erniesearch.data.collate import Batch, GroupCollator, SpanCollator, StepBatches
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.batches import Batch, GroupCollator, SpanCollator, StepBatches
+from erniesearch.data.collection import RetrievalData
 from erniesearch.data.sampler import Group, GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer

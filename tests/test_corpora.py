@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from conftest import run_python, start, write_beir
 
-from erniesearch.data import corpora
-from erniesearch.data.corpora import ArrowColumn, Corpus, PidIndex, open_corpus, rows_of, take
-from erniesearch.data.formats import RetrievalData, load_beir
+from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.corpus.texts import ArrowColumn, Corpus, PidIndex, open_corpus, rows_of, take
 from erniesearch.errors import UserError
 
 
@@ -36,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def blocks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erniesearch.data.arrow.BLOCK_ROWS", 4)
+    monkeypatch.setattr("erniesearch.data.corpus.arrow.BLOCK_ROWS", 4)
 
 
 TEXTS = [f"größe {i} " + "x" * (i % 5) for i in range(19)]
@@ -69,7 +68,7 @@ def test_column_reads_like_a_list(tmp_path: Path, cache: Path) -> None:
 def test_a_block_ends_by_its_size_too(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erniesearch.data.arrow.BLOCK_WEIGHT", 1000)
+    monkeypatch.setattr("erniesearch.data.corpus.arrow.BLOCK_WEIGHT", 1000)
     texts = ["a" * 300] * 10 + ["b" * 5000] + ["c"]
     column = open_corpus(write_corpus(tmp_path / "corpus.jsonl", texts), True).passages
     assert list(column) == texts
@@ -182,14 +181,14 @@ OPEN = """
 import sys, time
 from pathlib import Path
 from erniesearch.data import corpora
-read = corpora.read_jsonl
+read = texts.read_jsonl
 def counted(*arguments):
     print("reads", flush=True)
     for i, record in enumerate(read(*arguments)):
         time.sleep(float(sys.argv[2]))
         yield record
-corpora.read_jsonl = counted
-corpus = corpora.open_corpus(Path(sys.argv[1]), True)
+texts.read_jsonl = counted
+corpus = texts.open_corpus(Path(sys.argv[1]), True)
 print(len(corpus.passages), corpus.index_of["p18"])
 """
 
@@ -220,8 +219,8 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_read(tmp_path: Path, cache:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from erniesearch.data.corpora import open_corpus
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.corpus.texts import open_corpus
+from erniesearch.data.collection import RetrievalData
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 corpus = open_corpus(Path(sys.argv[1]), True)
 data = RetrievalData(corpus.pids, corpus.passages, {}, {})

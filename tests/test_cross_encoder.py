@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
-from erniesearch.data.collate import encode_texts
+from erniesearch.data.batches import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs

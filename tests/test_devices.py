@@ -12,7 +12,7 @@ from pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.planning.tracker import fake_world
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
 from erniesearch.training.loop import update

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_export import finished_run
 
 from erniesearch.cli import main
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.embeddings import Embeddings, shard_path

@@ -11,7 +11,7 @@ import torch
 from ir_measures import RR, R, nDCG
 
 from erniesearch.config.keys import EvaluationConfig, StudentConfig
-from erniesearch.data.formats import RetrievalData, Run, load_beir, write_trec_run
+from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever

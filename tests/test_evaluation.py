@@ -12,7 +12,7 @@ from conftest import ConfigMaker, write_beir
 from test_export import finished_run
 
 from erniesearch.cli import main
-from erniesearch.data.formats import load_beir, write_trec_run
+from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.export import export_all
 from erniesearch.retrieval import search

@@ -22,7 +22,7 @@ from erniesearch.config.keys import (
     StudentConfig,
     TeacherConfig,
 )
-from erniesearch.data.collate import encode_texts
+from erniesearch.data.batches import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer

@@ -7,7 +7,7 @@ import ir_measures
 import pytest
 from conftest import write_beir
 
-from erniesearch.data.formats import (
+from erniesearch.data.collection import (
     RetrievalData,
     load_beir,
     read_negatives,

@@ -17,7 +17,7 @@ from mutations import mutate_config, mutate_file
 from erniesearch import pipeline
 from erniesearch.cli import main
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
-from erniesearch.data.formats import load_beir, read_negatives, write_negatives, write_trec_run
+from erniesearch.data.collection import load_beir, read_negatives, write_negatives, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer

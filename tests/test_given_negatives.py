@@ -11,7 +11,7 @@ from erniesearch import stages
 from erniesearch.cli import main
 from erniesearch.config.checks import validate
 from erniesearch.config.keys import RunConfig, to_yaml
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.pipeline import planned
 from erniesearch.training.stage import build_sampler, check_inputs

@@ -11,8 +11,8 @@ from conftest import ALL_TERMS, WITH_VIRT, ConfigMaker
 from torch import Tensor
 
 from erniesearch.config.keys import LossWeights, RunConfig
-from erniesearch.data.collate import Batch
-from erniesearch.data.formats import load_beir
+from erniesearch.data.batches import Batch
+from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import Chunk, JointModel
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.stage import build_batches, build_model

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import write_beir
 
-from erniesearch.data.formats import load_beir, read_negatives
-from erniesearch.data.importers.convert import convert
+from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import Options, content_id
 from erniesearch.errors import UserError
 

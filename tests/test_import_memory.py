@@ -8,7 +8,7 @@ from conftest import run_python
 IMPORT = """
 import resource, sys
 from pathlib import Path
-from erniesearch.data.importers.convert import convert
+from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import Options
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 facts = convert(sys.argv[1], [Path(sys.argv[2])], Path(sys.argv[3]), Options())

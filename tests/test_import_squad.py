@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from erniesearch.cli import main
-from erniesearch.data.formats import load_beir
-from erniesearch.data.importers.convert import convert
+from erniesearch.data.collection import load_beir
 from erniesearch.data.importers.cut import by_chars, by_words
+from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import Options
 from erniesearch.errors import UserError
 

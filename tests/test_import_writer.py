@@ -8,9 +8,9 @@ from conftest import write_beir
 from test_import_formats import OLDER, lines, msmarco
 
 from erniesearch.cli import main
-from erniesearch.data.formats import load_beir, read_negatives
-from erniesearch.data.importers import convert as module
-from erniesearch.data.importers.convert import convert
+from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.data.importers import import_data as module
+from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import (
     HardNegatives,
     Judgement,

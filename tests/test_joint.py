@@ -8,8 +8,8 @@ import torch
 from conftest import WITH_VIRT, ConfigMaker
 
 from erniesearch.config.keys import LossWeights, StageConfig
-from erniesearch.data.collate import Batch
-from erniesearch.data.formats import load_beir
+from erniesearch.data.batches import Batch
+from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives.losses import contrastive_loss, kl_divergence
 from erniesearch.objectives.scores import candidate_mask, own_group

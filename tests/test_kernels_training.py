@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ConfigMaker
 
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.training.stage import build_batches, build_model
 
 STEPS = 100

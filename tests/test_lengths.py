@@ -9,7 +9,7 @@ from conftest import WITH_VIRT, ConfigMaker
 from torch import Tensor
 
 from erniesearch.config.keys import LossWeights
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
 from erniesearch.training.precision import tune_for_device
 from erniesearch.training.stage import build_batches, build_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from erniesearch.config.keys import MineConfig
-from erniesearch.data.formats import RetrievalData, load_beir
+from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.mine import Mined, mine_negatives, spread, statistics
 

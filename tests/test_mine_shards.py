@@ -11,7 +11,7 @@ from test_export import finished_run
 
 from erniesearch.cli import main
 from erniesearch.config.keys import MineConfig
-from erniesearch.data.formats import load_beir, read_negatives
+from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval import mine_shards

@@ -10,10 +10,10 @@ from conftest import WORDS, ConfigMaker, run_python, write_beir
 from transformers import AutoTokenizer
 
 from erniesearch.config.keys import MAX_TOKENS, LossWeights, RunConfig
-from erniesearch.data import tokens
 from erniesearch.data.bm25 import bm25_negatives
-from erniesearch.data.formats import RetrievalData, load_beir
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.corpus import tokens
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import Retriever
 from erniesearch.training.stage import build_batches, build_model
@@ -144,8 +144,8 @@ BIG = """
 import resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from erniesearch.data.formats import load_beir
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.collection import load_beir
+from erniesearch.data.corpus.tokens import open_tokens
 data = load_beir(Path(sys.argv[1]), "train")
 store = open_tokens(data.passages, AutoTokenizer.from_pretrained(sys.argv[2]))
 print(len(data.passages[60]), store.lengths[60], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

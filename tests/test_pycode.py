@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from erniesearch.data import pycode
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
+from erniesearch.data.importers import pycode
 from erniesearch.errors import UserError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from erniesearch.data import pydocs
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
+from erniesearch.data.importers import pydocs
 from erniesearch.errors import UserError
 
 BODY = "The rest of the docstring says at length what happens and which arguments there are"

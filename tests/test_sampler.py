@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.collection import RetrievalData
 from erniesearch.data.sampler import Group, GroupSampler
 from erniesearch.errors import UserError
 

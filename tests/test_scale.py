@@ -26,8 +26,8 @@ MOST_MEMORY = 3 * 2**30
 OPEN = """
 import sys
 from erniesearch.config.keys import StudentConfig
-from erniesearch.data.formats import load_beir
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.collection import load_beir
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.models.backbone import load_tokenizer
 data = load_beir(sys.argv[1], "test")
 store = open_tokens(data.passages, load_tokenizer(StudentConfig(sys.argv[2])))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from erniesearch.config.checks import validate
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig
-from erniesearch.data.formats import (
+from erniesearch.data.collection import (
     RetrievalData,
     load_beir,
     negatives_line,

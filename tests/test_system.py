@@ -12,7 +12,7 @@ from conftest import ALL_TERMS
 from run_folder import write_run
 
 from erniesearch.config.keys import LossWeights
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.collection import RetrievalData
 from erniesearch.errors import UserError
 from erniesearch.retrieval.explain import match_tokens
 from erniesearch.retrieval.merging import MergingQueue

@@ -14,7 +14,7 @@ from torch import Tensor
 from erniesearch import stages, steps
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.collection import RetrievalData
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from erniesearch.config.keys import MAX_TOKENS, StudentConfig
-from erniesearch.data import tokens
-from erniesearch.data.corpora import open_corpus
-from erniesearch.data.tokens import SpecialTokens, describe, open_tokens
+from erniesearch.data.corpus import tokens
+from erniesearch.data.corpus.texts import open_corpus
+from erniesearch.data.corpus.tokens import SpecialTokens, describe, open_tokens
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 
@@ -145,8 +145,8 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from erniesearch.config.keys import StudentConfig
-from erniesearch.data.corpora import open_corpus
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.corpus.texts import open_corpus
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.models.backbone import load_tokenizer
 tokenizer = load_tokenizer(StudentConfig(sys.argv[2]))
 passages = open_corpus(Path(sys.argv[1]), True).passages

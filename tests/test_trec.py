@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluate import random_run
 
-from erniesearch.data.formats import write_trec_run
+from erniesearch.data.collection import write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.retrieval.metrics import parse_metrics, per_query

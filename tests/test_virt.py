@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
 from erniesearch.config.keys import LossWeights, TeacherConfig
-from erniesearch.data.collate import Batch
-from erniesearch.data.formats import load_beir
+from erniesearch.data.batches import Batch
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import content_mask
 from erniesearch.models.joint import JointModel

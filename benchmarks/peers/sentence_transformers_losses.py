@@ -28,7 +28,7 @@ from erniesearch.ablation.grid import Grid, read_grid
 from erniesearch.ablation.run import evaluate_command, final_result, result_folder, run_file
 from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config.keys import RunConfig
-from erniesearch.data.formats import load_beir, read_negatives
+from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.data.trec import read_trec_run
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.report import describe_machine

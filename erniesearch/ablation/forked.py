@@ -16,7 +16,7 @@ _context.set_forkserver_preload([
     "torch", "torch._dynamo", "torch.distributed.tensor", "transformers",
     "transformers.modeling_utils", "transformers.models.bert.modeling_bert", "scipy.optimize",
     "scipy.stats", "pyarrow",
-    "jsonargparse", "rich.console", "erniesearch.config.keys", "erniesearch.data.formats",
+    "jsonargparse", "rich.console", "erniesearch.config.keys", "erniesearch.data.collection",
     "erniesearch.data.bm25",
 ])  # fmt: skip
 

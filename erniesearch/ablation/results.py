@@ -12,7 +12,7 @@ from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.ablation.run import final_result, result_folder, run_file
 from erniesearch.ablation.statistics import Difference, clusters_of, difference, holm
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.data.trec import read_trec_run
 from erniesearch.report import describe_machine, stage_facts
 from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query

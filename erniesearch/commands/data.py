@@ -17,7 +17,7 @@ def pydocs_command(argv: list[str]) -> int:
         "pydocs", "Build a retrieval set from the docstrings on this machine: summary lines are"
         " queries, the rest of each docstring is its passage; split by module.", argv,
     )  # fmt: skip
-    from erniesearch.data import pydocs
+    from erniesearch.data.importers import pydocs
 
     facts = pydocs.build(Path(settings.out), settings.max_pairs)
     splits = ", ".join(f"{name} {count}" for name, count in facts["qrels"].items())  # type: ignore[attr-defined]
@@ -34,7 +34,7 @@ def pycode_command(argv: list[str]) -> int:
         " installed packages: a docstring's first sentence is the query, the code without"
         " docstrings and comments its passage; split by module.", argv,
     )  # fmt: skip
-    from erniesearch.data import pycode
+    from erniesearch.data.importers import pycode
 
     facts = pycode.build(Path(settings.out), settings.max_pairs)
     splits = ", ".join(f"{name} {count}" for name, count in facts["splits"].items())
@@ -114,7 +114,7 @@ def import_command(argv: list[str]) -> int:
     if settings.skip_bad < 0 or settings.max_negatives < 0:
         raise UserError("--skip_bad and --max_negatives must be 0 or more")
     held_out = _hold_out(settings.hold_out)
-    from erniesearch.data.importers.convert import convert
+    from erniesearch.data.importers.import_data import convert
     from erniesearch.data.importers.records import Options
 
     facts = convert(

@@ -53,7 +53,7 @@ def encoder_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=42, help="Fixes the random weights.")
     settings = parser.parse_args(argv)
     name_accelerator()
-    from erniesearch.data.corpora import open_corpus
+    from erniesearch.data.corpus.texts import open_corpus
     from erniesearch.models.scratch import EncoderSize, write_encoder
 
     passages = open_corpus(Path(settings.data) / "corpus.jsonl", settings.use_titles).passages

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 MAX_TOKENS = 8192
-"""Tokens that are kept of a passage (``erniesearch.data.tokens``)."""
+"""Tokens that are kept of a passage (``erniesearch.data.corpus.tokens``)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import regex
 import Stemmer
 
-from erniesearch.data.corpora import take
+from erniesearch.data.corpus.texts import take
 from erniesearch.errors import UserError
 
 

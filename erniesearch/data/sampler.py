@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from erniesearch.data.corpora import rows_of
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.collection import RetrievalData
+from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 
 

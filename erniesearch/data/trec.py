@@ -4,7 +4,7 @@ import math
 from collections.abc import Container
 from pathlib import Path
 
-from erniesearch.data.formats import Run
+from erniesearch.data.collection import Run
 from erniesearch.errors import UserError
 
 

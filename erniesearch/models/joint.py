@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, StageConfig
-from erniesearch.data.collate import Batch
+from erniesearch.data.batches import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask
 from erniesearch.models.projections import matched_layers, split_heads

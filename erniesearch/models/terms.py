@@ -13,7 +13,7 @@ from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig
-from erniesearch.data.collate import Batch
+from erniesearch.data.batches import Batch
 from erniesearch.models.encoder import Encoded
 from erniesearch.objectives import losses, scores
 

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import RunConfig, StageConfig
-from erniesearch.data.collate import Batch
+from erniesearch.data.batches import Batch
 
 
 def full_batch(

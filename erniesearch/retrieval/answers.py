@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from erniesearch.data.formats import Run, read_jsonl
+from erniesearch.data.collection import Run, read_jsonl
 from erniesearch.errors import UserError
 from erniesearch.retrieval.search import top
 

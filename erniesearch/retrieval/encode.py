@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
-from erniesearch.data.collate import encode_texts
-from erniesearch.data.corpora import take
-from erniesearch.data.tokens import TokenStore
+from erniesearch.data.batches import encode_texts
+from erniesearch.data.corpus.texts import take
+from erniesearch.data.corpus.tokens import TokenStore
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from erniesearch import distributed, stages
-from erniesearch.data.corpora import open_corpus
-from erniesearch.data.formats import read_qrels, read_queries
-from erniesearch.data.tokens import open_tokens
+from erniesearch.data.collection import read_qrels, read_queries
+from erniesearch.data.corpus.texts import open_corpus
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import Side
 from erniesearch.progress import Meter

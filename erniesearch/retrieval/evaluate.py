@@ -6,8 +6,8 @@ import numpy as np
 
 from erniesearch.config.keys import EvaluationConfig
 from erniesearch.data.bm25 import BM25, Tokenizer
-from erniesearch.data.corpora import rows_of, take
-from erniesearch.data.formats import RetrievalData, Run
+from erniesearch.data.collection import RetrievalData, Run
+from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.errors import UserError
 from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query
 

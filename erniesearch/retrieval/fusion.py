@@ -9,7 +9,7 @@ read, so that scores of different kinds need no common scale.
 from collections import defaultdict
 from collections.abc import Sequence
 
-from erniesearch.data.formats import Run
+from erniesearch.data.collection import Run
 from erniesearch.retrieval.search import top
 
 

@@ -15,7 +15,7 @@ import ir_measures
 import numpy as np
 from ir_measures import AP, RR, P, R, Success, nDCG
 
-from erniesearch.data.formats import Run
+from erniesearch.data.collection import Run
 from erniesearch.errors import UserError
 from erniesearch.retrieval.answers import AnswerRecall
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from erniesearch.config.keys import MineConfig
-from erniesearch.data.corpora import rows_of, take
-from erniesearch.data.formats import RetrievalData, negatives_line
+from erniesearch.data.collection import RetrievalData, negatives_line
+from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex

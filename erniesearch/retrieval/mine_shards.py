@@ -17,7 +17,7 @@ from rich.console import Console
 
 from erniesearch import distributed, stages
 from erniesearch.config.keys import MineConfig
-from erniesearch.data.formats import load_beir
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.progress import Meter
 from erniesearch.retrieval.index import VectorIndex

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from erniesearch.data.bm25 import Tokenizer
-from erniesearch.data.formats import RetrievalData, Run
+from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search

@@ -5,7 +5,7 @@ from erniesearch_kernels import maxsim
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from erniesearch.data.formats import RetrievalData, Run
+from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from erniesearch import stages
-from erniesearch.data.corpora import rows_of
-from erniesearch.data.formats import RetrievalData, Run, load_beir
+from erniesearch.data.collection import RetrievalData, Run, load_beir
+from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever

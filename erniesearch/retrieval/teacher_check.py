@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from erniesearch.data.formats import RetrievalData, Run
+from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.evaluate import Estimate, estimate

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erniesearch import distributed
 from erniesearch.config.keys import StageConfig
-from erniesearch.data.collate import StepBatches
+from erniesearch.data.batches import StepBatches
 from erniesearch.models.joint import JointModel
 from erniesearch.models.terms import group_mask
 from erniesearch.objectives.losses import contrastive_loss

@@ -17,7 +17,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from erniesearch.data.collate import Batch
+from erniesearch.data.batches import Batch
 from erniesearch.models.encoder import Encoded
 from erniesearch.models.joint import Chunk, JointModel, Work
 from erniesearch.models.terms import Outputs

@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine
 from rich.console import Console
 
 from erniesearch import distributed
-from erniesearch.data.collate import StepBatches
+from erniesearch.data.batches import StepBatches
 from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.training.monitor import drop_lines_after

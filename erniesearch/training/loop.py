@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed, stages
 from erniesearch.config.keys import RunConfig, StageConfig
-from erniesearch.data.collate import Batch, StepBatches
-from erniesearch.data.formats import load_beir
+from erniesearch.data.batches import Batch, StepBatches
+from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.training import guards, preemption
 from erniesearch.training.calibration import calibrate

@@ -17,8 +17,8 @@ from erniesearch.config.keys import (
     TeacherConfig,
     training_stages,
 )
-from erniesearch.data.collate import GroupCollator, SpanCollator, StepBatches
-from erniesearch.data.formats import (
+from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
+from erniesearch.data.collection import (
     RetrievalData,
     read_negatives,
     read_teacher_scores,

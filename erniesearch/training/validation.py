@@ -13,8 +13,8 @@ from deepspeed import DeepSpeedEngine
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
-from erniesearch.data.collate import GroupCollator, StepBatches
-from erniesearch.data.formats import RetrievalData, with_split
+from erniesearch.data.batches import GroupCollator, StepBatches
+from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.sampler import GroupSampler
 from erniesearch.training.gradient_cache import chunked_outputs
 

@@ -17,7 +17,7 @@ from erniesearch.data.importers.records import (
     require,
     texts_in,
 )
-from erniesearch.data.records import parse_line, text_field
+from erniesearch.data.jsonl import parse_line, text_field
 from erniesearch.errors import UserError
 
 

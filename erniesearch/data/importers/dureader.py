@@ -24,7 +24,7 @@ from erniesearch.data.importers.records import (
     require,
     split_in,
 )
-from erniesearch.data.records import parse_line
+from erniesearch.data.jsonl import parse_line
 from erniesearch.errors import UserError
 
 

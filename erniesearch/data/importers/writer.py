@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from erniesearch.data.cache import sync
-from erniesearch.data.corpora import hash_text
+from erniesearch.data.corpus.cache import sync
+from erniesearch.data.corpus.texts import hash_text
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.data.formats import RetrievalData
+from erniesearch.data.collection import RetrievalData
+from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.data.sampler import Group, StepSampler
-from erniesearch.data.tokens import open_tokens
 from erniesearch.errors import UserError
 
 

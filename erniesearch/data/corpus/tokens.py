@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import MAX_TOKENS
-from erniesearch.data.arrow import Blocks, BlockWriter
-from erniesearch.data.cache import cached, key_of
-from erniesearch.data.corpora import ArrowColumn, Rows
+from erniesearch.data.corpus.arrow import Blocks, BlockWriter
+from erniesearch.data.corpus.cache import cached, key_of
+from erniesearch.data.corpus.texts import ArrowColumn, Rows
 from erniesearch.data.progress import progress
 from erniesearch.errors import UserError
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from erniesearch.data.sources import (
+from erniesearch.data.importers.python_sources import (
     SPLITS,
     check_target,
     definitions,

@@ -12,8 +12,8 @@ from functools import cached_property
 from math import isfinite
 from pathlib import Path
 
-from erniesearch.data.corpora import ArrowColumn, PidIndex, open_corpus, rows_of
-from erniesearch.data.records import read_jsonl, text_field
+from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus, rows_of
+from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
 from erniesearch.stages import write_atomically
 
@@ -27,7 +27,7 @@ class RetrievalData:
 
     ``pids`` and ``passages`` are parallel, ``passages`` with titles already joined; ``queries``
     maps qid to text; ``qrels`` maps qid to {pid: grade} for one split. ``load_beir`` gives
-    memory-mapped columns (``erniesearch.data.corpora``), a part of a collection comes as lists;
+    memory-mapped columns (``erniesearch.data.corpus.texts``), a part of a collection comes as lists;
     ``take(passages, rows)`` reads several texts of either.
     """
 

@@ -1,6 +1,6 @@
 """The corpus on disk: memory-mapped Arrow columns that behave as lists of text.
 
-``corpus.jsonl`` is read once into a cache folder (``erniesearch.data.cache``):
+``corpus.jsonl`` is read once into a cache folder (``erniesearch.data.corpus.cache``):
 
     corpus.arrow   columns pid, text (title, space, text)
     hashes.npy     64-bit hashes of the pids, sorted
@@ -21,10 +21,10 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from erniesearch.data.arrow import Blocks, BlockWriter
-from erniesearch.data.cache import cache_root, cached, key_of
+from erniesearch.data.corpus.arrow import Blocks, BlockWriter
+from erniesearch.data.corpus.cache import cache_root, cached, key_of
+from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.data.progress import progress
-from erniesearch.data.records import read_jsonl, text_field
 from erniesearch.errors import UserError
 
 VERSION = 1

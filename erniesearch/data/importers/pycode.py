@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erniesearch.data.sources import (
+from erniesearch.data.importers.python_sources import (
     SPLITS,
     check_target,
     definitions,

@@ -1,0 +1,1 @@
+"""A collection as memory-mapped files: texts, their ids, their tokens."""

@@ -14,10 +14,10 @@ from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from erniesearch.cli import main
 from erniesearch.config.keys import StudentConfig, TeacherConfig
-from erniesearch.convert import convert_paddle
 from erniesearch.errors import UserError
+from erniesearch.export.paddle import convert_paddle
+from erniesearch.export.paddle_ernie import Overrides
 from erniesearch.models.backbone import load_classifier, load_encoder, load_tokenizer
-from erniesearch.models.paddle_ernie import Overrides
 from erniesearch.retrieval.load import load_retriever
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "pie", "##s"]

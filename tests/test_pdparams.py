@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erniesearch.errors import UserError
-from erniesearch.models.pdparams import NAME_TABLE, read_pdparams
+from erniesearch.export.pdparams import NAME_TABLE, read_pdparams
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 

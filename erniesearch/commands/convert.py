@@ -40,7 +40,7 @@ def paddle_command(argv: list[str]) -> int:
     if settings.max_length < 3:
         raise UserError(f"--max_length {settings.max_length}: must be 3 or more")
     name_accelerator()
-    from erniesearch.convert import Overrides, convert_paddle
+    from erniesearch.export.paddle import Overrides, convert_paddle
 
     converted = convert_paddle(
         Path(settings.source), Path(settings.out), settings.kind, settings.prefix,

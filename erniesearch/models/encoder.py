@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,25 +22,12 @@ from erniesearch.config.keys import StudentConfig
 from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, weights_wanted
-from erniesearch.models.lengths import blocks_by_length, padded, put_back
+from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import ProjectionTap
+from erniesearch.objectives.outputs import Encoded
 
 Side = Literal["query", "passage"]
 HEAD_FILE = "late_interaction.safetensors"
-
-
-class Encoded(NamedTuple):
-    """``vectors`` ``[N, hidden]``, ``tokens`` ``[N, L, late_interaction_dim]`` (unit length) and
-    ``projections`` ``[N, L, layers, 2, hidden]``, the tapped layers' queries and keys; what was not
-    asked for is empty."""
-
-    vectors: Tensor
-    tokens: Tensor
-    projections: Tensor
-
-    def padded(self, length: int) -> "Encoded":
-        """With zeros behind the states of each text, up to L = ``length``."""
-        return Encoded(self.vectors, padded(self.tokens, length), padded(self.projections, length))
 
 
 class StudentEncoder(nn.Module):

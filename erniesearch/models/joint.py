@@ -17,10 +17,11 @@ from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, StageConfig
 from erniesearch.data.batches import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
-from erniesearch.models.encoder import Encoded, Side, StudentEncoder, content_mask
+from erniesearch.models.encoder import Side, StudentEncoder, content_mask
 from erniesearch.models.projections import matched_layers, split_heads
-from erniesearch.models.terms import Objective, Outputs
 from erniesearch.objectives import scores
+from erniesearch.objectives.objective import Objective
+from erniesearch.objectives.outputs import Encoded, Outputs
 
 Work = Literal["query", "passage", "pair", "masked"]
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ROWS = 16
 """Texts of a block at least; fewer would keep the cores waiting."""
@@ -26,10 +25,3 @@ def put_back(parts: list[Tensor], blocks: list[Tensor]) -> Tensor:
     stays so."""
     whole = torch.cat(parts)
     return whole[torch.cat(blocks).argsort()] if whole.numel() else whole
-
-
-def padded(rows: Tensor, length: int) -> Tensor:
-    """``[N, l, …]`` to ``[N, length, …]``, zeros behind; something empty stays so."""
-    if not rows.numel():
-        return rows
-    return F.pad(rows, (*[0, 0] * (rows.dim() - 2), 0, length - rows.shape[1]))

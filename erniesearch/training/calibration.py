@@ -19,8 +19,8 @@ from erniesearch import distributed
 from erniesearch.config.keys import StageConfig
 from erniesearch.data.batches import StepBatches
 from erniesearch.models.joint import JointModel
-from erniesearch.models.terms import group_mask
 from erniesearch.objectives.losses import contrastive_loss
+from erniesearch.objectives.objective import group_mask
 
 NUM_LISTS = 256
 LOWEST, HIGHEST = 0.05, 20.0

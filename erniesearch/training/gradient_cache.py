@@ -18,9 +18,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from erniesearch.data.batches import Batch
-from erniesearch.models.encoder import Encoded
 from erniesearch.models.joint import Chunk, JointModel, Work
-from erniesearch.models.terms import Outputs
+from erniesearch.objectives.outputs import Encoded, Outputs
 from erniesearch.training.guards import spoil_nonfinite
 
 Leaves = dict[tuple[Work, int], list[Tensor]]

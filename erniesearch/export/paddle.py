@@ -13,7 +13,7 @@ from transformers import BertTokenizer, ErnieConfig, ErnieForSequenceClassificat
 from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
 from erniesearch.errors import UserError
 from erniesearch.export.layout import cross_encoder_layout, dual_encoder_layout, write_json
-from erniesearch.models.paddle_ernie import (
+from erniesearch.export.paddle_ernie import (
     CLASSIFIER,
     REDUCE,
     Kind,
@@ -24,7 +24,7 @@ from erniesearch.models.paddle_ernie import (
     select,
     shorten,
 )
-from erniesearch.models.pdparams import read_pdparams
+from erniesearch.export.pdparams import read_pdparams
 
 
 @dataclass(frozen=True)

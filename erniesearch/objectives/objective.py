@@ -14,31 +14,10 @@ from torch import Tensor, arange, long, stack, zeros, zeros_like
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig
 from erniesearch.data.batches import Batch
-from erniesearch.models.encoder import Encoded
 from erniesearch.objectives import losses, scores
+from erniesearch.objectives.outputs import Outputs
 
 GATE_MOMENTUM = 0.9
-
-
-class Outputs(NamedTuple):
-    """What the models made of this rank's B queries and B·G passages; None where no term asks.
-
-    Attributes:
-        queries, passages: the student's first pass.
-        second_queries, second_passages: ``[B, hidden]`` and ``[B·G, hidden]``, dual-encoder vectors
-            of a second pass with other dropout.
-        teacher_scores: ``[B·G]``, the cross-encoder's; None also where the batch has stored ones.
-        attention, virt, mlm: these terms themselves; they need no passage of another query.
-    """
-
-    queries: Encoded | None = None
-    passages: Encoded | None = None
-    second_queries: Tensor | None = None
-    second_passages: Tensor | None = None
-    teacher_scores: Tensor | None = None
-    attention: Tensor | None = None
-    virt: Tensor | None = None
-    mlm: Tensor | None = None
 
 
 class StudentScores(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.distributed import free_port
 from erniesearch.errors import UserError
-from erniesearch.training import preemption
-from erniesearch.training.process import pipeline_token
+from erniesearch.training.faults import preemption
+from erniesearch.training.faults.process import pipeline_token
 
 DEEPSPEED = "deepspeed.launcher.launch"
 ONE_PROCESS = "ERNIESEARCH_ONE_PROCESS"

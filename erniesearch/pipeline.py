@@ -19,8 +19,8 @@ from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.report import Report, table_console
 from erniesearch.retrieval.evaluate import evaluation_subset
-from erniesearch.training.process import hold_lock
-from erniesearch.training.stage import check_inputs
+from erniesearch.training.build import check_inputs
+from erniesearch.training.faults.process import hold_lock
 from erniesearch.training.trackers import check_trackers
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",

@@ -47,8 +47,8 @@ from erniesearch.retrieval.trained import (
     trained_student,
     trained_teacher,
 )
-from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
-from erniesearch.training.stage import part_settings
+from erniesearch.training.build import part_settings
+from erniesearch.training.faults.process import claim_folder, exit_with_pipeline, failures_told
 
 BM25_NEGATIVES = 32
 console = Console(stderr=True, highlight=False)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from erniesearch import exiting
 from erniesearch.config.keys import RunConfig, from_dict
-from erniesearch.training.loop import train_stage
+from erniesearch.training.trainer import train_stage
 
 
 def main() -> None:

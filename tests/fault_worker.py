@@ -20,7 +20,7 @@ from erniesearch import distributed, exiting
 from erniesearch.cli import main
 from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.joint import JointModel
-from erniesearch.training.loop import train_stage
+from erniesearch.training.trainer import train_stage
 
 Terms = dict[str, torch.Tensor]
 

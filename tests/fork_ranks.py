@@ -23,7 +23,7 @@ from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.distributed import free_port
 from erniesearch.errors import RankFailed
 from erniesearch.stages import RunFolder
-from erniesearch.training.loop import train_stage
+from erniesearch.training.trainer import train_stage
 
 PATIENCE = 240  # seconds for anything on a machine under load
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from erniesearch import distributed, exiting
 from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.objectives import scores
-from erniesearch.training import loop
+from erniesearch.training import trainer
 
 QUERY_LENGTH, PASSAGE_LENGTH, DIM = 32, 128, 128
 
@@ -53,17 +53,17 @@ def tell(peak: Peak, **figures: float) -> None:
 
 def measure_update(config: RunConfig) -> None:
     """The first update of the cascade, as the training loop does it."""
-    whole, found = loop.update, {}
+    whole, found = trainer.update, {}
 
-    def update(*arguments: Any) -> loop.Update:
+    def update(*arguments: Any) -> trainer.Update:
         with Peak() as found["peak"]:
             made = whole(*arguments)
         found["loss"] = float(made.terms["loss"])
         found["grad_norm"] = float(arguments[0].get_global_grad_norm())
         return made
 
-    loop.update = update
-    loop.train_stage(config, "cascade")
+    trainer.update = update
+    trainer.train_stage(config, "cascade")
     tell(found.pop("peak"), **found)
 
 

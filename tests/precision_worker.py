@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from erniesearch import distributed, exiting
 from erniesearch.config.keys import StageConfig, TrainingConfig
+from erniesearch.training.checkpoints.weights import gathered_state
 from erniesearch.training.engine import build_engine
-from erniesearch.training.loop import update
-from erniesearch.training.model_folder import gathered_state
+from erniesearch.training.trainer import update
 
 MICRO_STEPS = 64
 

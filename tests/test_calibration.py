@@ -14,8 +14,8 @@ from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, Sta
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
+from erniesearch.training.build import build_model, check_inputs
 from erniesearch.training.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
-from erniesearch.training.stage import build_model, check_inputs
 
 KL = LossWeights(de=1.0, ce_to_de=1.0)
 

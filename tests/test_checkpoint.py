@@ -19,8 +19,8 @@ from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, from_dict, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import RunFolder
-from erniesearch.training import manifest
-from erniesearch.training.checkpoint import find_checkpoints, newest_whole
+from erniesearch.training.checkpoints import manifest
+from erniesearch.training.checkpoints.checkpointer import find_checkpoints, newest_whole
 
 pytestmark = pytest.mark.distributed
 STEPS = 6

@@ -14,9 +14,9 @@ from erniesearch import distributed
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.planning.tracker import fake_world
+from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
-from erniesearch.training.loop import update
-from erniesearch.training.stage import build_batches, build_model
+from erniesearch.training.trainer import update
 from erniesearch.training.validation import Validation, is_validated
 
 

@@ -21,7 +21,7 @@ from erniesearch.data.collection import load_beir, read_negatives, write_negativ
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
-from erniesearch.training.stage import build_batches
+from erniesearch.training.build import build_batches
 
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl",
          "a.trec")  # fmt: skip

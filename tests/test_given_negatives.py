@@ -14,7 +14,7 @@ from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.pipeline import planned
-from erniesearch.training.stage import build_sampler, check_inputs
+from erniesearch.training.build import build_sampler, check_inputs
 
 
 @pytest.fixture

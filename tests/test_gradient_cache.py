@@ -14,8 +14,8 @@ from erniesearch.config.keys import LossWeights, RunConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import Chunk, JointModel
+from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
-from erniesearch.training.stage import build_batches, build_model
 
 
 def build(config: RunConfig, stage: str = "cascade") -> tuple[JointModel, Batch]:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
 from erniesearch.errors import RankFailed
 from erniesearch.stages import RunFolder
-from erniesearch.training.guards import CONSTANT_AFTER, TermWatch, spoil_nonfinite
-from erniesearch.training.process import failures_told
-from erniesearch.training.watchdog import describe
+from erniesearch.training.faults.guards import CONSTANT_AFTER, TermWatch, spoil_nonfinite
+from erniesearch.training.faults.process import failures_told
+from erniesearch.training.faults.watchdog import describe
 
 TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
              "--rdzv_endpoint=localhost:0", str(ROOT / "tests" / "fault_worker.py"))  # fmt: skip

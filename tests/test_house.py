@@ -22,7 +22,7 @@ def test_kernels_is_a_source_root_and_no_package() -> None:
 
 
 CLASH = """
-import transformers, kernels, erniesearch.cli, erniesearch.training.loop
+import transformers, kernels, erniesearch.cli, erniesearch.training.trainer
 from transformers import BertModel
 print(kernels.__file__, kernels.__version__)
 """

@@ -13,7 +13,7 @@ from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives.losses import contrastive_loss, kl_divergence
 from erniesearch.objectives.scores import candidate_mask, own_group
-from erniesearch.training.stage import build_batches, build_model
+from erniesearch.training.build import build_batches, build_model
 
 
 def build(make_config: ConfigMaker, **changes: Any) -> tuple[JointModel, Batch]:

@@ -7,7 +7,7 @@ import torch
 from conftest import ConfigMaker
 
 from erniesearch.data.collection import load_beir
-from erniesearch.training.stage import build_batches, build_model
+from erniesearch.training.build import build_batches, build_model
 
 STEPS = 100
 

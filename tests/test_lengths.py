@@ -11,8 +11,8 @@ from torch import Tensor
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
+from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.precision import tune_for_device
-from erniesearch.training.stage import build_batches, build_model
 
 
 def ragged(number: int, longest: int) -> Tensor:

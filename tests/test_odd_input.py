@@ -16,7 +16,7 @@ from erniesearch.data.corpus import tokens
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.retrieval.encode import Retriever
-from erniesearch.training.stage import build_batches, build_model
+from erniesearch.training.build import build_batches, build_model
 
 ODD = {
     "long": "baran desel " * 9000,  # 108,000 characters

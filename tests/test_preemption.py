@@ -18,8 +18,8 @@ from erniesearch.config.keys import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.launcher import StageFailed, check_devices, launch, num_processes, stop
 from erniesearch.stages import RunFolder
-from erniesearch.training import preemption
-from erniesearch.training.checkpoint import find_checkpoints
+from erniesearch.training.checkpoints.checkpointer import find_checkpoints
+from erniesearch.training.faults import preemption
 
 STEPS = 40
 

@@ -15,7 +15,7 @@ from conftest import ROOT, ConfigMaker, losses_of, start
 from safetensors.torch import load_file
 
 from erniesearch.stages import RunFolder
-from erniesearch.training.resume import Resume, load_checkpoint
+from erniesearch.training.checkpoints.resume import Resume, load_checkpoint
 
 
 def launch(config_file: Path) -> "subprocess.Popen[str]":

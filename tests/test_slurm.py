@@ -13,7 +13,7 @@ from slurm_cluster import Cluster, missing
 
 from erniesearch.config.keys import LossWeights, StageConfig, to_yaml
 from erniesearch.stages import RunFolder
-from erniesearch.training.checkpoint import find_checkpoints
+from erniesearch.training.checkpoints.checkpointer import find_checkpoints
 
 pytestmark = [
     pytest.mark.slurm,

@@ -12,7 +12,7 @@ from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.retrieval.trained import trained_student
-from erniesearch.training.stage import part_settings
+from erniesearch.training.build import part_settings
 
 SETTINGS = {
     "post_train": LossWeights(mlm=1.0),

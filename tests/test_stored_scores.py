@@ -25,8 +25,8 @@ from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.retrieval.trained import make_scorer
 from erniesearch.stages import RunFolder, fingerprint
+from erniesearch.training.build import build_batches, build_model, check_inputs
 from erniesearch.training.gradient_cache import cached_backward
-from erniesearch.training.stage import build_batches, build_model, check_inputs
 
 KL = LossWeights(de=0.2, li=0.2, ce_to_de=1.0, ce_to_li=1.0, li_to_de=1.0)
 STEPS = 5

@@ -19,7 +19,7 @@ from erniesearch.models.encoder import content_mask
 from erniesearch.models.joint import JointModel
 from erniesearch.models.projections import matched_layers
 from erniesearch.objectives.scores import attention_map_kl
-from erniesearch.training.stage import build_batches, build_model, check_inputs
+from erniesearch.training.build import build_batches, build_model, check_inputs
 
 ALONE = LossWeights(virt=1.0)
 

@@ -19,9 +19,9 @@ from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.measure import full_batches
 from erniesearch.planning.tracker import COLLECTIVES, bytes_sent
+from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine
-from erniesearch.training.loop import update
-from erniesearch.training.stage import assemble_model, base_teacher
+from erniesearch.training.trainer import update
 
 
 class Count(TorchDispatchMode):

@@ -84,9 +84,9 @@ def main(job_file: str, result_file: str) -> None:
     from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.models.backbone import without_weights
     from erniesearch.planning.measure import full_batches
+    from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine
-    from erniesearch.training.loop import update
-    from erniesearch.training.stage import assemble_model, base_teacher
+    from erniesearch.training.trainer import update
 
     job = json.loads(Path(job_file).read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])

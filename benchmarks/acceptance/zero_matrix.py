@@ -100,7 +100,7 @@ def main(file: Path) -> None:
 
     from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.errors import UserError
-    from erniesearch.training.loop import train_stage
+    from erniesearch.training.trainer import train_stage
 
     refused = {}
     for name, config in json.loads(file.read_text()).items():

@@ -21,8 +21,8 @@ from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.errors import UserError
-from erniesearch.training import preemption
-from erniesearch.training.process import hold_lock, pipeline_token
+from erniesearch.training.faults import preemption
+from erniesearch.training.faults.process import hold_lock, pipeline_token
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _running: set[Forked] = set()

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from erniesearch.commands.parsing import name_accelerator, require_positive
 from erniesearch.errors import UserError
-from erniesearch.training import preemption
+from erniesearch.training.faults import preemption
 
 
 def ablate_command(argv: list[str]) -> int:

@@ -35,7 +35,7 @@ def export_checkpoint_command(argv: list[str]) -> int:
     if settings.out is None:
         raise UserError("no --out: name the folder to write")
     name_accelerator()
-    from erniesearch.training.model_folder import export_checkpoint
+    from erniesearch.training.checkpoints.weights import export_checkpoint
 
     step = export_checkpoint(config, settings.stage, Path(settings.out), settings.best)
     sys.stdout.write(f"{settings.out}: stage {settings.stage} after {step} updates\n")

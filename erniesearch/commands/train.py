@@ -7,7 +7,7 @@ from typing import Literal
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
-from erniesearch.training import preemption
+from erniesearch.training.faults import preemption
 
 
 def run_command(argv: list[str]) -> int:
@@ -25,7 +25,7 @@ def run_command(argv: list[str]) -> int:
     config, settings = parse_config(parser, argv)
     name_accelerator()
     from erniesearch import launcher, pipeline
-    from erniesearch.training.process import exit_with_pipeline
+    from erniesearch.training.faults.process import exit_with_pipeline
 
     exit_with_pipeline()  # an ablation may have started this one
     launch = _do_here if os.environ.get(launcher.ONE_PROCESS) else launcher.launch
@@ -89,7 +89,7 @@ def _train(config: RunConfig, stage: str) -> None:
     with preemption.listening():  # before the slow imports
         import torch.distributed as dist
 
-        from erniesearch.training.loop import train_stage
+        from erniesearch.training.trainer import train_stage
 
         try:
             train_stage(config, stage)

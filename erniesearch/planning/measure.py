@@ -105,10 +105,10 @@ def main(job_file: str) -> None:
 
     from erniesearch import distributed
     from erniesearch.models.backbone import without_weights
+    from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine, zero_section
-    from erniesearch.training.loop import update
     from erniesearch.training.precision import tune_for_device
-    from erniesearch.training.stage import assemble_model, base_teacher
+    from erniesearch.training.trainer import update
 
     job = json.loads(Path(job_file).read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])

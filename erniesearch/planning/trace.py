@@ -11,10 +11,10 @@ from erniesearch.models.backbone import without_weights
 from erniesearch.planning.batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident
 from erniesearch.planning.tracker import GpuKernels, Tracker, fake_world
-from erniesearch.training import guards
+from erniesearch.training.build import assemble_model, base_teacher
+from erniesearch.training.faults import guards
 from erniesearch.training.gradient_cache import cached_backward
 from erniesearch.training.precision import tune_for_device
-from erniesearch.training.stage import assemble_model, base_teacher
 
 
 @dataclass(frozen=True)

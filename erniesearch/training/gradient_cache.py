@@ -20,7 +20,7 @@ from torch import Tensor
 from erniesearch.data.batches import Batch
 from erniesearch.models.joint import Chunk, JointModel, Work
 from erniesearch.objectives.outputs import Encoded, Outputs
-from erniesearch.training.guards import spoil_nonfinite
+from erniesearch.training.faults.guards import spoil_nonfinite
 
 Leaves = dict[tuple[Work, int], list[Tensor]]
 """Outputs over the whole batch by kind of work and dropout pass; empty where not asked for."""

@@ -17,10 +17,10 @@ from erniesearch import distributed, stages
 from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
-from erniesearch.training.checkpoint import find_best, newest_whole, step_of
-from erniesearch.training.manifest import Damaged, Manifest, sync_folder, verify
-from erniesearch.training.resume import quiet
-from erniesearch.training.stage import build_model
+from erniesearch.training.build import build_model
+from erniesearch.training.checkpoints.checkpointer import find_best, newest_whole, step_of
+from erniesearch.training.checkpoints.manifest import Damaged, Manifest, sync_folder, verify
+from erniesearch.training.checkpoints.resume import quiet
 
 
 def save_model(

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.errors import UserError
-from erniesearch.training import manifest
-from erniesearch.training.manifest import Damaged, FileFacts, Manifest
-from erniesearch.training.writer import CheckpointWriter
+from erniesearch.training.checkpoints import manifest
+from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest
+from erniesearch.training.checkpoints.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     import deepspeed

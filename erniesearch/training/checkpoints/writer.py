@@ -9,7 +9,7 @@ from typing import IO, Any, cast
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from erniesearch.training.manifest import FileFacts
+from erniesearch.training.checkpoints.manifest import FileFacts
 
 
 class CheckpointWriter(TorchCheckpointEngine):

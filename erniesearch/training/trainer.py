@@ -19,20 +19,20 @@ from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.data.batches import Batch, StepBatches
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
-from erniesearch.training import guards, preemption
+from erniesearch.training.build import build_batches, build_model, learning_rate_factor
 from erniesearch.training.calibration import calibrate
-from erniesearch.training.checkpoint import Checkpointer
+from erniesearch.training.checkpoints.checkpointer import Checkpointer
+from erniesearch.training.checkpoints.resume import find_resume, load_checkpoint
+from erniesearch.training.checkpoints.weights import frozen_state, save_model
 from erniesearch.training.engine import build_engine, zero_section
+from erniesearch.training.faults import guards, preemption
+from erniesearch.training.faults.process import claim_folder, exit_with_pipeline, failures_told
+from erniesearch.training.faults.watchdog import Watchdog
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
-from erniesearch.training.model_folder import frozen_state, save_model
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.precision import tune_for_device
-from erniesearch.training.process import claim_folder, exit_with_pipeline, failures_told
-from erniesearch.training.resume import find_resume, load_checkpoint
-from erniesearch.training.stage import build_batches, build_model, learning_rate_factor
 from erniesearch.training.trackers import open_trackers
 from erniesearch.training.validation import Validation, is_validated
-from erniesearch.training.watchdog import Watchdog
 
 
 def train_stage(config: RunConfig, name: str) -> None:

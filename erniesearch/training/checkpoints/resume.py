@@ -19,7 +19,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from erniesearch import distributed
 from erniesearch.errors import UserError
-from erniesearch.training.checkpoint import newest_whole, step_of
+from erniesearch.training.checkpoints.checkpointer import newest_whole, step_of
 
 if TYPE_CHECKING:
     import deepspeed

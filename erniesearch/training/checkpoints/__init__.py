@@ -1,0 +1,1 @@
+"""Checkpoints that are whole or absent, and the weights that come out of them."""

@@ -1,0 +1,1 @@
+"""What can go wrong in a training: numbers, ranks, disks, and being asked to stop."""

@@ -15,10 +15,10 @@ from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.collection import load_beir, with_split
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
+from erniesearch.evaluation.measures import evaluation_subset
+from erniesearch.evaluation.table import Report, table_console
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
-from erniesearch.report import Report, table_console
-from erniesearch.retrieval.evaluate import evaluation_subset
 from erniesearch.training.build import check_inputs
 from erniesearch.training.faults.process import hold_lock
 from erniesearch.training.trackers import check_trackers

@@ -27,11 +27,13 @@ from erniesearch.data.collection import (
     write_trec_run,
 )
 from erniesearch.data.corpus.texts import rows_of
+from erniesearch.evaluation import measures
+from erniesearch.evaluation.fusion import reciprocal_rank_fusion
+from erniesearch.evaluation.table import Report, Row, describe_machine, stage_facts
+from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
-from erniesearch.report import Report, Row, describe_machine, stage_facts
-from erniesearch.retrieval import evaluate, search
+from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import Retriever
-from erniesearch.retrieval.fusion import reciprocal_rank_fusion
 from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.mine import (
     asks_teacher,
@@ -40,7 +42,6 @@ from erniesearch.retrieval.mine import (
     statistics,
     told,
 )
-from erniesearch.retrieval.teacher_check import TeacherCheck, check_teachers
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -116,7 +117,7 @@ def make_teacher_check(config: RunConfig) -> dict[str, Any]:
     """What the cascade's teachers gain over the student that it starts from."""
     settings, split = config.stages.teacher_check, stages.check_split(config)
     data = with_split(_training_data(config), config.data.path, split)
-    data = evaluate.draw_subset(data, settings.queries, settings.num_distractors, config.seed)
+    data = measures.draw_subset(data, settings.queries, settings.num_distractors, config.seed)
     teachers = stages.distilled_from(config.stages.cascade.weights)
     student, teacher = part_settings(config, "teacher_check")
     facts = check_teachers(
@@ -141,7 +142,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Every row of the table, which the exports' cards get too; also indexes the whole corpus with
     the last dual-encoder."""
     held_out = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
-    data = evaluate.evaluation_subset(held_out, config.evaluation, config.seed)
+    data = measures.evaluation_subset(held_out, config.evaluation, config.seed)
     table = _TableMaker(config, held_out, data)
     table.add_bm25()
     students: dict[str | None, str] = {
@@ -206,14 +207,14 @@ class _TableMaker:
     def add(self, name: str, file: str, run: Run) -> None:
         path = self.folder.runs / f"{file}.trec"
         write_trec_run(path, run, file)
-        values = evaluate.per_query_metrics(run, self.data.qrels)
-        metrics = {m: evaluate.estimate(v, self.config.seed) for m, v in values.items()}
+        values = measures.per_query_metrics(run, self.data.qrels)
+        metrics = {m: measures.estimate(v, self.config.seed) for m, v in values.items()}
         self.rows.append(Row(name, str(path.relative_to(self.folder.root)), metrics))
         console.print(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:
         settings = self.config.evaluation
-        self.bm25_run = evaluate.bm25_run(
+        self.bm25_run = measures.bm25_run(
             self.data, self.depth, settings.bm25_stemmer, settings.bm25_tokenizer
         )
         self.add("BM25", "bm25", self.bm25_run)

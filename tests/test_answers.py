@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from erniesearch.errors import UserError
-from erniesearch.retrieval.answers import AnswerRecall, has_answer, read_answers, tokenize
+from erniesearch.evaluation.answers import AnswerRecall, has_answer, read_answers, tokenize
 
 COMPOSED, DECOMPOSED = "Beyonc\u00e9", "Beyonce\u0301"
 

@@ -21,7 +21,7 @@ from erniesearch.data.collection import (
 )
 from erniesearch.data.corpus.texts import open_corpus
 from erniesearch.errors import UserError
-from erniesearch.retrieval.evaluate import bm25_run, per_query_metrics
+from erniesearch.evaluation.measures import bm25_run, per_query_metrics
 
 RNG = np.random.default_rng(0)
 PASSAGES = [" ".join(RNG.choice(WORDS, size=RNG.integers(3, 20))) for _ in range(40)]

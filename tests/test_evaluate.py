@@ -13,14 +13,14 @@ from ir_measures import RR, R, nDCG
 from erniesearch.config.keys import EvaluationConfig, StudentConfig
 from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.evaluate import (
+from erniesearch.evaluation.measures import (
     bm25_run,
     estimate,
     evaluation_subset,
     per_query_metrics,
 )
+from erniesearch.retrieval import search
+from erniesearch.retrieval.encode import PairScorer, Retriever
 from erniesearch.retrieval.index import VectorIndex
 
 Qrels = dict[str, dict[str, int]]

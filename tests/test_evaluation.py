@@ -14,10 +14,10 @@ from test_export import finished_run
 from erniesearch.cli import main
 from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.data.trec import read_trec_run
+from erniesearch.evaluation.measures import bm25_run, per_query_metrics
 from erniesearch.export import export_all
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import Retriever
-from erniesearch.retrieval.evaluate import bm25_run, per_query_metrics
 from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.load import load_retriever, load_scorer
 
@@ -106,11 +106,11 @@ def test_blocks_of_queries_change_nothing(
 ) -> None:
     arguments = ("--model", str(exports / "late_interaction"))
     whole = run(tiny_data, *arguments, out=tmp_path)
-    monkeypatch.setattr("erniesearch.retrieval.runs.BLOCK", 7)
+    monkeypatch.setattr("erniesearch.evaluation.systems.BLOCK", 7)
     assert figures(run(tiny_data, *arguments, out=tmp_path)) == figures(whole)
     dual = ("--model", str(exports / "dual_encoder"))
     whole = run(tiny_data, *dual, out=tmp_path)
-    monkeypatch.setattr("erniesearch.retrieval.runs.PASSAGE_BLOCK", 13)  # 60 passages: 5 blocks
+    monkeypatch.setattr("erniesearch.evaluation.systems.PASSAGE_BLOCK", 13)  # 60 passages: 5 blocks
     assert figures(run(tiny_data, *dual, out=tmp_path)) == figures(whole)
 
 
@@ -231,8 +231,8 @@ def test_mistakes_are_told_before_models_load(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("erniesearch.retrieval.runs.load_retriever", never)
-    monkeypatch.setattr("erniesearch.retrieval.runs.load_scorer", never)
+    monkeypatch.setattr("erniesearch.evaluation.systems.load_retriever", never)
+    monkeypatch.setattr("erniesearch.evaluation.systems.load_scorer", never)
     dual, cross = str(exports / "dual_encoder"), str(exports / "cross_encoder")
     file = tmp_path / "odd.trec"
     file.write_text("q0 Q0 p0 1 nan x\n")

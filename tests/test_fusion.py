@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniesearch.retrieval.fusion import reciprocal_rank_fusion
+from erniesearch.evaluation.fusion import reciprocal_rank_fusion
 
 
 def test_values_by_hand() -> None:

@@ -22,7 +22,7 @@ from erniesearch.config.keys import (
     TeacherConfig,
     TrainingConfig,
 )
-from erniesearch.report import describe_machine
+from erniesearch.evaluation.table import describe_machine
 
 pytestmark = [
     pytest.mark.distributed,

@@ -9,8 +9,8 @@ from scipy import stats
 from test_evaluate import random_run
 
 from erniesearch.errors import UserError
-from erniesearch.retrieval.metrics import averaged_queries, parse_metrics, per_query
-from erniesearch.retrieval.significance import compare
+from erniesearch.evaluation.metrics import averaged_queries, parse_metrics, per_query
+from erniesearch.evaluation.significance import compare
 
 QRELS = {"a": {"x": 1}, "b": {"y": 2, "z": 1}, "c": {"x": 1}}
 RUN = {"a": {"n": 2.0, "x": 1.0}, "b": {"z": 3.0, "n": 2.0, "y": 1.0}, "elsewhere": {"x": 1.0}}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from erniesearch.report import Report
+from erniesearch.evaluation.table import Report
 
 RESULTS = ROOT / "tests" / "golden"
 

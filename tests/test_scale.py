@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, WORDS, write_model
 
-from erniesearch.report import describe_machine
+from erniesearch.evaluation.table import describe_machine
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.index import VectorIndex
 

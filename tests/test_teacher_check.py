@@ -15,13 +15,13 @@ from erniesearch import stages, steps
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.data.collection import RetrievalData
+from erniesearch.evaluation.measures import Estimate
+from erniesearch.evaluation.table import Report
+from erniesearch.evaluation.teacher_check import Teacher, TeacherCheck, check_teachers
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.pipeline import planned
-from erniesearch.report import Report
-from erniesearch.retrieval.evaluate import Estimate
-from erniesearch.retrieval.teacher_check import Teacher, TeacherCheck, check_teachers
 
 RELEVANT = {"q0": "p1", "q1": "p5", "q2": "p0", "q3": "p2"}
 SCORES = np.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=np.float32)

@@ -14,7 +14,7 @@ from test_evaluate import random_run
 from erniesearch.data.collection import write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
-from erniesearch.retrieval.metrics import parse_metrics, per_query
+from erniesearch.evaluation.metrics import parse_metrics, per_query
 
 GOOD = "q1 Q0 p1 1 2.5 tag\nq1 Q0 p2 2 2.5 tag\nq2 Q0 p1 1 -1 tag\nq1 Q0 p3 3 1e-3 tag\n"
 

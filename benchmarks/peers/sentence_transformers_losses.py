@@ -30,9 +30,9 @@ from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config.keys import RunConfig
 from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.data.trec import read_trec_run
+from erniesearch.evaluation.metrics import parse_metrics, per_query
+from erniesearch.evaluation.table import describe_machine
 from erniesearch.models.cross_encoder import stored_temperature
-from erniesearch.report import describe_machine
-from erniesearch.retrieval.metrics import parse_metrics, per_query
 from erniesearch.retrieval.trained import make_scorer, trained_teacher
 
 LOSSES = ("mnrl", "distil", "both")

@@ -14,9 +14,9 @@ from erniesearch.ablation.statistics import Difference, clusters_of, difference,
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.data.trec import read_trec_run
-from erniesearch.report import describe_machine, stage_facts
-from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query
-from erniesearch.retrieval.teacher_check import Teacher, TeacherCheck
+from erniesearch.evaluation.metrics import DEFAULT_METRICS, parse_metrics, per_query
+from erniesearch.evaluation.table import describe_machine, stage_facts
+from erniesearch.evaluation.teacher_check import Teacher, TeacherCheck
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ def evaluate_command(argv: list[str]) -> int:
         if getattr(settings, name) is not None:
             _check_output(f"--{name}", Path(getattr(settings, name)))
     name_accelerator()
-    from erniesearch.evaluation import Systems, evaluate
-    from erniesearch.report import table_console
-    from erniesearch.retrieval.metrics import parse_metrics
+    from erniesearch.evaluation.evaluate import Systems, evaluate
+    from erniesearch.evaluation.metrics import parse_metrics
+    from erniesearch.evaluation.table import table_console
 
     depth: int = settings.depth
     systems = Systems(

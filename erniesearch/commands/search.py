@@ -80,7 +80,7 @@ def report_command(argv: list[str]) -> int:
     )
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     settings = parser.parse_args(argv)
-    from erniesearch.report import Report, table_console
+    from erniesearch.evaluation.table import Report, table_console
 
     Report.load(Path(settings.run)).show(table_console())
     return 0

@@ -8,12 +8,12 @@ from rich.console import Console
 
 from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
-from erniesearch.report import Row, describe_machine, show_cells, show_table
-from erniesearch.retrieval.answers import AnswerRecall, read_answers
-from erniesearch.retrieval.evaluate import estimate
-from erniesearch.retrieval.metrics import Mean, Metric, averaged_queries, per_query
-from erniesearch.retrieval.runs import Systems, check, make_runs
-from erniesearch.retrieval.significance import Comparison, compare
+from erniesearch.evaluation.answers import AnswerRecall, read_answers
+from erniesearch.evaluation.measures import estimate
+from erniesearch.evaluation.metrics import Mean, Metric, averaged_queries, per_query
+from erniesearch.evaluation.significance import Comparison, compare
+from erniesearch.evaluation.systems import Systems, check, make_runs
+from erniesearch.evaluation.table import Row, describe_machine, show_cells, show_table
 from erniesearch.stages import write_atomically
 
 

@@ -17,7 +17,7 @@ from ir_measures import AP, RR, P, R, Success, nDCG
 
 from erniesearch.data.collection import Run
 from erniesearch.errors import UserError
-from erniesearch.retrieval.answers import AnswerRecall
+from erniesearch.evaluation.answers import AnswerRecall
 
 DEFAULT_METRICS = "MRR@10,nDCG@10,R@10,R@100"
 Mean = Literal["qrels", "run"]

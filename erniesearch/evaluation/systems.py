@@ -15,8 +15,8 @@ from erniesearch.data.bm25 import Tokenizer
 from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
+from erniesearch.evaluation.measures import bm25_run
 from erniesearch.retrieval import search
-from erniesearch.retrieval.evaluate import bm25_run
 from erniesearch.retrieval.index import VectorIndex, require_faiss
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
 

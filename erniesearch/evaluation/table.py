@@ -15,8 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from erniesearch.errors import UserError
-from erniesearch.retrieval.evaluate import Estimate
-from erniesearch.retrieval.teacher_check import TeacherCheck
+from erniesearch.evaluation.measures import Estimate
+from erniesearch.evaluation.teacher_check import TeacherCheck
 from erniesearch.stages import write_atomically
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from erniesearch.data.collection import RetrievalData, Run
+from erniesearch.evaluation.measures import Estimate, estimate
+from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.evaluate import Estimate, estimate
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.metrics import parse_metrics, per_query
 
 METRIC = "MRR@10"
 REMEDIES = {

@@ -9,7 +9,7 @@ from erniesearch.data.bm25 import BM25, Tokenizer
 from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.errors import UserError
-from erniesearch.retrieval.metrics import DEFAULT_METRICS, parse_metrics, per_query
+from erniesearch.evaluation.metrics import DEFAULT_METRICS, parse_metrics, per_query
 
 METRICS = parse_metrics(DEFAULT_METRICS)
 RESAMPLES = 1000

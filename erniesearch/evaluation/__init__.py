@@ -1,0 +1,1 @@
+"""How good rankings are: systems, metrics, tests, tables."""

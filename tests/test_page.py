@@ -12,8 +12,8 @@ import uvicorn
 from conftest import ALL_TERMS, write_beir
 from run_folder import write_run
 
-from erniesearch.retrieval.system import SearchSystem
-from erniesearch.serve.app import create_app
+from erniesearch.search.app import create_app
+from erniesearch.search.system import SearchSystem
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no playwright: pip install playwright"

@@ -17,8 +17,8 @@ from fastapi.testclient import TestClient
 from run_folder import write_run
 
 from erniesearch.cli import main
-from erniesearch.retrieval.system import SearchSystem
-from erniesearch.serve.app import create_app
+from erniesearch.search.app import create_app
+from erniesearch.search.system import SearchSystem
 
 QUERY = "baran desel fitor"
 MODELS = ("dual_encoder", "late_interaction", "cross_encoder")
@@ -256,8 +256,8 @@ def test_fifty_clients_at_once_then_the_end(
 
 SLOW = """
 import sys, time
-from erniesearch.retrieval.system import SearchSystem
-from erniesearch.serve.server import serve
+from erniesearch.search.system import SearchSystem
+from erniesearch.search.server import serve
 
 class Slow(SearchSystem):
     def _search(self, *arguments):

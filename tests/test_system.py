@@ -14,10 +14,10 @@ from run_folder import write_run
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import RetrievalData
 from erniesearch.errors import UserError
-from erniesearch.retrieval.explain import match_tokens
-from erniesearch.retrieval.merging import MergingQueue
-from erniesearch.retrieval.result import MODELS, SearchResult
-from erniesearch.retrieval.system import SearchSystem, UnknownPassageError
+from erniesearch.search.explain import match_tokens
+from erniesearch.search.merging import MergingQueue
+from erniesearch.search.result import MODELS, SearchResult
+from erniesearch.search.system import SearchSystem, UnknownPassageError
 
 QUERY = "baran desel fitor"
 

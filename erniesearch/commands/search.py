@@ -10,7 +10,7 @@ from erniesearch.commands.parsing import name_accelerator
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
-    from erniesearch.retrieval.result import SearchResult
+    from erniesearch.search.result import SearchResult
 
 
 def search_command(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def search_command(argv: list[str]) -> int:
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} {getattr(settings, name)}: must be 1 or more")
     name_accelerator()
-    from erniesearch.retrieval.system import SearchSystem
+    from erniesearch.search.system import SearchSystem
 
     reranks = settings.rerank != "none"
     system = SearchSystem.from_run(settings.run, settings.rerank == "cross_encoder")

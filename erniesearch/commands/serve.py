@@ -36,10 +36,10 @@ def serve_command(argv: list[str]) -> int:
         if depth is not None and depth < 0:
             raise UserError(f"--{name} {depth}: must be 0 or more")
     name_accelerator()
-    from erniesearch.retrieval.system import SearchSystem
+    from erniesearch.search.system import SearchSystem
 
     try:
-        from erniesearch.serve.server import serve
+        from erniesearch.search.server import serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise

@@ -11,10 +11,7 @@ from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 from erniesearch.retrieval import search
 from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.explain import TokenMatch, match_tokens
 from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.merging import MergingQueue
-from erniesearch.retrieval.result import MODELS, Hit, Model, SearchResult
 from erniesearch.retrieval.trained import (
     load_run_config,
     make_retriever,
@@ -22,6 +19,9 @@ from erniesearch.retrieval.trained import (
     trained_student,
     trained_teacher,
 )
+from erniesearch.search.explain import TokenMatch, match_tokens
+from erniesearch.search.merging import MergingQueue
+from erniesearch.search.result import MODELS, Hit, Model, SearchResult
 
 DEFAULT_DEPTHS = {"late_interaction": 100, "cross_encoder": 20}
 MERGED_QUERIES = 32

@@ -13,8 +13,7 @@ from starlette.exceptions import HTTPException
 
 from erniesearch import __version__
 from erniesearch.errors import UserError
-from erniesearch.retrieval.system import SearchSystem, UnknownPassageError
-from erniesearch.serve.schemas import (
+from erniesearch.search.schemas import (
     ExplainRequest,
     ExplainResponse,
     Health,
@@ -22,6 +21,7 @@ from erniesearch.serve.schemas import (
     SearchRequest,
     SearchResponse,
 )
+from erniesearch.search.system import SearchSystem, UnknownPassageError
 
 PROBLEMS: dict[int | str, dict[str, type[Problem]]] = {422: {"model": Problem}}
 
@@ -105,7 +105,7 @@ def _within(name: str, wanted: int | None, limit: int) -> int:
 
 def _page() -> tuple[str, dict[str, str]]:
     """The page, and headers under which only its own script and style run."""
-    content = resources.files("erniesearch.serve").joinpath("page.html").read_text("utf-8")
+    content = resources.files("erniesearch.search").joinpath("page.html").read_text("utf-8")
 
     def source(element: str) -> str:
         found = re.search(f"<{element}>(.*?)</{element}>", content, re.DOTALL)

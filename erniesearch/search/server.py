@@ -9,8 +9,8 @@ from collections.abc import Callable
 import uvicorn
 
 from erniesearch.errors import UserError
-from erniesearch.retrieval.system import SearchSystem
-from erniesearch.serve.app import create_app
+from erniesearch.search.app import create_app
+from erniesearch.search.system import SearchSystem
 
 GRACE_S = 30
 """Requests that have begun may take this long after SIGTERM or Ctrl-C."""

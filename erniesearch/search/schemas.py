@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from erniesearch.retrieval.result import Model
+from erniesearch.search.result import Model
 
 MAX_DEPTH = 100
 MAX_QUERY_CHARACTERS = 10_000

@@ -1,0 +1,1 @@
+"""Search over a finished run: for programs, over HTTP, and on a page."""

@@ -32,22 +32,22 @@ from erniesearch.evaluation.fusion import reciprocal_rank_fusion
 from erniesearch.evaluation.table import Report, Row, describe_machine, stage_facts
 from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import Retriever
-from erniesearch.retrieval.index import VectorIndex
-from erniesearch.retrieval.mine import (
+from erniesearch.retrieval import ranking
+from erniesearch.retrieval.miner import (
     asks_teacher,
     mine_negatives,
     mined_line,
     statistics,
     told,
 )
+from erniesearch.retrieval.retriever import Retriever
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
     trained_student,
     trained_teacher,
 )
+from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.training.build import part_settings
 from erniesearch.training.faults.process import claim_folder, exit_with_pipeline, failures_told
 
@@ -230,7 +230,7 @@ class _TableMaker:
         else:
             vectors = retriever.vectors(self.data.passages, "passage")
         index = VectorIndex.build(vectors, self.data.pids)
-        run = search.dense_run(retriever, index, self.data.queries, self.depth)
+        run = ranking.dense_run(retriever, index, self.data.queries, self.depth)
         self.add(label, f"dual_encoder-{stage or 'untrained'}", run)
         if final:
             self.final_run, self.final_retriever = run, retriever
@@ -245,9 +245,9 @@ class _TableMaker:
             return
         data, depth = self.data, self.config.evaluation.rerank_depth
         if stages.trains_late_interaction(self.config):
-            run = search.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
+            run = ranking.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
             self.add("late interaction, reranking", "late_interaction", run)
         if teacher := trained_teacher(self.config):
             scorer = make_scorer(self.config, teacher)
-            run = search.rerank_cross_encoder(scorer, data, self.final_run, depth)
+            run = ranking.rerank_cross_encoder(scorer, data, self.final_run, depth)
             self.add("cross-encoder, reranking", "cross_encoder", run)

@@ -19,8 +19,8 @@ from erniesearch.data.collection import load_beir
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.trained import make_retriever, trained_student
+from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.stages import RunFolder
 
 

@@ -16,7 +16,7 @@ from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.embeddings import Embeddings, shard_path
-from erniesearch.retrieval.encode_shards import encode_collection
+from erniesearch.retrieval.encode_collection import encode_collection
 from erniesearch.retrieval.load import load_retriever
 from erniesearch.stages import RunFolder
 

@@ -19,9 +19,9 @@ from erniesearch.evaluation.measures import (
     evaluation_subset,
     per_query_metrics,
 )
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval import ranking
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.vector_index import VectorIndex
 
 Qrels = dict[str, dict[str, int]]
 
@@ -164,7 +164,7 @@ def retriever(tiny_model: Path) -> Retriever:
 @pytest.fixture(scope="module")
 def dense(retriever: Retriever, data: RetrievalData) -> Run:
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    return search.dense_run(retriever, index, data.queries, 20)
+    return ranking.dense_run(retriever, index, data.queries, 20)
 
 
 def test_vectors_do_not_depend_on_the_batch(retriever: Retriever, data: RetrievalData) -> None:
@@ -191,7 +191,7 @@ def test_index_survives_saving(
 ) -> None:
     VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids).save(tmp_path / "i")
     index = VectorIndex.load(tmp_path / "i")
-    assert search.dense_run(retriever, index, data.queries, 20) == dense
+    assert ranking.dense_run(retriever, index, data.queries, 20) == dense
     (tmp_path / "i" / "docid").write_text("p0\n")
     with pytest.raises(UserError, match="60 vectors but 1 ids"):
         VectorIndex.load(tmp_path / "i")
@@ -204,7 +204,7 @@ def assert_reranked(run: Run, old: Run, depth: int, scores: dict[str, dict[str, 
     """The old run's top ``depth`` ordered by ``scores``, the rest below in the old order."""
     assert list(run) == list(old)
     for qid, found in run.items():
-        before, after = search.top(old[qid], len(old[qid])), search.top(found, len(found))
+        before, after = ranking.top(old[qid], len(old[qid])), ranking.top(found, len(found))
         assert set(after[:depth]) == set(before[:depth])
         assert after[depth:] == before[depth:]
         new = scores[qid]
@@ -216,7 +216,7 @@ def assert_reranked(run: Run, old: Run, depth: int, scores: dict[str, dict[str, 
 def test_late_interaction_reranks_by_maxsim(
     retriever: Retriever, data: RetrievalData, dense: Run
 ) -> None:
-    reranked = search.rerank_late_interaction(retriever, data, dense, 6)
+    reranked = ranking.rerank_late_interaction(retriever, data, dense, 6)
     passages = dict(zip(data.pids, retriever.tokens(data.passages, "passage"), strict=True))
     queries = retriever.tokens(list(data.queries.values()), "query")
     maxsim = {
@@ -228,7 +228,7 @@ def test_late_interaction_reranks_by_maxsim(
     }
     assert_reranked(reranked, dense, 6, maxsim)
     assert any(
-        search.top(reranked[qid], 6) != search.top(dense[qid], 6) for qid in dense
+        ranking.top(reranked[qid], 6) != ranking.top(dense[qid], 6) for qid in dense
     )  # it does change the order
 
 
@@ -246,7 +246,7 @@ class LengthScorer(PairScorer):
 @pytest.mark.parametrize("depth", [1, 6, 20, 100])
 def test_cross_encoder_reranks_only_the_top(data: RetrievalData, dense: Run, depth: int) -> None:
     scorer = LengthScorer()
-    reranked = search.rerank_cross_encoder(scorer, data, dense, depth)
+    reranked = ranking.rerank_cross_encoder(scorer, data, dense, depth)
     lengths = {pid: len(text) - 60.0 for pid, text in zip(data.pids, data.passages, strict=True)}
     assert_reranked(reranked, dense, min(depth, 20), dict.fromkeys(dense, lengths))
     assert scorer.num_pairs == len(dense) * min(depth, 20)
@@ -254,5 +254,5 @@ def test_cross_encoder_reranks_only_the_top(data: RetrievalData, dense: Run, dep
 
 def test_a_query_without_candidates_stays_empty(data: RetrievalData, dense: Run) -> None:
     first, *_ = dense
-    reranked = search.rerank_cross_encoder(LengthScorer(), data, dense | {first: {}}, 5)
+    reranked = ranking.rerank_cross_encoder(LengthScorer(), data, dense | {first: {}}, 5)
     assert reranked[first] == {}

@@ -16,10 +16,10 @@ from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.measures import bm25_run, per_query_metrics
 from erniesearch.export import export_all
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval import ranking
 from erniesearch.retrieval.load import load_retriever, load_scorer
+from erniesearch.retrieval.retriever import Retriever
+from erniesearch.retrieval.vector_index import VectorIndex
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_rerankers_rerank_the_first_stage(exports: Path, tiny_data: Path, tmp_pa
     base = bm25_run(data, 30, None)
     runs = {
         "BM25": base,
-        "late_interaction, reranking": search.rerank_late_interaction(
+        "late_interaction, reranking": ranking.rerank_late_interaction(
             load_retriever(late), data, base, 7
         ),
-        "cross_encoder, reranking": search.rerank_cross_encoder(load_scorer(cross), data, base, 7),
+        "cross_encoder, reranking": ranking.rerank_cross_encoder(load_scorer(cross), data, base, 7),
     }
     assert list(figures(result)) == list(runs)
     for name, of_run in runs.items():

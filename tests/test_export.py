@@ -28,7 +28,7 @@ from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.stages import RunFolder
 
 TEXTS = ["baran desel", "fitor", "gozul kupat lahod miran noran baran", "wordless baran"]

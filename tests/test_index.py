@@ -15,7 +15,7 @@ from erniesearch.cli import main
 from erniesearch.errors import UserError
 from erniesearch.retrieval.build_index import build_index, plan_index
 from erniesearch.retrieval.embeddings import DTYPES, Embeddings, Manifest, claim, write_shard
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.vector_index import VectorIndex
 
 ROWS, DIM = 600, 32
 

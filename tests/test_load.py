@@ -14,9 +14,9 @@ from test_export import LONG, TEXTS, finished_run, retriever_of
 from erniesearch.config.keys import RunConfig, TeacherConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
-from erniesearch.retrieval.encode import PairScorer
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.model_folder import read_folder
+from erniesearch.retrieval.retriever import PairScorer
 from erniesearch.stages import RunFolder
 
 CPU = torch.device("cpu")

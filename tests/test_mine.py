@@ -8,8 +8,8 @@ import pytest
 
 from erniesearch.config.keys import MineConfig
 from erniesearch.data.collection import RetrievalData, load_beir
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.mine import Mined, mine_negatives, spread, statistics
+from erniesearch.retrieval.miner import Mined, mine_negatives, spread, statistics
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_blocks_change_nothing(
     data: RetrievalData, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = mine(data, retriever, depth=10)
-    monkeypatch.setattr("erniesearch.retrieval.mine.QUERIES_PER_BLOCK", 7)
+    monkeypatch.setattr("erniesearch.retrieval.miner.QUERIES_PER_BLOCK", 7)
     assert mine(data, retriever, depth=10) == whole
 
 

@@ -14,11 +14,11 @@ from erniesearch.config.keys import MineConfig
 from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
-from erniesearch.retrieval import mine_shards
+from erniesearch.retrieval import mine_collection
 from erniesearch.retrieval.build_index import build_index
-from erniesearch.retrieval.encode_shards import encode_collection
+from erniesearch.retrieval.encode_collection import encode_collection
 from erniesearch.retrieval.load import load_retriever, load_scorer
-from erniesearch.retrieval.mine import mine_negatives
+from erniesearch.retrieval.miner import mine_negatives
 from erniesearch.stages import RunFolder
 
 SETTINGS = MineConfig(depth=20, num_negatives=6)
@@ -30,7 +30,7 @@ def launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr("erniesearch.retrieval.mine.QUERIES_PER_BLOCK", 7)
+    monkeypatch.setattr("erniesearch.retrieval.miner.QUERIES_PER_BLOCK", 7)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def root(make_config: ConfigMaker, tiny_data: Path) -> Path:
 
 def mine(root: Path, data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     options = {"teacher": str(root / "exports" / "cross_encoder"), "settings": SETTINGS} | options
-    mine_shards.mine_collection(
+    mine_collection.mine_collection(
         str(root / "exports" / "dual_encoder"), str(root / "index"), str(data), str(out), **options
     )
     return [json.loads(line) for line in out.read_text().splitlines()]
@@ -89,7 +89,7 @@ def test_an_interrupted_mining_continues(
     mine(root, tiny_data, tmp_path / "whole.jsonl")
     statistics = (tmp_path / "mine.json").read_bytes()
     done: list[int] = []
-    found = mine_shards.Miner.mine
+    found = mine_collection.Miner.mine
 
     def interrupted(self: Any, qids: list[str]) -> Any:
         if len(done) == 2:
@@ -97,7 +97,7 @@ def test_an_interrupted_mining_continues(
         done.append(len(qids))
         return found(self, qids)
 
-    monkeypatch.setattr(mine_shards.Miner, "mine", interrupted)
+    monkeypatch.setattr(mine_collection.Miner, "mine", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mine(root, tiny_data, tmp_path / "again.jsonl")
     assert not (tmp_path / "again.jsonl").exists()
@@ -107,7 +107,7 @@ def test_an_interrupted_mining_continues(
         counted.append(len(qids))
         return found(self, qids)
 
-    monkeypatch.setattr(mine_shards.Miner, "mine", counting)
+    monkeypatch.setattr(mine_collection.Miner, "mine", counting)
     mine(root, tiny_data, tmp_path / "again.jsonl")
     assert sum(done) + sum(counted) == len(load_beir(tiny_data, "train").relevant())
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -170,7 +170,7 @@ def test_ranks_write_the_file_of_one(root: Path, tiny_data: Path, tmp_path: Path
                str(root / "exports" / "cross_encoder"), "--out"]  # fmt: skip
     worker = tmp_path / "worker.py"  # blocks of seven queries, as in this process
     worker.write_text(
-        "import sys, erniesearch.retrieval.mine as mine\nfrom erniesearch.cli import main\n"
+        "import sys, erniesearch.retrieval.miner as mine\nfrom erniesearch.cli import main\n"
         "mine.QUERIES_PER_BLOCK = 7\nsys.exit(main(sys.argv[1:]))\n"
     )
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=3", "--rdzv_backend=c10d",

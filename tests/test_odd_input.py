@@ -15,7 +15,7 @@ from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.corpus import tokens
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
-from erniesearch.retrieval.encode import Retriever
+from erniesearch.retrieval.retriever import Retriever
 from erniesearch.training.build import build_batches, build_model
 
 ODD = {

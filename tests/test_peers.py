@@ -38,7 +38,7 @@ from erniesearch.config.keys import (
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.stages import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -20,7 +20,7 @@ from erniesearch.launcher import StageFailed, num_processes
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.retrieval.encode import Retriever
+from erniesearch.retrieval.retriever import Retriever
 from erniesearch.stages import RunFolder
 
 pytestmark = pytest.mark.distributed

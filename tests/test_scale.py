@@ -18,7 +18,7 @@ from conftest import ROOT, WORDS, write_model
 
 from erniesearch.evaluation.table import describe_machine
 from erniesearch.retrieval.embeddings import Embeddings
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.vector_index import VectorIndex
 
 PASSAGES = int(os.environ.get("ERNIESEARCH_SCALE", "20000"))
 SHARDS = 20

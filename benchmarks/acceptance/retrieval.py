@@ -48,7 +48,7 @@ def _compare(context: Context, model: Path, texts: list[str]) -> np.ndarray:
 
     from erniesearch.config.keys import StudentConfig
     from erniesearch.retrieval.embeddings import Embeddings
-    from erniesearch.retrieval.encode import Retriever
+    from erniesearch.retrieval.retriever import Retriever
 
     length = 128 if context.gpu else 16
     retriever = Retriever(StudentConfig(str(model)), length, length, device=torch.device("cpu"))

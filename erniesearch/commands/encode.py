@@ -65,7 +65,7 @@ def encode_command(argv: list[str]) -> int:
     settings = parser.parse_args(argv).as_dict()
     require_positive(settings, "batch_size", "shard_size", "max_length")
     name_accelerator()
-    from erniesearch.retrieval.encode_shards import encode_collection
+    from erniesearch.retrieval.encode_collection import encode_collection
 
     encode_collection(**settings)
     return 0

@@ -65,7 +65,7 @@ def mine_command(argv: list[str]) -> int:
     name_accelerator()
     import torch.distributed as dist
 
-    from erniesearch.retrieval.mine_shards import mine_collection
+    from erniesearch.retrieval.mine_collection import mine_collection
 
     try:
         mine_collection(settings=settings, **options)

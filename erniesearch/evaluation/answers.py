@@ -18,7 +18,7 @@ import regex
 
 from erniesearch.data.collection import Run, read_jsonl
 from erniesearch.errors import UserError
-from erniesearch.retrieval.search import top
+from erniesearch.retrieval.ranking import top
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 

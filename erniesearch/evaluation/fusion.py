@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from erniesearch.data.collection import Run
-from erniesearch.retrieval.search import top
+from erniesearch.retrieval.ranking import top
 
 
 def reciprocal_rank_fusion(runs: Sequence[Run], depth: int, k: int = 60) -> Run:

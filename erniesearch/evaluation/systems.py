@@ -16,9 +16,9 @@ from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run
-from erniesearch.retrieval import search
-from erniesearch.retrieval.index import VectorIndex, require_faiss
+from erniesearch.retrieval import ranking
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
+from erniesearch.retrieval.vector_index import VectorIndex, require_faiss
 
 BLOCK = 256
 """Queries reranked at a time: the passages of one block are in memory as token vectors."""
@@ -163,7 +163,7 @@ def _first_stage(systems: Systems, data: RetrievalData, read: _RunReader) -> Run
         return bm25_run(data, systems.depth, systems.stemmer, systems.tokenizer)
     if Path(source).is_file():
         run = read(source)
-        return {qid: {pid: scores[pid] for pid in search.top(scores, systems.depth)}
+        return {qid: {pid: scores[pid] for pid in ranking.top(scores, systems.depth)}
                 for qid, scores in run.items()}  # fmt: skip
     return _search(source, systems, data)
 
@@ -190,7 +190,7 @@ def _search(folder: str, systems: Systems, data: RetrievalData) -> Run:
             for part in VectorIndex.build(retriever.vectors(block, "passage"), []).parts
         ]
         index = VectorIndex(parts, data.pids)
-    run = search.dense_run(retriever, index, data.queries, systems.depth)
+    run = ranking.dense_run(retriever, index, data.queries, systems.depth)
     if systems.index:
         unknown = {pid for scores in run.values() for pid in scores if pid not in data.index_of}
         if unknown:
@@ -204,9 +204,9 @@ def _search(folder: str, systems: Systems, data: RetrievalData) -> Run:
 def _reranker(folder: str, systems: Systems, data: RetrievalData) -> Callable[[Run], Run]:
     if read_folder(folder).kind == "cross_encoder":
         scorer = load_scorer(folder, **systems.loading)
-        return lambda run: search.rerank_cross_encoder(scorer, data, run, systems.rerank_depth)
+        return lambda run: ranking.rerank_cross_encoder(scorer, data, run, systems.rerank_depth)
     retriever = load_retriever(folder, **systems.loading)
-    return lambda run: search.rerank_late_interaction(retriever, data, run, systems.rerank_depth)
+    return lambda run: ranking.rerank_late_interaction(retriever, data, run, systems.rerank_depth)
 
 
 def _in_blocks(rerank: Callable[[Run], Run], run: Run) -> Run:

@@ -14,9 +14,9 @@ import numpy as np
 from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.evaluation.measures import Estimate, estimate
 from erniesearch.evaluation.metrics import parse_metrics, per_query
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval import ranking
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.vector_index import VectorIndex
 
 METRIC = "MRR@10"
 REMEDIES = {
@@ -124,7 +124,7 @@ def check_teachers(
         The figures of :class:`TeacherCheck`, all but where the queries come from.
     """
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    run = search.dense_run(retriever, index, data.queries, depth)
+    run = ranking.dense_run(retriever, index, data.queries, depth)
     measures = parse_metrics(f"{METRIC},success@{depth}")
 
     def values(ranked: Run, column: int = 0) -> np.ndarray:
@@ -138,10 +138,10 @@ def check_teachers(
 
     found: dict[str, Teacher | None] = dict.fromkeys(REMEDIES)
     if late_interaction:
-        reranked = search.rerank_late_interaction(retriever, data, run, depth)
+        reranked = ranking.rerank_late_interaction(retriever, data, run, depth)
         found["late_interaction"] = measured(reranked)
     if scorer is not None:
-        found["cross_encoder"] = measured(search.rerank_cross_encoder(scorer, data, run, depth))
+        found["cross_encoder"] = measured(ranking.rerank_cross_encoder(scorer, data, run, depth))
     return {
         "queries": len(data.qrels),
         "passages": len(data.pids),

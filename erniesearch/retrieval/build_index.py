@@ -20,7 +20,7 @@ from rich.console import Console
 from erniesearch.errors import UserError
 from erniesearch.progress import Meter
 from erniesearch.retrieval.embeddings import Embeddings
-from erniesearch.retrieval.index import (
+from erniesearch.retrieval.vector_index import (
     faiss,
     faiss_call,
     require_faiss,

@@ -9,8 +9,8 @@ from erniesearch.config.keys import MAX_TOKENS, TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side
-from erniesearch.retrieval.encode import PairScorer, Retriever, default_device
 from erniesearch.retrieval.model_folder import ModelFolder, read_folder
+from erniesearch.retrieval.retriever import PairScorer, Retriever, default_device
 
 Precision = Literal["auto", "fp32", "bf16"]
 LONGEST_DEFAULT = 512

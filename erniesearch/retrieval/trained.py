@@ -12,7 +12,7 @@ from erniesearch.config.checks import validate
 from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig, from_dict
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
-from erniesearch.retrieval.encode import PairScorer, Retriever
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 
 
 def load_run_config(run_dir: str | Path) -> RunConfig:

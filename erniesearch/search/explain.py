@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import Side
-from erniesearch.retrieval.encode import Retriever
+from erniesearch.retrieval.retriever import Retriever
 
 
 class Token(NamedTuple):

@@ -9,9 +9,8 @@ from erniesearch import stages
 from erniesearch.data.collection import RetrievalData, Run, load_beir
 from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
-from erniesearch.retrieval import search
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval import ranking
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.trained import (
     load_run_config,
     make_retriever,
@@ -19,6 +18,7 @@ from erniesearch.retrieval.trained import (
     trained_student,
     trained_teacher,
 )
+from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.search.explain import TokenMatch, match_tokens
 from erniesearch.search.merging import MergingQueue
 from erniesearch.search.result import MODELS, Hit, Model, SearchResult
@@ -189,17 +189,17 @@ class SearchSystem:
         texts = {str(i): query for i, query in enumerate(queries)}
         lengths = [self._query_lengths(query) for query in queries]
         pool = max(depth, late_depth, cross_depth)
-        dense = search.dense_run(self.retriever, self.index, texts, pool)
-        order = {qid: search.top(scores, pool) for qid, scores in dense.items()}
+        dense = ranking.dense_run(self.retriever, self.index, texts, pool)
+        order = {qid: ranking.top(scores, pool) for qid, scores in dense.items()}
         late: Run = {qid: {} for qid in texts}
         cross = late
         if late_depth:
             best = {qid: pids[:late_depth] for qid, pids in order.items()}
-            late = search.late_interaction_scores(self.retriever, self.data, texts, best)
+            late = ranking.late_interaction_scores(self.retriever, self.data, texts, best)
             order = _reordered(order, late)
         if cross_depth and self.scorer is not None:
             best = {qid: pids[:cross_depth] for qid, pids in order.items()}
-            cross = search.cross_encoder_scores(self.scorer, self.data, texts, best)
+            cross = ranking.cross_encoder_scores(self.scorer, self.data, texts, best)
             order = _reordered(order, cross)
         results = []
         for (qid, query), (length, read) in zip(texts.items(), lengths, strict=True):
@@ -259,7 +259,7 @@ class SearchSystem:
         length: int,
         read: int,
     ) -> SearchResult:
-        best = {model: search.top(scores[model], len(order)) for model in MODELS}
+        best = {model: ranking.top(scores[model], len(order)) for model in MODELS}
         rank = {model: {pid: i for i, pid in enumerate(pids, 1)} for model, pids in best.items()}
 
         def hit(pid: str) -> Hit:
@@ -285,7 +285,7 @@ def _reordered(
 ) -> dict[str, list[str]]:
     """What was scored first, best first; the rest behind it in the old order."""
     return {
-        qid: search.top(scores[qid], len(scores[qid]))
+        qid: ranking.top(scores[qid], len(scores[qid]))
         + [pid for pid in pids if pid not in scores[qid]]
         for qid, pids in order.items()
     }

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from erniesearch.data.collection import RetrievalData, Run
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.vector_index import VectorIndex
 
 
 def dense_run(retriever: Retriever, index: VectorIndex, queries: dict[str, str], depth: int) -> Run:

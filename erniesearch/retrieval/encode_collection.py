@@ -29,9 +29,9 @@ from erniesearch.retrieval.embeddings import (
     shard_path,
     write_shard,
 )
-from erniesearch.retrieval.encode import Retriever, StoredTokens
 from erniesearch.retrieval.load import Precision, load_retriever
 from erniesearch.retrieval.model_folder import fingerprint, read_folder
+from erniesearch.retrieval.retriever import Retriever, StoredTokens
 
 SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
 """Rows of a shard by default: some hundred megabytes, which one rank holds in memory."""

@@ -20,9 +20,8 @@ from erniesearch.config.keys import MineConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.progress import Meter
-from erniesearch.retrieval.index import VectorIndex
 from erniesearch.retrieval.load import load_retriever, load_scorer
-from erniesearch.retrieval.mine import (
+from erniesearch.retrieval.miner import (
     MinedQuery,
     Miner,
     drawn_queries,
@@ -32,6 +31,7 @@ from erniesearch.retrieval.mine import (
     told,
 )
 from erniesearch.retrieval.model_folder import ModelFolder, fingerprint, read_folder
+from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.stages import write_atomically
 
 PATIENCE = timedelta(days=7)

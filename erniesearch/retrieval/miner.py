@@ -18,8 +18,8 @@ from erniesearch.config.keys import MineConfig
 from erniesearch.data.collection import RetrievalData, negatives_line
 from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.errors import UserError
-from erniesearch.retrieval.encode import PairScorer, Retriever
-from erniesearch.retrieval.index import VectorIndex
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.vector_index import VectorIndex
 
 QUERIES_PER_BLOCK = 1024
 """Queries searched and denoised at a time; memory does not depend on how many there are."""

@@ -16,7 +16,7 @@ import yaml
 from conftest import ConfigMaker, run_python, start
 
 from erniesearch import installation, stages
-from erniesearch.ablation import run
+from erniesearch.ablation import arms
 from erniesearch.ablation.grid import Grid, needed_steps, read_grid
 from erniesearch.ablation.plots import plot_curves, plot_differences
 from erniesearch.ablation.results import collect
@@ -92,15 +92,15 @@ def write_results(grid: Grid) -> list[str]:
             }
             write_trec_run(Path(arguments[arguments.index("--run_out") + 1]), ranked, "x")
 
-    run._start = begin  # type: ignore[assignment]
+    arms._start = begin  # type: ignore[assignment]
     return begun
 
 
 @pytest.fixture
 def _real_start() -> Any:
-    kept = run._start
+    kept = arms._start
     yield
-    run._start = kept
+    arms._start = kept
 
 
 @pytest.mark.usefixtures("_real_start")
@@ -111,9 +111,9 @@ def test_shared_stages_are_trained_once(make_grid: GridMaker) -> None:
     assert [(arm.name, seed) for arm, seed in jobs[:3]] == [
         ("plain", 1), ("distilled", 1), ("hotter", 1)
     ]  # fmt: skip
-    assert len(run.pending(grid, jobs)) == 6
-    run.train_arms(grid, jobs, parallel=2)
-    assert not run.pending(grid, jobs)
+    assert len(arms.pending(grid, jobs)) == 6
+    arms.train_arms(grid, jobs, parallel=2)
+    assert not arms.pending(grid, jobs)
     # Neither the other seed nor the other temperature of the students makes another teacher.
     assert sum(line.endswith("run teacher") for line in begun) == 1
     assert sum(line.endswith("run cascade") for line in begun) == 6
@@ -124,7 +124,7 @@ def test_shared_stages_are_trained_once(make_grid: GridMaker) -> None:
         if arm.name != "plain"
     }
     assert len(teachers) == 1
-    run.train_arms(grid, jobs, parallel=1)
+    arms.train_arms(grid, jobs, parallel=1)
     assert sum(line.endswith("run teacher_check") for line in begun) == 1
     assert len(begun) == 1 + 1 + 6 + 6  # nothing is done again
 
@@ -210,7 +210,7 @@ def test_shipped_grids(name: str) -> None:
     trained = set()
     for arm in grid.arms.values():
         config = grid.config(arm, arm.seeds[0])
-        trained |= {run.result_folder(grid, config, step) for step in needed_steps(config)}
+        trained |= {arms.result_folder(grid, config, step) for step in needed_steps(config)}
     assert len(grid.arms) < len(trained) < 3 * len(grid.arms)
 
 

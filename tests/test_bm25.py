@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, WORDS, ConfigMaker, run_python
 
-from erniesearch import pipeline
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer, split_identifiers
 from erniesearch.data.collection import (
     RetrievalData,
@@ -22,6 +21,7 @@ from erniesearch.data.collection import (
 from erniesearch.data.corpus.texts import open_corpus
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run, per_query_metrics
+from erniesearch.pipeline.run import run_pipeline
 
 RNG = np.random.default_rng(0)
 PASSAGES = [" ".join(RNG.choice(WORDS, size=RNG.integers(3, 20))) for _ in range(40)]
@@ -218,7 +218,7 @@ def test_missing_segmenter_stops_the_pipeline_before_it_starts(
     monkeypatch.setitem(sys.modules, "rjieba", None)
     config = make_config(stage="interaction", negatives="bm25", bm25_tokenizer="jieba")
     with pytest.raises(UserError, match="bm25_tokenizer: jieba needs the package rjieba"):
-        pipeline.run(config)
+        run_pipeline(config)
     assert not Path(config.run_dir).exists()
 
 

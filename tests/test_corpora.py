@@ -12,6 +12,7 @@ import pytest
 from conftest import run_python, start, write_beir
 
 from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.corpus import texts
 from erniesearch.data.corpus.texts import ArrowColumn, Corpus, PidIndex, open_corpus, rows_of, take
 from erniesearch.errors import UserError
 
@@ -95,7 +96,7 @@ def test_index_finds_every_pid_and_no_other(tmp_path: Path, cache: Path) -> None
 def test_pids_of_one_hash_are_told_apart(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora, "hash_text", lambda pid: 7 if pid < "p5" else 2**64 - 1)
+    monkeypatch.setattr(texts, "hash_text", lambda pid: 7 if pid < "p5" else 2**64 - 1)
     path = write_corpus(tmp_path / "corpus.jsonl", TEXTS)
     index = open_corpus(path, True).index_of
     expected = {f"p{i}": i for i in range(19)}

@@ -13,7 +13,7 @@ from pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import load_beir
-from erniesearch.planning.tracker import fake_world
+from erniesearch.planning.accounting import fake_world
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
 from erniesearch.training.trainer import update

@@ -14,13 +14,13 @@ import torch
 from conftest import ConfigMaker
 from mutations import mutate_config, mutate_file
 
-from erniesearch import pipeline
 from erniesearch.cli import main
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.data.collection import load_beir, read_negatives, write_negatives, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
+from erniesearch.pipeline import run as pipeline
 from erniesearch.training.build import build_batches
 
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl",
@@ -107,7 +107,7 @@ def test_damaged_files(
 
 def run(config: RunConfig, root: Path) -> None:
     """What reads the files, up to the first batch."""
-    pipeline.run(config)
+    pipeline.run_pipeline(config)
     data = load_beir(root, "test")
     read_negatives(root / "negatives.jsonl", data)
     read_trec_run(root / "a.trec", data.queries, data.index_of)

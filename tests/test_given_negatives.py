@@ -13,7 +13,7 @@ from erniesearch.config.checks import validate
 from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
-from erniesearch.pipeline import planned
+from erniesearch.pipeline.run import planned
 from erniesearch.training.build import build_sampler, check_inputs
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from conftest import ALL_TERMS, ConfigMaker, losses_of, run_python, start, write_beir
 
-from erniesearch import pipeline, stages
+from erniesearch import stages
 from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.distributed import free_port
-from erniesearch.launcher import StageFailed, num_processes
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
+from erniesearch.pipeline.launcher import StageFailed, num_processes
+from erniesearch.pipeline.run import run_pipeline
 from erniesearch.retrieval.retriever import Retriever
 from erniesearch.stages import RunFolder
 
@@ -156,7 +157,7 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
     (folder.stage("cascade") / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     for model in (StudentEncoder, CrossEncoder, Retriever):
         monkeypatch.setattr(model, "__init__", refuse)
-    pipeline.run(config, ["evaluate"])
+    run_pipeline(config, ["evaluate"])
     rows = [
         row["name"] for row in json.loads((folder.root / "evaluation.json").read_text())["rows"]
     ]
@@ -168,7 +169,7 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
     shutil.rmtree(folder.stage("evaluate"))
     shutil.rmtree(folder.model("cascade", "student"))
     with pytest.raises(StageFailed) as failed:
-        pipeline.run(config, ["evaluate"])
+        run_pipeline(config, ["evaluate"])
     assert failed.value.status == 2
     assert not (folder.stage("evaluate") / "done.json").exists()
 

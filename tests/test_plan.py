@@ -18,6 +18,7 @@ from conftest import ALL_TERMS, ConfigMaker, run_python, write_model
 
 from erniesearch import cli, distributed
 from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
+from erniesearch.planning.accounting import GpuKernels, Tracker, bytes_sent, fake_world
 from erniesearch.planning.estimate import (
     MOST_QUERIES,
     Estimator,
@@ -25,7 +26,6 @@ from erniesearch.planning.estimate import (
     largest_batch,
     largest_fitting,
 )
-from erniesearch.planning.measure import Measured, measure
 from erniesearch.planning.plan import Machine, Planner
 from erniesearch.planning.states import (
     Layout,
@@ -35,7 +35,7 @@ from erniesearch.planning.states import (
     resident,
 )
 from erniesearch.planning.trace import StageTracer, Trace
-from erniesearch.planning.tracker import GpuKernels, Tracker, bytes_sent, fake_world
+from erniesearch.planning.trial import Measured, measure
 
 GOLDEN = Path(__file__).parent / "golden" / "plan_memory.json"
 DE, TOKENS = LossWeights(de=1.0), LossWeights(li=1.0)

@@ -13,10 +13,10 @@ from conftest import ConfigMaker, losses_of, run_python, start
 from test_pipeline import orphans
 from test_resume import wait_for_step
 
-from erniesearch import pipeline
 from erniesearch.config.keys import to_yaml
 from erniesearch.errors import UserError
-from erniesearch.launcher import StageFailed, check_devices, launch, num_processes, stop
+from erniesearch.pipeline.launcher import StageFailed, check_devices, launch, num_processes, stop
+from erniesearch.pipeline.run import run_pipeline
 from erniesearch.stages import RunFolder
 from erniesearch.training.checkpoints.checkpointer import find_checkpoints
 from erniesearch.training.faults import preemption
@@ -165,7 +165,7 @@ def test_more_processes_than_gpus_are_refused_before_a_start(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     config = make_config(num_processes=8)
     with pytest.raises(UserError, match=r"num_processes is 8, but the GPUs .* are 4: lower it"):
-        pipeline.run(config)
+        run_pipeline(config)
     assert not Path(config.run_dir).exists()
     check_devices(make_config(num_processes=4))
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # the job's nodes may have others

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, ConfigMaker
 from torch import Tensor
 
-from erniesearch import stages, steps
+from erniesearch import stages
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.data.collection import RetrievalData
@@ -21,7 +21,8 @@ from erniesearch.evaluation.teacher_check import Teacher, TeacherCheck, check_te
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
-from erniesearch.pipeline import planned
+from erniesearch.pipeline import steps
+from erniesearch.pipeline.run import planned
 
 RELEVANT = {"q0": "p1", "q1": "p5", "q2": "p0", "q3": "p2"}
 SCORES = np.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=np.float32)

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from erniesearch import distributed, exiting
 from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.backbone import without_weights
-from erniesearch.planning.measure import full_batches
-from erniesearch.planning.tracker import COLLECTIVES, bytes_sent
+from erniesearch.planning.accounting import COLLECTIVES, bytes_sent
+from erniesearch.planning.trial import full_batches
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine
 from erniesearch.training.trainer import update

@@ -48,7 +48,7 @@ def check(context: Context) -> None:
         training.result()
     figures = json.loads(files[1].read_text())
     if not context.gpu:
-        from erniesearch.planning.measure import measure
+        from erniesearch.planning.trial import measure
 
         figures["peak_bytes"] = measure(config, STAGE, 1, queries).own
     ratio = round(figures["peak_bytes"] / trace.peak, 3)
@@ -83,7 +83,7 @@ def main(job_file: str, result_file: str) -> None:
     from erniesearch import distributed
     from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.models.backbone import without_weights
-    from erniesearch.planning.measure import full_batches
+    from erniesearch.planning.trial import full_batches
     from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine
     from erniesearch.training.trainer import update

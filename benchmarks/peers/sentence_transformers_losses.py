@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from erniesearch import installation, launcher, stages
+from erniesearch import installation, stages
+from erniesearch.ablation.arms import evaluate_command, final_result, result_folder, run_file
 from erniesearch.ablation.grid import Grid, read_grid
-from erniesearch.ablation.run import evaluate_command, final_result, result_folder, run_file
 from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config.keys import RunConfig
 from erniesearch.data.collection import load_beir, read_negatives
@@ -33,6 +33,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine
 from erniesearch.models.cross_encoder import stored_temperature
+from erniesearch.pipeline import launcher
 from erniesearch.retrieval.trained import make_scorer, trained_teacher
 
 LOSSES = ("mnrl", "distil", "both")

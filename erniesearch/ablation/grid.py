@@ -19,11 +19,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from erniesearch import installation, launcher, stages
+from erniesearch import installation, stages
 from erniesearch.config.keys import TRAINING_STAGES, LossWeights, RunConfig
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
-from erniesearch.pipeline import ORDER
+from erniesearch.pipeline import launcher
+from erniesearch.pipeline.run import ORDER
 from erniesearch.retrieval.trained import config_from
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from erniesearch.ablation.arms import final_result
 from erniesearch.ablation.grid import Grid
 from erniesearch.ablation.results import Results
-from erniesearch.ablation.run import final_result
 
 
 def plot_differences(results: Results, path: Path) -> None:

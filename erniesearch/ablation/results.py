@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from erniesearch import installation, stages
+from erniesearch.ablation.arms import final_result, result_folder, run_file
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
-from erniesearch.ablation.run import final_result, result_folder, run_file
 from erniesearch.ablation.statistics import Difference, clusters_of, difference, holm
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.collection import load_beir

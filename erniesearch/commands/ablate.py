@@ -22,7 +22,7 @@ def ablate_command(argv: list[str]) -> int:
         raise UserError(f"--task {settings.task}: must be 0 to {settings.tasks - 1}")
     name_accelerator()
     from erniesearch import installation
-    from erniesearch.ablation import run
+    from erniesearch.ablation import arms
     from erniesearch.ablation.grid import read_grid
 
     given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
@@ -37,17 +37,17 @@ def ablate_command(argv: list[str]) -> int:
     if settings.task is not None:
         jobs = jobs[settings.task :: settings.tasks]
     try:
-        with preemption.listening(run.stop):
+        with preemption.listening(arms.stop):
             if not settings.report:
-                run.train_arms(grid, jobs, settings.jobs)
+                arms.train_arms(grid, jobs, settings.jobs)
     except preemption.Preempted as stopped:
         sys.stderr.write(f"erniesearch: {stopped}; run the same command again to continue\n")
         return preemption.EXIT_STATUS
-    except run.ArmFailed as error:
+    except arms.ArmFailed as error:
         if error.status != 2:
             sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
         return 2 if error.status == 2 else 1
-    missing = run.pending(grid, grid.jobs())
+    missing = arms.pending(grid, grid.jobs())
     if missing and settings.report:
         raise UserError(f"{grid.run_dir}: not done yet: {', '.join(missing)}")
     if missing:

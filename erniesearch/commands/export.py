@@ -22,7 +22,7 @@ def export_command(argv: list[str]) -> int:
     )  # fmt: skip
     settings = parser.parse_args(argv)
     name_accelerator()
-    from erniesearch.pipeline import export_run
+    from erniesearch.pipeline.run import export_run
     from erniesearch.retrieval.trained import load_run_config
 
     for folder in export_run(load_run_config(settings.run), settings.onnx):

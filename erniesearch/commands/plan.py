@@ -68,7 +68,7 @@ def _plan(
     from rich.console import Console
 
     from erniesearch.planning.plan import Planner
-    from erniesearch.planning.report import show
+    from erniesearch.planning.render import show
 
     planner = Planner(config, machine)
     plans = planner.all(names, ranks)
@@ -92,9 +92,9 @@ def _measure(
     from rich.console import Console
 
     from erniesearch import stages
-    from erniesearch.planning.measure import measure
     from erniesearch.planning.plan import Planner
-    from erniesearch.planning.report import show_measured
+    from erniesearch.planning.render import show_measured
+    from erniesearch.planning.trial import measure
 
     planner = Planner(config, machine, "cuda" if torch.cuda.is_available() else "cpu")
     rows = []

@@ -24,14 +24,15 @@ def run_command(argv: list[str]) -> int:
     )  # fmt: skip
     config, settings = parse_config(parser, argv)
     name_accelerator()
-    from erniesearch import launcher, pipeline
+    from erniesearch.pipeline import launcher
+    from erniesearch.pipeline.run import run_pipeline
     from erniesearch.training.faults.process import exit_with_pipeline
 
     exit_with_pipeline()  # an ablation may have started this one
     launch = _do_here if os.environ.get(launcher.ONE_PROCESS) else launcher.launch
     try:
         with preemption.listening(launcher.stop):
-            pipeline.run(config, settings.only.split(",") if settings.only else None, launch)
+            run_pipeline(config, settings.only.split(",") if settings.only else None, launch)
     except preemption.Preempted as stop:
         return _stopped(stop)
     except launcher.StageFailed as error:
@@ -103,14 +104,14 @@ def _do_step(config: RunConfig, name: str, world_size: int) -> None:
         raise preemption.Preempted("stopped between two steps")
 
     with preemption.listening(stop):  # before the slow imports
-        from erniesearch.steps import run_step
+        from erniesearch.pipeline.steps import run_step
 
         run_step(config, name, world_size)
 
 
 def _do_here(config: RunConfig, name: str, world_size: int) -> None:
     """A step in this process if it has one rank."""
-    from erniesearch import launcher
+    from erniesearch.pipeline import launcher
 
     if world_size > 1 or launcher.in_slurm_job():
         launcher.launch(config, name, world_size)

@@ -27,7 +27,7 @@ class RetrievalData:
 
     ``pids`` and ``passages`` are parallel, ``passages`` with titles already joined; ``queries``
     maps qid to text; ``qrels`` maps qid to {pid: grade} for one split. ``load_beir`` gives
-    memory-mapped columns (``erniesearch.data.corpus.texts``), a part of a collection comes as lists;
+    memory-mapped columns (``data/corpus/texts.py``), a part of a collection comes as lists;
     ``take(passages, rows)`` reads several texts of either.
     """
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from erniesearch.config.keys import StageConfig, TrainingConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
-from erniesearch.planning.tracker import Tracker, bytes_sent
+from erniesearch.planning.accounting import Tracker, bytes_sent
 from erniesearch.training.engine import zero_section
 
 FALLBACK_BUCKET = 500_000_000

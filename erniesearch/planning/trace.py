@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.models.backbone import without_weights
-from erniesearch.planning.batch import full_batch
+from erniesearch.planning.accounting import GpuKernels, Tracker, fake_world
+from erniesearch.planning.full_batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident
-from erniesearch.planning.tracker import GpuKernels, Tracker, fake_world
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.faults import guards
 from erniesearch.training.gradient_cache import cached_backward

@@ -1,8 +1,8 @@
 """What the pipeline does beside training: BM25, measuring teachers, mining, export, evaluation.
 
-Each step runs in a process of its own, which a pipeline starts (``erniesearch.launcher``): a
-process that has worked on a GPU keeps its context and cache there until it ends, and the next
-stage's ranks need the room.
+Each step runs in a process of its own, which a pipeline starts (``launcher``): a process that has
+worked on a GPU keeps its context and cache there until it ends, and the next stage's ranks need the
+room.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The planned figures against real ones: a few updates on this machine, in processes of their own.
 
-Every rank is ``python -m erniesearch.planning.measure JOB RANK``. It trains the stage through the
+Every rank is ``python -m erniesearch.planning.trial JOB RANK``. It trains the stage through the
 ordinary engine and update, on random weights and full-length batches.
 """
 
@@ -144,7 +144,7 @@ def main(job_file: str) -> None:
 
 def full_batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> Iterator[Any]:
     """Batches as planned, micro-step after micro-step, without end."""
-    from erniesearch.planning.batch import full_batch
+    from erniesearch.planning.full_batch import full_batch
 
     stage: StageConfig = getattr(config.stages, name)
     step = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from erniesearch import __version__, installation, launcher, stages
+from erniesearch import __version__, installation, stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml, training_stages
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.collection import load_beir, with_split
@@ -19,6 +19,7 @@ from erniesearch.evaluation.measures import evaluation_subset
 from erniesearch.evaluation.table import Report, table_console
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
+from erniesearch.pipeline import launcher
 from erniesearch.training.build import check_inputs
 from erniesearch.training.faults.process import hold_lock
 from erniesearch.training.trackers import check_trackers
@@ -32,7 +33,9 @@ console = Console(stderr=True, highlight=False)
 Launch = Callable[[RunConfig, str, int], None]
 
 
-def run(config: RunConfig, only: list[str] | None = None, launch: Launch = launcher.launch) -> None:
+def run_pipeline(
+    config: RunConfig, only: list[str] | None = None, launch: Launch = launcher.launch
+) -> None:
     """Run the pipeline.
 
     Args:

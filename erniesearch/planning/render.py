@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.table import Table
 
 from erniesearch.planning.estimate import MOST_QUERIES
-from erniesearch.planning.measure import Measured
 from erniesearch.planning.plan import Machine, StagePlan
 from erniesearch.planning.trace import Trace
+from erniesearch.planning.trial import Measured
 
 
 def gib(num_bytes: int) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from erniesearch import launcher, stages
+from erniesearch import stages
 from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.errors import UserError
+from erniesearch.pipeline import launcher
 from erniesearch.training.faults import preemption
 from erniesearch.training.faults.process import hold_lock, pipeline_token
 

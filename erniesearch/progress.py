@@ -30,15 +30,18 @@ class Meter:
 
     Args:
         shown: False counts without a word (ranks other than 0).
+        patience: seconds without a word; work that is done by then needs none.
     """
 
-    def __init__(self, name: str, unit: str, total: int, shown: bool = True) -> None:
+    def __init__(
+        self, name: str, unit: str, total: int, shown: bool = True, patience: float = 0.0
+    ) -> None:
         self.name, self.unit, self.total, self.shown = name, unit, total, shown
-        self.done = 0
+        self.patience, self.done = patience, 0
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar = progress_bar(self.console)
         self.bar.disable = self.bar.disable or not shown
-        self.task = self.bar.add_task(name, total=total, note="")
+        self.task = self.bar.add_task(name, total=total, note="", visible=not patience)
         self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> "Meter":
@@ -60,10 +63,17 @@ class Meter:
 
     def advance(self, number: int) -> None:
         """Count ``number`` more."""
-        self.done += number
-        rate = self.rate
-        self.bar.update(self.task, completed=self.done, note=f"{rate:,.0f} {self.unit}/s")
+        self.reach(self.done + number)
+
+    def reach(self, done: int) -> None:
+        """``done`` are done by now."""
+        self.done = done
         now = time.monotonic()
+        if now - self.started < self.patience:
+            return
+        rate = self.rate
+        note = f"{rate:,.0f} {self.unit}/s"
+        self.bar.update(self.task, completed=done, note=note, visible=True)
         if (
             self.shown
             and not self.console.is_terminal

@@ -10,11 +10,7 @@ A stage whose ``steps`` are 0 is left out and its successors start from its pred
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from erniesearch.config.keys import (
     StageConfig,
 )
 from erniesearch.errors import UserError
+from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
 
 STUDENT_CHAIN = {
@@ -128,63 +125,6 @@ def stage_seed(config: RunConfig, stage: str) -> int:
     """The seed of a training stage: its own, or the run's."""
     own: int | None = getattr(config.stages, stage).seed
     return config.seed if own is None else own
-
-
-class RunFolder:
-    """Paths inside ``run_dir``.
-
-    ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
-    ``exports/``, ``index/``, ``runs/*.trec`` and ``summary.md`` are for the user.
-    """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        self.root = Path(run_dir)
-
-    def stage(self, name: str) -> Path:
-        """The folder of a stage (training stages, ``bm25``, ``mine``)."""
-        return self.root / "stages" / name
-
-    def model(self, stage: str, part: str) -> Path:
-        """Folder of ``part`` ('student' or 'teacher') as ``stage`` left it."""
-        return self.stage(stage) / "model" / part
-
-    def negatives(self, kind: str) -> Path:
-        """The hard negatives' file, kind 'bm25' or 'mined'."""
-        return self.stage("mine" if kind == "mined" else "bm25") / "negatives.jsonl"
-
-    def export(self, kind: str) -> Path:
-        """Export folder: 'dual_encoder', 'late_interaction' or 'cross_encoder'."""
-        return self.root / "exports" / kind
-
-    @property
-    def index(self) -> Path:
-        """The FAISS folder of the final dual-encoder."""
-        return self.root / "index"
-
-    @property
-    def runs(self) -> Path:
-        """TREC run files."""
-        return self.root / "runs"
-
-
-@lru_cache(maxsize=256)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """One sha256 over names and contents of the files that exist."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        if path.is_file():
-            stat = path.stat()
-            line = f"{path.name}:{_file_hash(str(path), stat.st_size, stat.st_mtime_ns)}\n"
-            digest.update(line.encode())
-    return digest.hexdigest()
 
 
 def data_hash(config: RunConfig) -> str:
@@ -338,51 +278,3 @@ def _decisive_objective(config: RunConfig, stage: str, ranks: int) -> dict[str, 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in SPEED_ONLY}
-
-
-def is_done(folder: Path, expected: str) -> bool:
-    """Whether ``folder`` holds a finished result made from the same inputs."""
-    marker = folder / "done.json"
-    if not marker.is_file():
-        return False
-    try:
-        return bool(json.loads(marker.read_text())["fingerprint"] == expected)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{marker}: damaged; delete it to redo this stage") from None
-
-
-def mark_done(folder: Path, expected: str, **facts: object) -> None:
-    """Write ``done.json`` last and atomically: a folder without it is unfinished."""
-    write_atomically(
-        folder / "done.json", json.dumps({"fingerprint": expected, **facts}, indent=2) + "\n"
-    )
-
-
-def claim(folder: Path, expected: str) -> None:
-    """Prepare a stage's folder: keep unfinished work made from the same inputs, set other work
-    aside as ``NAME.stale-K`` (nothing is deleted)."""
-    started = folder / "started.json"
-    if folder.exists() and any(folder.iterdir()):
-        try:
-            same = json.loads(started.read_text())["fingerprint"] == expected
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
-            same = False
-        if not same:
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.stale-{number}")).exists():
-                number += 1
-            shutil.move(folder, aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not started.exists():
-        write_atomically(started, json.dumps({"fingerprint": expected}) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, sync, rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(aside, path)

@@ -22,7 +22,7 @@ from typing import Any
 from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.distributed import free_port
 from erniesearch.errors import RankFailed
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.trainer import train_stage
 
 PATIENCE = 240  # seconds for anything on a machine under load

@@ -21,7 +21,7 @@ from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.trained import make_retriever, trained_student
 from erniesearch.retrieval.vector_index import VectorIndex
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 
 def write_run(

@@ -25,6 +25,7 @@ from erniesearch.cli import main
 from erniesearch.config.keys import TRAINING_STAGES, LossWeights, StageConfig, to_yaml
 from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.errors import UserError
+from erniesearch.run_folder import RunFolder, mark_done
 
 GridMaker = Callable[..., Path]
 _HALF = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -76,13 +77,13 @@ def write_results(grid: Grid) -> list[str]:
             seed = content["stages"]["cascade"]["seed"]
             config = grid.config(grid.arms[arm], seed)
             step = arguments[-1]
-            folder = stages.RunFolder(config.run_dir).stage(step)
+            folder = RunFolder(config.run_dir).stage(step)
             line = {"step": 3, "loss": 1.0, "speed": {"seconds": 2.0}}
             (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
             if step in TRAINING_STAGES:
                 (folder / "checkpoints").mkdir()
             facts = TEACHERS if step == "teacher_check" else {}
-            stages.mark_done(folder, stages.fingerprint(config, step, 1), **facts)
+            mark_done(folder, stages.fingerprint(config, step, 1), **facts)
         else:
             data = load_beir(grid.base["data"]["path"], "test")
             rng = np.random.default_rng(len(begun))
@@ -119,7 +120,7 @@ def test_shared_stages_are_trained_once(make_grid: GridMaker) -> None:
     assert sum(line.endswith("run cascade") for line in begun) == 6
     assert not list(grid.run_dir.rglob("checkpoints"))
     teachers = {
-        os.path.realpath(stages.RunFolder(grid.config(arm, seed).run_dir).stage("teacher"))
+        os.path.realpath(RunFolder(grid.config(arm, seed).run_dir).stage("teacher"))
         for arm, seed in jobs
         if arm.name != "plain"
     }

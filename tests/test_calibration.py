@@ -13,7 +13,7 @@ from conftest import ConfigMaker, run_python
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig, to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.build import build_model, check_inputs
 from erniesearch.training.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
 

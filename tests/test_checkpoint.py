@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, from_dict, to_yaml
 from erniesearch.errors import UserError
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints import manifest
 from erniesearch.training.checkpoints.checkpointer import find_checkpoints, newest_whole
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, FNetC
 from erniesearch import __version__, stages
 from erniesearch.cli import COMMANDS, main
 from erniesearch.config.keys import LossWeights, RunConfig, TeacherConfig, to_yaml
+from erniesearch.run_folder import RunFolder, claimed
 
 Refused = Callable[..., str]
 
@@ -424,8 +425,9 @@ def test_damaged_checkpoints_alone_stop_the_process(config: RunConfig, tmp_path:
     config = replace(config, stages=replace(config.stages, cascade=one))
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
-    folder = stages.RunFolder(config.run_dir).stage("cascade")
-    stages.claim(folder, stages.fingerprint(config, "cascade", 1))
+    folder = RunFolder(config.run_dir).stage("cascade")
+    with claimed(folder, stages.fingerprint(config, "cascade", 1)):
+        pass
     checkpoint = folder / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8
 pytestmark = pytest.mark.distributed

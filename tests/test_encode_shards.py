@@ -18,7 +18,7 @@ from erniesearch.export import export_all
 from erniesearch.retrieval.embeddings import Embeddings, shard_path
 from erniesearch.retrieval.encode_collection import encode_collection
 from erniesearch.retrieval.load import load_retriever
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 
 @pytest.fixture

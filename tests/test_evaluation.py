@@ -20,6 +20,7 @@ from erniesearch.retrieval import ranking
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.retriever import Retriever
 from erniesearch.retrieval.vector_index import VectorIndex
+from erniesearch.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -164,7 +165,6 @@ def test_a_stage_student_is_two_kinds(
     make_config: ConfigMaker, tiny_data: Path, tmp_path: Path
 ) -> None:
     from erniesearch.config.keys import to_yaml
-    from erniesearch.stages import RunFolder
 
     config = finished_run(make_config)
     folder = RunFolder(config.run_dir)

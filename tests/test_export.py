@@ -29,7 +29,7 @@ from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 TEXTS = ["baran desel", "fitor", "gozul kupat lahod miran noran baran", "wordless baran"]
 LONG = " ".join(["baran", "desel", "fitor"] * 10)  # truncated to 16 tokens

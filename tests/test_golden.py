@@ -11,7 +11,7 @@ import pytest
 from conftest import ConfigMaker, losses_of, run_python, write_beir, write_model
 
 from erniesearch.config.keys import to_yaml
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "cpu_loss_trace.json"
 

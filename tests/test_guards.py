@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
 from erniesearch.errors import RankFailed
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.faults.guards import CONSTANT_AFTER, TermWatch, spoil_nonfinite
 from erniesearch.training.faults.process import failures_told
 from erniesearch.training.faults.watchdog import describe

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, ConfigMaker, losses_of, run_python
 from safetensors.torch import load_file
 
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 

@@ -17,7 +17,7 @@ from erniesearch.export import export_all
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.retrieval.retriever import PairScorer
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 

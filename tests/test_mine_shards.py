@@ -19,7 +19,7 @@ from erniesearch.retrieval.build_index import build_index
 from erniesearch.retrieval.encode_collection import encode_collection
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.miner import mine_negatives
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 SETTINGS = MineConfig(depth=20, num_negatives=6)
 CPU = torch.device("cpu")

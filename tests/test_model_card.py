@@ -16,7 +16,8 @@ from erniesearch.cli import main
 from erniesearch.config.keys import RunConfig, from_dict, to_yaml
 from erniesearch.export import export_all, write_cards
 from erniesearch.retrieval.load import load_scorer
-from erniesearch.stages import RunFolder, fingerprint, mark_done
+from erniesearch.run_folder import RunFolder, mark_done
+from erniesearch.stages import fingerprint
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
 

@@ -8,7 +8,7 @@ from conftest import ConfigMaker, losses_of, run_python, start
 
 from erniesearch.config.keys import to_yaml
 from erniesearch.distributed import free_port
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 # Two nodes that are one machine would both take its first GPU.

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaConfig, 
 from erniesearch.errors import UserError
 from erniesearch.export import export_all, write_cards
 from erniesearch.export import onnx as onnx_export
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra onnx is not installed")
 

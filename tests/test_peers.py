@@ -39,7 +39,7 @@ from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SQUAD = ROOT.parent / "shared" / "data" / "squad-small"

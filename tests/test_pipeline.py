@@ -22,7 +22,7 @@ from erniesearch.models.encoder import StudentEncoder
 from erniesearch.pipeline.launcher import StageFailed, num_processes
 from erniesearch.pipeline.run import run_pipeline
 from erniesearch.retrieval.retriever import Retriever
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder, mark_done
 
 pytestmark = pytest.mark.distributed
 
@@ -152,7 +152,7 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
     student.save(folder.model("cascade", "student"), student.state_dict())
     load_tokenizer(config.student).save_pretrained(folder.model("cascade", "student"))
     expected = stages.fingerprint(config, "cascade", num_processes(config))
-    stages.mark_done(folder.stage("cascade"), expected, steps=4)
+    mark_done(folder.stage("cascade"), expected, steps=4)
     metrics = {"step": 4, "loss": 1.0, "speed": {"seconds": 1.0, "queries_per_second": 1.0}}
     (folder.stage("cascade") / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     for model in (StudentEncoder, CrossEncoder, Retriever):

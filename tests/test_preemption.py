@@ -17,7 +17,7 @@ from erniesearch.config.keys import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.pipeline.launcher import StageFailed, check_devices, launch, num_processes, stop
 from erniesearch.pipeline.run import run_pipeline
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints.checkpointer import find_checkpoints
 from erniesearch.training.faults import preemption
 

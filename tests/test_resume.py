@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, ConfigMaker, losses_of, start
 from safetensors.torch import load_file
 
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints.resume import Resume, load_checkpoint
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, ConfigMaker, losses_of, run_python
 from slurm_cluster import Cluster, missing
 
 from erniesearch.config.keys import LossWeights, StageConfig, to_yaml
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints.checkpointer import find_checkpoints
 
 pytestmark = [

@@ -12,6 +12,7 @@ from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.retrieval.trained import trained_student
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.build import part_settings
 
 SETTINGS = {
@@ -86,7 +87,7 @@ def test_a_stages_student_is_not_cut_again(config: RunConfig, tmp_path: Path) ->
     config = replace(config, student=replace(config.student, layers=1))
     assert part_settings(config, "post_train")[0].layers == 1
     assert trained_student(config, None).layers == 1
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     student = StudentEncoder(config.student)
     student.save(folder.model("interaction", "student"), dict(student.state_dict()))
     folder.model("teacher", "teacher").mkdir(parents=True)

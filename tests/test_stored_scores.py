@@ -24,7 +24,8 @@ from erniesearch.data.collection import (
 from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.retrieval.trained import make_scorer
-from erniesearch.stages import RunFolder, fingerprint
+from erniesearch.run_folder import RunFolder
+from erniesearch.stages import fingerprint
 from erniesearch.training.build import build_batches, build_model, check_inputs
 from erniesearch.training.gradient_cache import cached_backward
 

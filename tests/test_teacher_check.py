@@ -23,6 +23,7 @@ from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.pipeline import steps
 from erniesearch.pipeline.run import planned
+from erniesearch.run_folder import RunFolder, is_done
 
 RELEVANT = {"q0": "p1", "q1": "p5", "q2": "p0", "q3": "p2"}
 SCORES = np.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=np.float32)
@@ -192,7 +193,7 @@ def test_a_split_that_is_not_there_is_told_first(
 
 
 def test_the_step(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     torch.manual_seed(3)
     tokenizer = load_tokenizer(config.student)
     for stage, part, model in (
@@ -211,6 +212,4 @@ def test_the_step(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None
     # A cross-encoder with a random head has nothing to teach.
     told = " ".join(capsys.readouterr().err.split())
     assert "warning: the cross-encoder model does not" in told
-    assert stages.is_done(
-        folder.stage("teacher_check"), stages.fingerprint(config, "teacher_check", 1)
-    )
+    assert is_done(folder.stage("teacher_check"), stages.fingerprint(config, "teacher_check", 1))

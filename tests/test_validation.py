@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints.checkpointer import find_best, find_checkpoints, step_of
 from erniesearch.training.checkpoints.manifest import read_manifest
 from erniesearch.training.validation import is_validated

@@ -11,7 +11,7 @@ from erniesearch import stages
 from erniesearch.cli import main
 from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.errors import UserError
-from erniesearch.stages import RunFolder
+from erniesearch.run_folder import RunFolder
 
 STEPS, BATCH = 12, 6
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from erniesearch import installation, stages
+from erniesearch import installation
 from erniesearch.ablation.arms import evaluate_command, final_result, result_folder, run_file
 from erniesearch.ablation.grid import Grid, read_grid
 from erniesearch.ablation.statistics import clusters_of, difference
@@ -32,9 +32,11 @@ from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine
+from erniesearch.files import write_atomically
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.pipeline import launcher
 from erniesearch.retrieval.trained import make_scorer, trained_teacher
+from erniesearch.run_folder import RunFolder
 
 LOSSES = ("mnrl", "distil", "both")
 
@@ -44,7 +46,7 @@ def groups(grid: Grid, config: RunConfig, seed: int) -> list[tuple[str, list[str
     teacher's scores; negatives are drawn anew in every pass."""
     stage = config.stages.cascade
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
-    folder = stages.RunFolder(result_folder(grid, config, "mine"))
+    folder = RunFolder(result_folder(grid, config, "mine"))
     negatives = read_negatives(folder.negatives("mined"))
     relevant, texts = data.relevant(), dict(zip(data.pids, data.passages, strict=True))
     scores = _teacher_scores(grid, config, data.queries, negatives, relevant, texts)
@@ -75,7 +77,7 @@ def _teacher_scores(
         values = scorer.scores(
             [queries[qid] for qid, _ in pairs], [texts[pid] for _, pid in pairs]
         ).tolist()
-        stages.write_atomically(file, json.dumps(values))
+        write_atomically(file, json.dumps(values))
     return dict(zip(pairs, values, strict=True))
 
 
@@ -91,9 +93,7 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
     )
 
     stage, scale = config.stages.cascade, 1 / config.objective.tau_de
-    warm = stages.RunFolder(result_folder(grid, config, "interaction")).model(
-        "interaction", "student"
-    )
+    warm = RunFolder(result_folder(grid, config, "interaction")).model("interaction", "student")
     model = SentenceTransformer(str(warm))
     model.max_seq_length = config.data.max_passage_length
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}

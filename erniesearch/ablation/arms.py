@@ -21,9 +21,11 @@ from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
 from erniesearch.errors import UserError
+from erniesearch.files import hold_lock, write_atomically
 from erniesearch.pipeline import launcher
+from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.faults import preemption
-from erniesearch.training.faults.process import hold_lock, pipeline_token
+from erniesearch.training.faults.process import pipeline_token
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _running: set[Forked] = set()
@@ -85,16 +87,14 @@ def _train_arm(grid: Grid, arm: Arm, seed: int) -> None:
         result = result_folder(grid, config, step)
         _link(root / "stages" / step, result / "stages" / step)
         expected = stages.fingerprint(config, step, launcher.num_processes(config))
-        if stages.is_done(result / "stages" / step, expected):
+        if is_done(result / "stages" / step, expected):
             continue
         with hold_lock(result / ".lock", "ablation", patience=float("inf")):
-            if stages.is_done(result / "stages" / step, expected):
+            if is_done(result / "stages" / step, expected):
                 continue  # another arm has trained it meanwhile
             console.print(f"[bold]{arm.name}[/] seed {seed}: {step}")
-            stages.write_atomically(
-                result / "config.yaml", to_yaml(replace(config, run_dir=str(result)))
-            )
-            stages.write_atomically(root / "arm.yaml", to_yaml(config))
+            write_atomically(result / "config.yaml", to_yaml(replace(config, run_dir=str(result))))
+            write_atomically(root / "arm.yaml", to_yaml(config))
             _start(arm.name, "run", str(root / "arm.yaml"), "--only", step)
             if step in TRAINING_STAGES:  # several times the model's size, and no longer needed
                 shutil.rmtree(result / "stages" / step / "checkpoints", ignore_errors=True)
@@ -108,7 +108,7 @@ def _measure(grid: Grid, arm: str, config: RunConfig) -> None:
         if out.is_file():
             return
         out.parent.mkdir(parents=True, exist_ok=True)
-        model = stages.RunFolder(result).model(step, "student")
+        model = RunFolder(result).model(step, "student")
         _start(arm, *evaluate_command(grid, config, model, out))
 
 

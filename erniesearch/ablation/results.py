@@ -17,6 +17,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import DEFAULT_METRICS, parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine, stage_facts
 from erniesearch.evaluation.teacher_check import Teacher, TeacherCheck
+from erniesearch.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
-        stages.write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def markdown(self) -> str:
         """The table, with what stands in it said above."""

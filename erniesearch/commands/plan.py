@@ -8,6 +8,7 @@ from typing import Any
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
+from erniesearch.files import write_atomically
 
 
 def plan_command(argv: list[str]) -> int:
@@ -52,8 +53,6 @@ def plan_command(argv: list[str]) -> int:
     run = _measure if settings.measure else _plan
     results = run(config, machine, ranks, names)
     if settings.json:
-        from erniesearch.stages import write_atomically
-
         content = {"machine": asdict(machine), "stages": results}
         try:
             write_atomically(Path(settings.json), json.dumps(content, indent=2) + "\n")

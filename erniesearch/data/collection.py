@@ -15,7 +15,7 @@ from pathlib import Path
 from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus, rows_of
 from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 Run = dict[str, dict[str, float]]
 """Scores by query id and passage id."""

@@ -14,7 +14,7 @@ from erniesearch.evaluation.metrics import Mean, Metric, averaged_queries, per_q
 from erniesearch.evaluation.significance import Comparison, compare
 from erniesearch.evaluation.systems import Systems, check, make_runs
 from erniesearch.evaluation.table import Row, describe_machine, show_cells, show_table
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.table import Table
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import Estimate
 from erniesearch.evaluation.teacher_check import TeacherCheck
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 
 @dataclass(frozen=True)

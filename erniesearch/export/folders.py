@@ -1,6 +1,5 @@
 """A run's last models as folders that other libraries load (``erniesearch.export.layout``)."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from erniesearch.export.layout import (
 )
 from erniesearch.export.model_card import model_card
 from erniesearch.export.onnx import export_onnx, require_onnx
+from erniesearch.files import write_atomically, written_aside
 from erniesearch.models.encoder import HEAD_FILE
+from erniesearch.run_folder import RunFolder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,17 +61,17 @@ def export_all(config: RunConfig, onnx: bool = False, results: str | None = None
 def write_cards(config: RunConfig, results: str) -> None:
     """Write the cards of the folders that are there again, now with the evaluation's results."""
     for target in _targets(config):
-        folder = stages.RunFolder(config.run_dir).export(target.kind + target.suffix)
+        folder = RunFolder(config.run_dir).export(target.kind + target.suffix)
         if folder.is_dir():
             onnx = (folder / "onnx" / "model.onnx").is_file()
             card = model_card(
                 target.kind, target.suffix, config, results, onnx, cut_of(folder)
             )  # fmt: skip
-            stages.write_atomically(folder / "README.md", card)
+            write_atomically(folder / "README.md", card)
 
 
 def _targets(config: RunConfig) -> list[_Target]:
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     targets = []
     student_stage, teacher_stage = stages.final_student(config), stages.final_teacher(config)
     if student_stage:
@@ -98,11 +99,9 @@ def _require(path: Path, stage: str) -> None:
 
 def _write(target: _Target, config: RunConfig, onnx: bool, results: str | None) -> Path:
     """Copy a transformers folder, add the layout's files, then move it into place."""
-    folder = stages.RunFolder(config.run_dir).export(target.kind + target.suffix)
+    folder = RunFolder(config.run_dir).export(target.kind + target.suffix)
     model = target.model
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with written_aside(folder) as aside:
         shutil.copytree(model, aside, ignore=shutil.ignore_patterns(HEAD_FILE, "passage_tower"))
         # An untied passage tower has no tokenizer of its own.
         for name in TOKENIZER_FILES:
@@ -115,8 +114,4 @@ def _write(target: _Target, config: RunConfig, onnx: bool, results: str | None) 
         cut = cut_of(aside)
         card = model_card(target.kind, target.suffix, config, results, with_onnx, cut)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder

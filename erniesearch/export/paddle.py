@@ -1,8 +1,6 @@
 """PaddleNLP's ERNIE weights as folders that transformers and sentence-transformers load."""
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from erniesearch.export.paddle_ernie import (
     shorten,
 )
 from erniesearch.export.pdparams import read_pdparams
+from erniesearch.files import written_aside
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,24 @@ def convert_paddle(
     config = model.config
     tokenizer = _tokenizer(vocabulary, config, overrides)
 
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    query_length = passage_length = max_length
+    if kind == "cross_encoder":  # the texts of a pair share it; one [CLS] is dropped
+        query_length = max_length // 4
+        passage_length = max_length - query_length + 1
+    data = DataConfig("", max_query_length=query_length, max_passage_length=passage_length)
+    run = RunConfig("", data, StudentConfig("", pooling="cls"))
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        query_length = passage_length = max_length
-        if kind == "cross_encoder":  # the texts of a pair share it; one [CLS] is dropped
-            query_length = max_length // 4
-            passage_length = max_length - query_length + 1
-        data = DataConfig("", max_query_length=query_length, max_passage_length=passage_length)
-        run = RunConfig("", data, StudentConfig("", pooling="cls"))
-        if kind == "cross_encoder":
-            cross_encoder_layout(aside, run)
-        else:
-            dual_encoder_layout(aside, run)
-            if reduce:
-                _add_dense(aside, reduce)
-        os.replace(aside, out)
+        with written_aside(out) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if kind == "cross_encoder":
+                cross_encoder_layout(aside, run)
+            else:
+                dual_encoder_layout(aside, run)
+                if reduce:
+                    _add_dense(aside, reduce)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return Converted(out, config, left_out)
 
 

@@ -3,8 +3,6 @@
 For languages and domains for which no weights are at hand; ``post_train`` is its pretraining.
 """
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from erniesearch.errors import UserError
+from erniesearch.files import written_aside
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MIN_FREQUENCY = 2
@@ -61,19 +60,15 @@ def write_encoder(texts: Iterable[str], out: Path, size: EncoderSize, seed: int 
             max_position_embeddings=size.max_length,
         )
     )  # fmt: skip
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        file = aside / "vocab.txt"
-        file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-        BertTokenizer(str(file), model_max_length=size.max_length).save_pretrained(aside)
-        model.save_pretrained(aside)
-        os.replace(aside, out)
+        with written_aside(out) as aside:
+            aside.mkdir()
+            file = aside / "vocab.txt"
+            file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+            BertTokenizer(str(file), model_max_length=size.max_length).save_pretrained(aside)
+            model.save_pretrained(aside)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return len(vocabulary)
 
 

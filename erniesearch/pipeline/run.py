@@ -18,10 +18,11 @@ from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import evaluation_subset
 from erniesearch.evaluation.table import Report, table_console
 from erniesearch.export import export_all
+from erniesearch.files import hold_lock, write_atomically
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.pipeline import launcher
+from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
-from erniesearch.training.faults.process import hold_lock
 from erniesearch.training.trackers import check_trackers
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
@@ -53,7 +54,7 @@ def run_pipeline(
             if name not in names:
                 raise UserError(f"--only {name}: this run has {', '.join(names)}")
         names = [name for name in names if name in only]
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     world_size = launcher.num_processes(config)
     _check_and_tokenize(config, names, folder, world_size)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
@@ -66,7 +67,7 @@ def run_pipeline(
 
 
 def _check_and_tokenize(
-    config: RunConfig, names: list[str], folder: stages.RunFolder, world_size: int
+    config: RunConfig, names: list[str], folder: RunFolder, world_size: int
 ) -> None:
     """What can be wrong, before anything is started; and the tokens for all ranks."""
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
@@ -77,7 +78,7 @@ def _check_and_tokenize(
         with_split(data, config.data.path, stages.check_split(config))
     check_inputs(config, data)
     if any(
-        not stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size))
+        not is_done(folder.stage(name), stages.fingerprint(config, name, world_size))
         for name in names
         if name in TRAINING_STAGES
     ):
@@ -87,9 +88,9 @@ def _check_and_tokenize(
 
 
 def _run_step(
-    config: RunConfig, name: str, folder: stages.RunFolder, world_size: int, launch: Launch
+    config: RunConfig, name: str, folder: RunFolder, world_size: int, launch: Launch
 ) -> None:
-    if stages.is_done(folder.stage(name), stages.fingerprint(config, name, world_size)):
+    if is_done(folder.stage(name), stages.fingerprint(config, name, world_size)):
         console.print(f"[bold]{name}[/]: done before")
         return
     _check_upstream(config, name, world_size, folder)
@@ -97,12 +98,10 @@ def _run_step(
     launch(config, name, world_size)
 
 
-def _check_upstream(
-    config: RunConfig, name: str, world_size: int, folder: stages.RunFolder
-) -> None:
+def _check_upstream(config: RunConfig, name: str, world_size: int, folder: RunFolder) -> None:
     """With ``only``, what a step builds on may be missing or made with other settings."""
     for source in stages.upstream(config, name):
-        if not stages.is_done(folder.stage(source), stages.fingerprint(config, source, world_size)):
+        if not is_done(folder.stage(source), stages.fingerprint(config, source, world_size)):
             raise UserError(
                 f"step {name} builds on {source}, which is not done with these settings: run it"
                 f" too (--only {source},{name}), or leave --only out"
@@ -116,11 +115,11 @@ def export_run(config: RunConfig, onnx: bool) -> list[Path]:
     Raises:
         UserError: if there is nothing to export, or another process writes in the run's folder.
     """
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         marker = folder.stage("evaluate") / "done.json"
         results = None
-        if marker.is_file() and stages.is_done(
+        if marker.is_file() and is_done(
             marker.parent, stages.fingerprint(config, "evaluate", launcher.num_processes(config))
         ):
             results = Report.load(folder.root).for_card()
@@ -143,11 +142,11 @@ def planned(config: RunConfig) -> list[str]:
 
 def _write_record(config: RunConfig, root: Path) -> None:
     """Resolved config, versions and commit into the run folder."""
-    stages.write_atomically(root / "config.yaml", to_yaml(config))
+    write_atomically(root / "config.yaml", to_yaml(config))
     versions = {
         "erniesearch": __version__,
         "commit": installation.commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
     }
-    stages.write_atomically(root / "environment.json", json.dumps(versions, indent=2) + "\n")
+    write_atomically(root / "environment.json", json.dumps(versions, indent=2) + "\n")

@@ -32,6 +32,7 @@ from erniesearch.evaluation.fusion import reciprocal_rank_fusion
 from erniesearch.evaluation.table import Report, Row, describe_machine, stage_facts
 from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
+from erniesearch.files import write_atomically
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.miner import (
     asks_teacher,
@@ -48,8 +49,9 @@ from erniesearch.retrieval.trained import (
     trained_teacher,
 )
 from erniesearch.retrieval.vector_index import VectorIndex
+from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
 from erniesearch.training.build import part_settings
-from erniesearch.training.faults.process import claim_folder, exit_with_pipeline, failures_told
+from erniesearch.training.faults.process import exit_with_pipeline, failures_told
 
 BM25_NEGATIVES = 32
 console = Console(stderr=True, highlight=False)
@@ -70,17 +72,12 @@ def run_step(config: RunConfig, name: str, world_size: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     # Ranking needs no more than TF32, and a GPU does it several times faster than fp32.
     torch.backends.cuda.matmul.allow_tf32 = True
-    folder = stages.RunFolder(config.run_dir).stage(name)
+    folder = RunFolder(config.run_dir).stage(name)
     expected = stages.fingerprint(config, name, world_size)
-    if stages.is_done(folder, expected):
+    if is_done(folder, expected):
         return
-    with failures_told(folder):
-        lock = claim_folder(folder, expected)
-        try:
-            stages.mark_done(folder, expected, **STEPS[name](config))
-        finally:
-            if lock:
-                lock.close()
+    with failures_told(folder), claimed(folder, expected):
+        mark_done(folder, expected, **STEPS[name](config))
 
 
 def make_bm25_negatives(config: RunConfig) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def make_bm25_negatives(config: RunConfig) -> dict[str, Any]:
         data.queries, relevant, data.pids, data.passages, BM25_NEGATIVES,
         config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer,
     )  # fmt: skip
-    write_negatives(stages.RunFolder(config.run_dir).negatives("bm25"), negatives, relevant)
+    write_negatives(RunFolder(config.run_dir).negatives("bm25"), negatives, relevant)
     return {"queries": len(negatives)}
 
 
@@ -104,8 +101,8 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     if asks_teacher(settings) and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher)
     mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
-    stages.write_atomically(
-        stages.RunFolder(config.run_dir).negatives("mined"),
+    write_atomically(
+        RunFolder(config.run_dir).negatives("mined"),
         "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
     )
     facts = statistics(mined.queries)
@@ -172,7 +169,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     return {"rows": len(table.rows)}
 
 
-def _teacher_check(config: RunConfig, folder: stages.RunFolder) -> TeacherCheck | None:
+def _teacher_check(config: RunConfig, folder: RunFolder) -> TeacherCheck | None:
     if not stages.is_enabled(config, "teacher_check"):
         return None
     marker = folder.stage("teacher_check") / "done.json"
@@ -197,7 +194,7 @@ class _TableMaker:
 
     def __init__(self, config: RunConfig, held_out: RetrievalData, data: RetrievalData) -> None:
         self.config, self.held_out, self.data = config, held_out, data
-        self.folder = stages.RunFolder(config.run_dir)
+        self.folder = RunFolder(config.run_dir)
         self.depth = max(100, config.evaluation.rerank_depth)
         self.rows: list[Row] = []
         self.bm25_run: Run = {}

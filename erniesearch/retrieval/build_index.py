@@ -6,8 +6,6 @@ with one (OMP_NUM_THREADS=1), since threads race for links.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from erniesearch.errors import UserError
+from erniesearch.files import written_aside
 from erniesearch.progress import Meter
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.vector_index import (
@@ -28,7 +27,6 @@ from erniesearch.retrieval.vector_index import (
     tune,
     write_index,
 )
-from erniesearch.stages import write_atomically
 
 BLOCK = 1 << 16
 """Vectors added at a time."""
@@ -122,20 +120,18 @@ def build_index(
         f" {shards} part(s); {trained_on}; about {_size(plan.memory)} of memory and"
         f" {_size(plan.disk)} on disk"
     )
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        _build(source, aside, plan, factory, shards, seed, gpu)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; change --out") from None
     record = {
         "factory": factory, "metric": metric, "dim": source.manifest.dim, "rows": len(source),
         "shards": shards, "train_sample": plan.sample, "seed": seed,
         "embeddings": asdict(source.manifest),
     }  # fmt: skip
-    write_atomically(aside / "index.json", json.dumps(record, indent=2) + "\n")
-    aside.replace(folder)
+    try:
+        with written_aside(folder) as aside:
+            aside.mkdir()
+            _build(source, aside, plan, factory, shards, seed, gpu)
+            (aside / "index.json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; change --out") from None
     written = sum(path.stat().st_size for path in folder.rglob("*"))
     console.print(f"index: {folder}, {_size(written)}")
 
@@ -170,8 +166,6 @@ def _build(
                     faiss_call(partial(part.add, block), what)
                     docid.writelines(f"{pid}\n" for pid in ids)
                     meter.advance(len(ids))
-                docid.flush()
-                os.fsync(docid.fileno())
             write_index(faiss.index_gpu_to_cpu(part) if gpu else part, folder)
 
 

@@ -10,7 +10,6 @@ A shard is written aside, synced and renamed: one that is there is whole.
 
 import itertools
 import json
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from erniesearch.errors import UserError
+from erniesearch.files import write_atomically, written_aside
 from erniesearch.models.encoder import Side
-from erniesearch.stages import write_atomically
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 What = Literal["vectors", "tokens"]
@@ -149,12 +148,9 @@ def write_shard(
     if offsets is not None:
         tensors["offsets"] = offsets
     path = shard_path(folder, shard)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        save_file(tensors, aside)
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
+        with written_aside(path, uuid.uuid4().hex[:8]) as aside:
+            save_file(tensors, aside)
     except (OSError, SafetensorError) as error:
         # Another run of the same work may have finished this shard and swept ours away.
         if not (isinstance(error, FileNotFoundError) and is_whole(folder, manifest, shard)):

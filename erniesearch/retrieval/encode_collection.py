@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from erniesearch import distributed, stages
+from erniesearch import distributed
 from erniesearch.data.collection import read_qrels, read_queries
 from erniesearch.data.corpus.texts import open_corpus
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
+from erniesearch.files import hash_files
 from erniesearch.models.encoder import Side
 from erniesearch.progress import Meter
 from erniesearch.retrieval.embeddings import (
@@ -61,14 +62,14 @@ def read_collection(root: Path, side: Side, split: str | None, use_titles: bool)
             raise UserError("--split selects queries: leave it out, or give --side query")
         opened = open_corpus(corpus, use_titles)
         kind = "titles" if use_titles else "texts"
-        return Collection(opened.pids, opened.passages, f"{stages.hash_files([corpus])}-{kind}")
+        return Collection(opened.pids, opened.passages, f"{hash_files([corpus])}-{kind}")
     files = [root / "queries.jsonl"]
     queries = read_queries(files[0])
     if split is not None:
         files.append(root / "qrels" / f"{split}.tsv")
         qrels = read_qrels(files[1], queries, open_corpus(corpus, use_titles).index_of)
         queries = {qid: queries[qid] for qid in qrels}
-    return Collection(list(queries), list(queries.values()), stages.hash_files(files))
+    return Collection(list(queries), list(queries.values()), hash_files(files))
 
 
 def encode_collection(

@@ -6,7 +6,6 @@ interrupt changes the result.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from erniesearch import distributed, stages
+from erniesearch import distributed
 from erniesearch.config.keys import MineConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
+from erniesearch.files import hash_files, write_atomically, written_aside
 from erniesearch.progress import Meter
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.miner import (
@@ -32,7 +32,6 @@ from erniesearch.retrieval.miner import (
 )
 from erniesearch.retrieval.model_folder import ModelFolder, fingerprint, read_folder
 from erniesearch.retrieval.vector_index import VectorIndex
-from erniesearch.stages import write_atomically
 
 PATIENCE = timedelta(days=7)
 """Ranks wait this long for the slowest; a rank that fails ends the others through the launcher."""
@@ -82,7 +81,7 @@ def mine_collection(
         "model": str(Path(model).absolute()), "index": str(Path(index).absolute()),
         "data": str(Path(data).absolute()), "use_titles": use_titles, "nprobe": nprobe,
         "teacher": teacher and str(Path(teacher).absolute()), "ef_search": ef_search,
-        "write_scores": write_scores, "files": stages.hash_files(
+        "write_scores": write_scores, "files": hash_files(
             [Path(data) / "queries.jsonl", Path(data) / "qrels" / f"{split}.tsv",
              Path(model) / "model.safetensors", *Path(index).glob("**/index.json")]),
     }  # fmt: skip
@@ -151,13 +150,10 @@ def _read_parts(parts: Path) -> Iterator[MinedQuery]:
 
 def _join(parts: Path, target: Path, write_scores: bool, console: Console) -> None:
     facts = statistics(_read_parts(parts))
-    aside = parts / "negatives.jsonl"
-    with aside.open("w", encoding="utf-8") as handle:
-        for query in _read_parts(parts):
-            handle.write(mined_line(query, write_scores))
-        handle.flush()
-        os.fsync(handle.fileno())
-    write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
-    os.replace(aside, target)
+    with written_aside(target) as aside:
+        with aside.open("w", encoding="utf-8") as handle:
+            for query in _read_parts(parts):
+                handle.write(mined_line(query, write_scores))
+        write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(parts)
     console.print(f"{told(facts)}; {target}")

@@ -18,9 +18,9 @@ import yaml
 
 from erniesearch.config.keys import RunConfig, StudentConfig, from_dict
 from erniesearch.errors import UserError
+from erniesearch.files import hash_files
 from erniesearch.models.backbone import resolve
 from erniesearch.models.encoder import HEAD_FILE, Side
-from erniesearch.stages import hash_files
 
 Kind = Literal["dual_encoder", "late_interaction", "cross_encoder", "student"]
 

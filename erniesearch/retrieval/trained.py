@@ -13,6 +13,7 @@ from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig, fro
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.run_folder import RunFolder
 
 
 def load_run_config(run_dir: str | Path) -> RunConfig:
@@ -56,7 +57,7 @@ def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:
     """Settings that load a stage's student; the pretrained one for None."""
     if stage is None:
         return config.student
-    path = stages.RunFolder(config.run_dir).model(stage, "student")
+    path = RunFolder(config.run_dir).model(stage, "student")
     return replace(config.student, path=str(path), revision=None, layers=None)
 
 
@@ -65,7 +66,7 @@ def trained_teacher(config: RunConfig) -> TeacherConfig | None:
     stage = stages.final_teacher(config)
     if stage is None:
         return None
-    path = stages.RunFolder(config.run_dir).model(stage, "teacher")
+    path = RunFolder(config.run_dir).model(stage, "teacher")
     return replace(config.teacher, path=str(path), revision=None)
 
 

@@ -4,7 +4,6 @@ An index in parts has ``shard-00``, ``shard-01`` and so on, each such a folder; 
 of them.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from erniesearch.errors import UserError
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically, written_aside
 
 try:
     import faiss
@@ -186,13 +185,9 @@ def tune(index: Any, nprobe: int | None, ef_search: int | None) -> None:
 
 
 def write_index(index: Any, folder: Path) -> None:
-    """Write ``folder/index`` aside, sync and rename."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".index.tmp"
-    faiss_call(partial(faiss.write_index, index, str(aside)), str(folder))
-    with aside.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(aside, folder / "index")
+    """Write ``folder/index``, whole or not at all."""
+    with written_aside(folder / "index") as aside:
+        faiss_call(partial(faiss.write_index, index, str(aside)), str(folder))
 
 
 def faiss_call(work: Callable[[], Result], what: str) -> Result:

@@ -19,6 +19,7 @@ from erniesearch.retrieval.trained import (
     trained_teacher,
 )
 from erniesearch.retrieval.vector_index import VectorIndex
+from erniesearch.run_folder import RunFolder
 from erniesearch.search.explain import TokenMatch, match_tokens
 from erniesearch.search.merging import MergingQueue
 from erniesearch.search.result import MODELS, Hit, Model, SearchResult
@@ -88,7 +89,7 @@ class SearchSystem:
             UserError: if the run is not finished, or its collection is not where it was.
         """
         config = load_run_config(run_dir)
-        folder = stages.RunFolder(run_dir)
+        folder = RunFolder(run_dir)
         final = stages.final_student(config)
         if final is None or not folder.model(final, "student").is_dir():
             raise UserError(f"{run_dir}: the run has no trained student")

@@ -38,6 +38,7 @@ from erniesearch.models.backbone import (
 from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, stored_temperature
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
+from erniesearch.run_folder import RunFolder
 
 
 def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTokenizerBase]:
@@ -179,7 +180,7 @@ def base_teacher(config: RunConfig) -> TeacherConfig:
 
 def part_settings(config: RunConfig, name: str) -> tuple[StudentConfig, TeacherConfig]:
     """Student and teacher settings with ``path`` set to what the stage starts from."""
-    folder = stages.RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     student, teacher = config.student, base_teacher(config)
     if source := stages.student_source(config, name):
         path = _trained(folder, name, source, "student")
@@ -189,7 +190,7 @@ def part_settings(config: RunConfig, name: str) -> tuple[StudentConfig, TeacherC
     return student, teacher
 
 
-def _trained(folder: stages.RunFolder, name: str, source: str, part: str) -> str:
+def _trained(folder: RunFolder, name: str, source: str, part: str) -> str:
     path = folder.model(source, part)
     if not path.is_dir():
         raise UserError(
@@ -242,7 +243,7 @@ def build_sampler(
         path = stages.given_negatives(config)
         negatives = read_negatives(path, data)
     elif stage.negatives != "random" and stage.num_negatives:
-        path = stages.RunFolder(config.run_dir).negatives(stage.negatives)
+        path = RunFolder(config.run_dir).negatives(stage.negatives)
         if not path.is_file():
             raise UserError(
                 f"stage {name} needs {stage.negatives} negatives, but {path} is missing: start"

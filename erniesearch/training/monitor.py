@@ -11,8 +11,8 @@ from types import TracebackType
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
+from erniesearch.files import write_atomically
 from erniesearch.progress import SECONDS_BETWEEN_LINES, progress_bar
-from erniesearch.stages import write_atomically
 
 
 class Monitor:

@@ -17,7 +17,7 @@ from accelerate.utils import LoggerType, clear_environment
 
 from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.data.batches import Batch, StepBatches
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
+from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor
 from erniesearch.training.calibration import calibrate
 from erniesearch.training.checkpoints.checkpointer import Checkpointer
@@ -26,7 +27,7 @@ from erniesearch.training.checkpoints.resume import find_resume, load_checkpoint
 from erniesearch.training.checkpoints.weights import frozen_state, save_model
 from erniesearch.training.engine import build_engine, zero_section
 from erniesearch.training.faults import guards, preemption
-from erniesearch.training.faults.process import claim_folder, exit_with_pipeline, failures_told
+from erniesearch.training.faults.process import exit_with_pipeline, failures_told
 from erniesearch.training.faults.watchdog import Watchdog
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.monitor import Monitor
@@ -53,22 +54,17 @@ def train_stage(config: RunConfig, name: str) -> None:
     device = distributed.initialize(timedelta(minutes=2 * config.training.timeout_minutes))
     torch.set_num_threads(config.training.threads_per_process)
     exit_with_pipeline()
-    folder = stages.RunFolder(config.run_dir).stage(name)
+    folder = RunFolder(config.run_dir).stage(name)
     expected = stages.fingerprint(config, name, distributed.world_size())
-    if stages.is_done(folder, expected):
+    if is_done(folder, expected):
         return
     config = replace(config, seed=stages.stage_seed(config, name))
-    with failures_told(folder):
-        lock = claim_folder(folder, expected)
-        try:
-            facts = _train(config, name, folder, device)
-            if distributed.is_main():
-                ranks = distributed.world_size()
-                stages.mark_done(folder, expected, steps=stage.steps, world_size=ranks, **facts)
-            distributed.barrier()
-        finally:
-            if lock:
-                lock.close()
+    with failures_told(folder), claimed(folder, expected):
+        facts = _train(config, name, folder, device)
+        if distributed.is_main():
+            ranks = distributed.world_size()
+            mark_done(folder, expected, steps=stage.steps, world_size=ranks, **facts)
+        distributed.barrier()
 
 
 def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,6 @@ at once and a kill leaves nothing that is read later.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +14,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from erniesearch.errors import UserError
+from erniesearch.files import written_aside
 
 T = TypeVar("T")
 MANIFEST = "whole.json"
@@ -68,26 +68,8 @@ def _load(folder: Path, load: Callable[[Path], T]) -> T | None:
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    aside = folder.with_name(f".{folder.name}.part")  # the lock is ours: what lies here is a ruin
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with written_aside(folder, "part") as aside:  # the lock is ours: what lies here is a ruin
+        aside.mkdir()
         build(aside)
         sizes = {path.name: path.stat().st_size for path in aside.iterdir()}
         (aside / MANIFEST).write_text(json.dumps(sizes))
-        for path in aside.iterdir():
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file's bytes, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

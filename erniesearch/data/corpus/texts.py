@@ -24,8 +24,8 @@ import pyarrow as pa
 from erniesearch.data.corpus.arrow import Blocks, BlockWriter
 from erniesearch.data.corpus.cache import cache_root, cached, key_of
 from erniesearch.data.jsonl import read_jsonl, text_field
-from erniesearch.data.progress import progress
 from erniesearch.errors import UserError
+from erniesearch.progress import Meter
 
 VERSION = 1
 """Of the layout above; a change makes old caches unused."""
@@ -211,9 +211,9 @@ def _write_columns(path: Path, use_titles: bool, folder: Path, size: int) -> np.
     schema = pa.schema([("pid", pa.string()), ("text", pa.string())])
     with (
         BlockWriter(folder / "corpus.arrow", schema) as writer,
-        progress(f"reading {path.name}", size, "bytes") as show,
+        Meter(f"reading {path.name}", "bytes", size, patience=5) as meter,
     ):
-        for number, record in read_jsonl(path, show):
+        for number, record in read_jsonl(path, meter.reach):
             pid = text_field(record, "_id", path, number)
             text = text_field(record, "text", path, number)
             title = text_field(record, "title", path, number, "") if use_titles else ""

@@ -22,8 +22,8 @@ from erniesearch.config.keys import MAX_TOKENS
 from erniesearch.data.corpus.arrow import Blocks, BlockWriter
 from erniesearch.data.corpus.cache import cached, key_of
 from erniesearch.data.corpus.texts import ArrowColumn, Rows
-from erniesearch.data.progress import progress
 from erniesearch.errors import UserError
+from erniesearch.progress import Meter
 
 VERSION = 1
 BATCH_TEXTS, BATCH_CHARACTERS = 1024, 1 << 20
@@ -135,7 +135,7 @@ def open_tokens(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
         schema = pa.schema([("ids", pa.list_(pa.int32()))])
         with (
             BlockWriter(aside / "tokens.arrow", schema) as writer,
-            progress("tokenising the corpus", len(passages), "passages") as show,
+            Meter("tokenising the corpus", "passages", len(passages), patience=5) as meter,
         ):
             row = 0
             for texts in _batches(passages):
@@ -143,7 +143,7 @@ def open_tokens(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
                     lengths[row] = len(ids)
                     writer.add((ids,), len(ids))
                     row += 1
-                show(row)
+                meter.reach(row)
         np.save(aside / "lengths.npy", lengths)
 
     return cached(folder, build, lambda path: TokenStore(path, special))

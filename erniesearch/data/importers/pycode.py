@@ -29,7 +29,7 @@ from erniesearch.data.importers.python_sources import (
     versions,
     write_beir,
 )
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_CHARACTERS = 1000

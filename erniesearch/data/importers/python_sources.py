@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erniesearch.errors import UserError
-from erniesearch.stages import write_atomically
+from erniesearch.files import write_atomically
 
 PACKAGES = (
     "accelerate", "bm25s", "datasets", "deepspeed", "fsspec", "huggingface_hub", "ir_measures",

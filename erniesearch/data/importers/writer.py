@@ -8,7 +8,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from erniesearch.data.corpus.cache import sync
 from erniesearch.data.corpus.texts import hash_text
 from erniesearch.data.importers.records import (
     BadLines,
@@ -20,6 +19,7 @@ from erniesearch.data.importers.records import (
     content_id,
 )
 from erniesearch.errors import UserError
+from erniesearch.files import sync
 
 
 class BeirWriter:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.errors import UserError
+from erniesearch.files import hash_file, sync
 from erniesearch.training.checkpoints import manifest
 from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest
 from erniesearch.training.checkpoints.writer import CheckpointWriter
@@ -124,12 +125,12 @@ class Checkpointer:
             for path in aside.rglob("*"):  # what DeepSpeed writes past the writer: offloaded states
                 name = str(path.relative_to(aside))
                 if path.is_file() and name not in files:
-                    files[name] = FileFacts(path.stat().st_size, manifest.hash_file(path))
+                    files[name] = FileFacts(path.stat().st_size, hash_file(path))
             stage = self.engine.zero_optimization_stage()
             Manifest(step, distributed.world_size(), int(stage), files, loss).write(aside)
-            manifest.sync_folder(aside)
+            sync(aside)
             os.rename(aside, self.folder / _name(step))
-            manifest.sync_folder(self.folder)
+            sync(self.folder)
             best = find_best(self.folder)
             for old in find_checkpoints(self.folder)[: -self.keep]:
                 if old == best:

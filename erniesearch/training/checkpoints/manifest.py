@@ -6,12 +6,11 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from erniesearch.stages import write_atomically
+from erniesearch.files import hash_file, write_atomically
 
 NAME = "manifest.json"
 
@@ -86,21 +85,6 @@ def verify(checkpoint: Path) -> Manifest:
         except OSError as error:
             raise Damaged(f"{name} cannot be read: {error.strerror}") from None
     return manifest
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _render(content: dict[str, Any]) -> str:

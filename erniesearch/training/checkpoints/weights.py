@@ -1,7 +1,5 @@
 """The finished model of a stage as safetensors folders: from the engine, or from a checkpoint."""
 
-import os
-import shutil
 from pathlib import Path
 
 import deepspeed
@@ -13,13 +11,15 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch import distributed, stages
+from erniesearch import distributed
 from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.errors import UserError
+from erniesearch.files import written_aside
 from erniesearch.models.joint import JointModel
+from erniesearch.run_folder import RunFolder
 from erniesearch.training.build import build_model
 from erniesearch.training.checkpoints.checkpointer import find_best, newest_whole, step_of
-from erniesearch.training.checkpoints.manifest import Damaged, Manifest, sync_folder, verify
+from erniesearch.training.checkpoints.manifest import Damaged, Manifest, verify
 from erniesearch.training.checkpoints.resume import quiet
 
 
@@ -81,7 +81,7 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
         UserError: if there is no checkpoint, all are damaged, the config describes another model,
             or ``out`` is not empty.
     """
-    folder = stages.RunFolder(config.run_dir).stage(stage) / "checkpoints"
+    folder = RunFolder(config.run_dir).stage(stage) / "checkpoints"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name another folder or delete it")
     found = _best_whole(folder) if best else newest_whole(folder, set_aside=False)
@@ -150,21 +150,11 @@ def _write_parts(
     model: JointModel, state: dict[str, Tensor], folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """``folder/student`` and ``folder/teacher``, written aside, synced, renamed."""
-    aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in ("student", "teacher"):
-        module = getattr(model, part)
-        if module is not None:
-            prefix = f"{part}."
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            module.save(aside / part, own)
-            tokenizer.save_pretrained(aside / part)
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        else:
-            sync_folder(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    sync_folder(folder.parent)
+    with written_aside(folder) as aside:
+        for part in ("student", "teacher"):
+            module = getattr(model, part)
+            if module is not None:
+                prefix = f"{part}."
+                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                module.save(aside / part, own)
+                tokenizer.save_pretrained(aside / part)

@@ -2,7 +2,6 @@
 as."""
 
 import errno
-import fcntl
 import os
 import re
 import threading
@@ -10,12 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 
-from erniesearch import distributed, stages
-from erniesearch.errors import RankFailed, UserError
+from erniesearch import distributed
+from erniesearch.errors import RankFailed
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 AGAIN = "run the same command again to continue"
@@ -24,46 +22,6 @@ LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|remote process exited|Socket closed"
     r"|recvValue failed|sendBytes failed"
 )
-
-
-def claim_folder(folder: Path, expected: str) -> IO[str] | None:
-    """Rank 0 claims a step's folder and holds its lock until it closes the file returned."""
-    lock = None
-    if distributed.is_main():
-        # The ranks of a run just killed may still be ending.
-        lock = hold_lock(folder.with_name(f".{folder.name}.lock"), "process", patience=20)
-        stages.claim(folder, expected)
-    distributed.barrier()
-    return lock
-
-
-def hold_lock(path: Path, what: str, patience: float = 0) -> IO[str]:
-    """Lock a file for this process, so that two never write the same folder; the system frees it
-    when the process ends, however it ends.
-
-    Raises:
-        UserError: if another process still holds it after ``patience`` seconds, or the folder
-            cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
-    except OSError as error:
-        raise UserError(
-            f"run folder {path.parent} cannot be written: {error.strerror}; set run_dir"
-        ) from None
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise UserError(
-                    f"{path.parent}: another {what} is writing here; wait for it or end it"
-                ) from None
-            time.sleep(0.2)
 
 
 def exit_with_pipeline() -> None:

@@ -1,0 +1,102 @@
+"""Where a run keeps its files, and whether what lies there is finished and still good."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from erniesearch import distributed
+from erniesearch.errors import UserError
+from erniesearch.files import hold_lock, write_atomically
+
+
+class RunFolder:
+    """Paths inside ``run_dir``.
+
+    ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
+    ``exports/``, ``index/``, ``runs/*.trec`` and ``summary.md`` are for the user.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.root = Path(run_dir)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage (training stages, ``bm25``, ``mine``)."""
+        return self.root / "stages" / name
+
+    def model(self, stage: str, part: str) -> Path:
+        """Folder of ``part`` ('student' or 'teacher') as ``stage`` left it."""
+        return self.stage(stage) / "model" / part
+
+    def negatives(self, kind: str) -> Path:
+        """The hard negatives' file, kind 'bm25' or 'mined'."""
+        return self.stage("mine" if kind == "mined" else "bm25") / "negatives.jsonl"
+
+    def export(self, kind: str) -> Path:
+        """Export folder: 'dual_encoder', 'late_interaction' or 'cross_encoder'."""
+        return self.root / "exports" / kind
+
+    @property
+    def index(self) -> Path:
+        """The FAISS folder of the final dual-encoder."""
+        return self.root / "index"
+
+    @property
+    def runs(self) -> Path:
+        """TREC run files."""
+        return self.root / "runs"
+
+
+def is_done(folder: Path, expected: str) -> bool:
+    """Whether ``folder`` holds a finished result made from the same inputs."""
+    marker = folder / "done.json"
+    if not marker.is_file():
+        return False
+    try:
+        return bool(json.loads(marker.read_text())["fingerprint"] == expected)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{marker}: damaged; delete it to redo this stage") from None
+
+
+def mark_done(folder: Path, expected: str, **facts: object) -> None:
+    """Write ``done.json`` last and atomically: a folder without it is unfinished."""
+    write_atomically(
+        folder / "done.json", json.dumps({"fingerprint": expected, **facts}, indent=2) + "\n"
+    )
+
+
+@contextmanager
+def claimed(folder: Path, expected: str) -> Iterator[None]:
+    """A step's folder, prepared and locked by rank 0 for all ranks until the end of the block.
+
+    Raises:
+        UserError: if another process writes there.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    # The ranks of a run just killed may still be ending.
+    held = hold_lock(lock, "process", patience=20) if distributed.is_main() else nullcontext()
+    with held:
+        if distributed.is_main():
+            _prepare(folder, expected)
+        distributed.barrier()
+        yield
+
+
+def _prepare(folder: Path, expected: str) -> None:
+    """Prepare a stage's folder: keep unfinished work made from the same inputs, set other work
+    aside as ``NAME.stale-K`` (nothing is deleted)."""
+    started = folder / "started.json"
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            same = json.loads(started.read_text())["fingerprint"] == expected
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            same = False
+        if not same:
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.stale-{number}")).exists():
+                number += 1
+            shutil.move(folder, aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not started.exists():
+        write_atomically(started, json.dumps({"fingerprint": expected}) + "\n")

@@ -1,11 +1,6 @@
 """Fixtures: a tiny data set in BEIR layout and tiny random models over its vocabulary."""
 
-import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +9,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
 import torch
-from _pytest.mark.expression import Expression
-from transformers import BertConfig, BertModel, BertTokenizer
+from support.markers import asks_for_gpu
+from support.tiny import ALL_TERMS, ConfigMaker, write_beir, write_model
 
 from erniesearch.config.keys import (
     DataConfig,
     EvaluationConfig,
-    LossWeights,
     ObjectiveConfig,
     RunConfig,
     StageConfig,
@@ -34,64 +27,6 @@ from erniesearch.config.keys import (
 )
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parent.parent
-WORDS = [a + b for a in ("ba", "de", "fi", "go", "ku", "la", "mi", "no") for b in
-         ("ran", "sel", "tor", "vix", "wen", "zul", "pat", "hod")]  # fmt: skip
-ALL_TERMS = LossWeights(
-    ce=1.0, li=1.0, de=1.0, ce_to_li=1.0, ce_to_de=1.0, li_to_de=1.0, attention=1.0, dual_reg=1.0
-)
-WITH_VIRT = replace(ALL_TERMS, virt=1.0)
-
-
-def write_beir(root: Path, num_passages: int = 60, num_queries: int = 40, seed: int = 0) -> Path:
-    """A data set in which a query's words come from its passage; passages differ in length, and
-    several queries share a passage."""
-    rng = np.random.default_rng(seed)
-    root.mkdir(parents=True, exist_ok=True)
-    passages = [list(rng.choice(WORDS, size=rng.integers(4, 14))) for _ in range(num_passages)]
-    (root / "corpus.jsonl").write_text(
-        "".join(
-            json.dumps({"_id": f"p{i}", "title": "", "text": " ".join(words)}) + "\n"
-            for i, words in enumerate(passages)
-        )
-    )
-    positives = [int(i) for i in rng.integers(num_passages, size=num_queries)]
-    (root / "queries.jsonl").write_text(
-        "".join(
-            json.dumps({"_id": f"q{i}", "text": " ".join(rng.choice(passages[p], size=3))}) + "\n"
-            for i, p in enumerate(positives)
-        )
-    )
-    (root / "qrels").mkdir(exist_ok=True)
-    for split in ("train", "dev", "test"):
-        lines = "".join(f"q{i}\tp{p}\t1\n" for i, p in enumerate(positives))
-        (root / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
-    return root
-
-
-def write_model(folder: Path, seed: int = 0, words: list[str] | None = None, **sizes: Any) -> Path:
-    """A random BERT over the data set's words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(words or WORDS)]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(vocabulary), **({"hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64} | sizes),
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
-def asks_for_gpu(markers: str) -> bool:
-    """Whether an expression given to ``-m`` selects tests by the marker ``cuda``."""
-    if not markers:
-        return False
-    selected = Expression.compile(markers)
-    return selected.evaluate(lambda name, **_: name == "cuda") and not selected.evaluate(
-        lambda name, **_: False
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,9 +67,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-ConfigMaker = Callable[..., RunConfig]
-
-
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMaker:
     """A config of one stage on the tiny data: ``make_config(stage="cascade", steps=5, …)``; other
@@ -165,30 +97,3 @@ def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMake
         return replace(config, stages=stages)
 
     return make
-
-
-def start(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """A Python process that sees this checkout, one thread, output captured.
-
-    Ctrl-C reaches it even where these tests run in a shell's background, which ignores it.
-    """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=cwd or ROOT, env=variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def run_python(*arguments: str, timeout: float = 300, **environment: str) -> tuple[int, str]:
-    """Run to the end; returns exit status and output."""
-    process = start(*arguments, **environment)
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
-
-
-def losses_of(stage_folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the machine's speed."""
-    lines = [json.loads(x) for x in (stage_folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "speed"} for line in lines]

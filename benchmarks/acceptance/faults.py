@@ -96,7 +96,7 @@ def nan_update(context: Context) -> None:
     _, arguments, run_dir = _whole_and_other(context)
     file = context.folder / "fault.json"
     file.write_text(json.dumps({"kind": "nan_loss", "rank": 0, "steps": [3]}))
-    context.python(str(ROOT / "tests" / "fault_worker.py"), str(file), *arguments[1:])
+    context.python(str(ROOT / "tests" / "support" / "fault_worker.py"), str(file), *arguments[1:])
     told = (run_dir / "stages" / "cascade" / "nonfinite.jsonl").read_text().splitlines()
     trace = material.losses(run_dir)
     odd = [line["step"] for line in trace if not math.isfinite(line["loss"])]
@@ -127,10 +127,10 @@ def fewer_ranks(context: Context) -> None:
     plan += [[config, 2, 4] for config in jobs["first"]]
     (context.folder / "two.json").write_text(json.dumps({"plan": plan}))
     context.python(
-        str(ROOT / "tests" / "fork_ranks.py"), str(context.folder / "two.json"),
+        str(ROOT / "tests" / "support" / "fork_ranks.py"), str(context.folder / "two.json"),
         environment=hidden,
     )  # fmt: skip
-    worker = str(ROOT / "tests" / "distributed_worker.py")
+    worker = str(ROOT / "tests" / "support" / "distributed_worker.py")
     file = context.folder / "rest.json"
     file.write_text(json.dumps([["cascade", config] for config in jobs["rest"]]))
     context.python(worker, str(file))

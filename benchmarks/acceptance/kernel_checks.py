@@ -15,7 +15,7 @@ from typing import Any
 from acceptance.check import ROOT, Context, Failed, Skipped, last_lines, missing, require
 from acceptance.machine import sanitizer as sanitizer_path
 
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "kernel"
 INTERPRETED = "interpreter and (equal_tokens or tiny_shares)"
 """A few of the tests, in Triton's interpreter: it takes milliseconds for each program."""
 

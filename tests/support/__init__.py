@@ -1,0 +1,1 @@
+"""What tests share: workers, programs, cases, tiny models."""

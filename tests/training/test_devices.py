@@ -1,0 +1,145 @@
+"""A whole update on a pretended GPU mixes no devices."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import cuda_accelerator
+from support.pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
+from support.tiny import WITH_VIRT, ConfigMaker
+
+from erniesearch import distributed
+from erniesearch.config.keys import LossWeights
+from erniesearch.data.collection import load_beir
+from erniesearch.planning.accounting import fake_world
+from erniesearch.training.build import build_batches, build_model
+from erniesearch.training.engine import _keep_deepspeed_from_nvml
+from erniesearch.training.trainer import update
+from erniesearch.training.validation import Validation, is_validated
+
+
+class _Engine:
+    """What an update needs of DeepSpeed's engine without ZeRO; its step is torch's own affair."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.optimizer = module, SimpleNamespace()
+        self.no_sync, self.train, self.eval = nullcontext, module.train, module.eval
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def backward(self, loss: torch.Tensor, **options: bool) -> None:
+        loss.backward()
+
+    def allreduce_gradients(self) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def was_step_applied(self) -> bool:
+        return True
+
+
+def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **changes: Any) -> Any:
+    """Terms of rank 0's update and its gradients, without and with a pretended GPU."""
+    config = make_config(stage=stage, queries_per_rank=2, **changes)
+    model, tokenizer = build_model(config, stage)
+    if config.training.precision == "bf16":
+        model.bfloat16()
+    data = load_beir(config.data.path, "train")
+    device = GPU if gpu else torch.device("cpu")
+    if gpu:
+        move(model)
+    mode = PretendGpu() if gpu else nullcontext()
+    with fake_world(ranks, "cuda") if ranks > 1 else nullcontext():
+        batches = build_batches(config, stage, data, tokenizer)
+        loader = iter([batches[number] for number in range(2)])
+        with mode:
+            settings = getattr(config.stages, stage)
+            engine: Any = _Engine(model.train())
+            made = update(engine, loader, settings, device, lambda what: None)
+            assert not made.skipped
+            means = distributed.mean_over_ranks(made.terms)
+            assert not distributed.any_rank(False, device)
+            if is_validated(config, stage):
+                figures = Validation(config, stage, data, batches).measure(engine, device)
+                means |= {f"validation {name}": value for name, value in figures.items()}
+    return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+SPANS = {"num_negatives": 0, "weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("cascade", {"competence_gate": True, "validation_split": "dev",
+                     "validation_queries": 8}),
+        ("cascade", {"late_interaction_exchange": "ring", "precision": "bf16",
+                     "weights": WITH_VIRT}),
+        ("post_train", SPANS),
+    ],
+    ids=["all_gather", "ring", "spans"],
+)  # fmt: skip
+def test_an_update_mixes_no_devices(
+    make_config: ConfigMaker, stage: str, changes: dict[str, Any], chunk_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.distributed, "batch_isend_irecv", pass_on)
+    means, gradients = one_update(
+        make_config, stage, 3, True, accumulation_steps=2, chunk_size=chunk_size, **changes
+    )
+    assert all(torch.tensor(value).isfinite() for value in means.values())
+    assert gradients
+    assert all(isinstance(gradient, GpuTensor) for gradient in gradients.values())
+
+
+def test_the_pretended_gpu_computes_what_the_cpu_does(make_config: ConfigMaker) -> None:
+    (wanted, expected), (made, gradients) = (
+        one_update(make_config, "cascade", 1, gpu, accumulation_steps=2) for gpu in (False, True)
+    )
+    assert made == pytest.approx(wanted, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name].inner, gradient, msg=lambda m, n=name: n + m)
+
+
+def test_mixed_devices_are_told() -> None:
+    with PretendGpu(), fake_world(2, "cuda"):
+        here, there = torch.ones(3), torch.ones(3, device=GPU)
+        assert float((there * here.sum()).sum()) == 9  # one number may be anywhere
+        assert there[torch.tensor([0, 2])].shape == (2,)
+        for mix in (
+            lambda: here + there,
+            lambda: here[torch.tensor([0], device=GPU)],
+            lambda: torch.stack([there.sum(), here.sum()]),
+            lambda: torch.distributed.all_reduce(here),
+        ):
+            with pytest.raises(Mixed):
+                mix()
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"), [("3", 3), ("5,3", 5), ("GPU-abaa900a", 70), ("MIG-90be,MIG-6fa1", 70)]
+)
+def test_deepspeed_is_not_asked_for_a_gpu_by_its_uuid(
+    monkeypatch: pytest.MonkeyPatch, visible: str, free: int
+) -> None:
+    """ZeRO asks for the free memory when it is built; by NVML's number, or PyTorch's figures."""
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    nvml = SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle),
+    )
+    monkeypatch.setattr(cuda_accelerator, "pynvml", nvml)
+    monkeypatch.setattr(accelerator, "total_memory", lambda device: 80)
+    monkeypatch.setattr(accelerator, "memory_allocated", lambda device: 10)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _keep_deepspeed_from_nvml()
+    assert accelerator.available_memory(0) == free

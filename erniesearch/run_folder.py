@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from erniesearch import distributed
 from erniesearch.errors import UserError
 from erniesearch.files import hold_lock, write_atomically
 
@@ -73,6 +72,8 @@ def claimed(folder: Path, expected: str) -> Iterator[None]:
     Raises:
         UserError: if another process writes there.
     """
+    from erniesearch import distributed  # here, since a fingerprint needs no torch
+
     lock = folder.with_name(f".{folder.name}.lock")
     # The ranks of a run just killed may still be ending.
     held = hold_lock(lock, "process", patience=20) if distributed.is_main() else nullcontext()

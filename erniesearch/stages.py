@@ -10,7 +10,8 @@ A stage whose ``steps`` are 0 is left out and its successors start from its pred
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from erniesearch.config.keys import (
     ObjectiveConfig,
     RunConfig,
     StageConfig,
+    training_stages,
 )
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
+from erniesearch.run_folder import RunFolder
 
 STUDENT_CHAIN = {
     "post_train": (),
@@ -65,11 +68,13 @@ def distilled_from(weights: LossWeights) -> tuple[str, ...]:
 
 def is_enabled(config: RunConfig, stage: str) -> bool:
     """Whether the run contains this stage."""
-    settings = getattr(config.stages, stage)
+    all_stages, cascade = config.stages, config.stages.cascade
     if stage == "teacher_check":
-        cascade = config.stages.cascade
-        return bool(settings.enabled and cascade.steps and distilled_from(cascade.weights))
-    return settings.enabled if stage == "mine" else settings.steps > 0
+        check = all_stages.teacher_check
+        return bool(check.enabled and cascade.steps and distilled_from(cascade.weights))
+    if stage == "mine":
+        return all_stages.mine.enabled
+    return training_stages(config)[stage].steps > 0
 
 
 def student_source(config: RunConfig, stage: str) -> str | None:
@@ -102,14 +107,14 @@ def final_student(config: RunConfig) -> str | None:
 
 def trains_student(config: RunConfig, stage: str) -> bool:
     """Whether the stage is in the run and any of its terms runs the student."""
-    return is_enabled(config, stage) and needs_student(getattr(config.stages, stage).weights)
+    return is_enabled(config, stage) and needs_student(Stage(config, stage).weights)
 
 
 def trains_late_interaction(config: RunConfig) -> bool:
     """Whether the final student's late-interaction head was trained at all."""
     final = final_student(config)
     chain = [final, *STUDENT_CHAIN[final]] if final else []
-    weights = [getattr(config.stages, name).weights for name in chain if is_enabled(config, name)]
+    weights = [Stage(config, name).weights for name in chain if is_enabled(config, name)]
     return any(w.li or w.ce_to_li or w.attention or w.li_to_de for w in weights)
 
 
@@ -121,10 +126,61 @@ def final_teacher(config: RunConfig) -> str | None:
     return "teacher" if is_enabled(config, "teacher") else None
 
 
-def stage_seed(config: RunConfig, stage: str) -> int:
-    """The seed of a training stage: its own, or the run's."""
-    own: int | None = getattr(config.stages, stage).seed
-    return config.seed if own is None else own
+@dataclass(frozen=True)
+class Stage:
+    """A training stage of a run: what it is made of, and on ``ranks`` ranks its batch, its folder
+    and what its result depends on."""
+
+    config: RunConfig
+    name: str
+    ranks: int = 1
+
+    @property
+    def settings(self) -> StageConfig:
+        """``config.stages.NAME``."""
+        return training_stages(self.config)[self.name]
+
+    @property
+    def weights(self) -> LossWeights:
+        """The weights of its terms."""
+        return self.settings.weights
+
+    @property
+    def folder(self) -> Path:
+        """Where its log, checkpoints and models lie."""
+        return RunFolder(self.config.run_dir).stage(self.name)
+
+    @property
+    def seed(self) -> int:
+        """Of its data order, dropout and new heads: its own, or the run's."""
+        return self.config.seed if self.settings.seed is None else self.settings.seed
+
+    @property
+    def queries_per_rank(self) -> int:
+        """Queries of a micro-step on each rank.
+
+        Raises:
+            UserError: if the ranks cannot share ``batch_size`` equally.
+        """
+        settings = self.settings
+        if settings.batch_size is None:
+            return settings.queries_per_rank
+        if settings.batch_size % self.ranks:
+            raise UserError(
+                f"stages.{self.name}.batch_size is {settings.batch_size}, which {self.ranks} ranks"
+                " cannot share equally: start a number of ranks that divides it"
+            )
+        return settings.batch_size // self.ranks
+
+    @property
+    def global_batch(self) -> int:
+        """Queries of an update over all ranks and micro-steps."""
+        return self.queries_per_rank * self.settings.accumulation_steps * self.ranks
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As :func:`fingerprint`."""
+        return fingerprint(self.config, self.name, self.ranks)
 
 
 def data_hash(config: RunConfig) -> str:
@@ -145,10 +201,10 @@ def models_hash(config: RunConfig, stage: str) -> list[Any]:
         if "cross_encoder" not in distilled_from(config.stages.cascade.weights):
             teacher = {"path": ""}
     elif stage in TRAINING_STAGES:
-        settings: StageConfig = getattr(config.stages, stage)
-        if not needs_student(settings.weights):  # its vocabulary, and perhaps its weights, are read
+        weights = Stage(config, stage).weights
+        if not needs_student(weights):  # its vocabulary, and perhaps its weights, are read
             student = {key: student[key] for key in ("path", "revision", "trust_remote_code")}
-        if not needs_teacher(settings.weights):
+        if not needs_teacher(weights):
             teacher = {"path": ""}
     described: list[Any] = [student, teacher]
     for path in (student["path"], teacher["path"]):
@@ -167,27 +223,10 @@ def upstream(config: RunConfig, stage: str) -> list[str]:
         return [name for name in read if is_enabled(config, name)]
     sources = [student_source(config, stage), teacher_source(config, stage)]
     if stage in TRAINING_STAGES:
-        settings: StageConfig = getattr(config.stages, stage)
+        settings = Stage(config, stage).settings
         if settings.num_negatives and settings.negatives != "random":
             sources.append({"mined": "mine", "bm25": "bm25"}.get(settings.negatives))
     return [name for name in sources if name]
-
-
-def queries_per_rank(config: RunConfig, stage: str, world_size: int) -> int:
-    """Queries of a micro-step on each of ``world_size`` ranks.
-
-    Raises:
-        UserError: if the ranks cannot share ``batch_size`` equally.
-    """
-    settings: StageConfig = getattr(config.stages, stage)
-    if settings.batch_size is None:
-        return settings.queries_per_rank
-    if settings.batch_size % world_size:
-        raise UserError(
-            f"stages.{stage}.batch_size is {settings.batch_size}, which {world_size} ranks cannot"
-            " share equally: start a number of ranks that divides it"
-        )
-    return settings.batch_size // world_size
 
 
 # One partitioning of parameters each: a stage continues after a change within a row.
@@ -225,18 +264,18 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     elif stage == "mine":
         settings["settings"] = asdict(config.stages.mine)
     elif stage in TRAINING_STAGES:
-        own = asdict(getattr(config.stages, stage))
-        ranks = world_size or 1
-        own["batch_size"] = queries_per_rank(config, stage, ranks) * ranks
+        trained = Stage(config, stage, world_size or 1)
+        own = asdict(trained.settings)
+        own["batch_size"] = trained.queries_per_rank * trained.ranks
         own.pop("queries_per_rank")
         if own["teacher_scores"] == "live":
             own.pop("teacher_scores")  # runs of before the option are still good
-        settings["seed"] = stage_seed(config, stage)
+        settings["seed"] = trained.seed
         own.pop("seed")
         # A term that is not computed decides nothing, nor does one that this version does not know.
         own["weights"] = {term: weight for term, weight in own["weights"].items() if weight}
         settings["settings"] = own
-        settings["objective"] = _decisive_objective(config, stage, ranks)
+        settings["objective"] = _decisive_objective(trained)
         if own["negatives"] == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
         training = _decisive(asdict(config.training))
@@ -250,9 +289,9 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _decisive_objective(config: RunConfig, stage: str, ranks: int) -> dict[str, Any]:
+def _decisive_objective(stage: Stage) -> dict[str, Any]:
     """The objective's settings that a stage's terms read."""
-    w: LossWeights = getattr(config.stages, stage).weights
+    w = stage.weights
     distilled = bool(w.ce_to_li or w.ce_to_de or w.li_to_de)
     read = {
         "tau_de": w.de or w.ce_to_de or w.li_to_de or w.dual_reg,
@@ -267,12 +306,12 @@ def _decisive_objective(config: RunConfig, stage: str, ranks: int) -> dict[str, 
         "virt_layers": w.virt,
         "candidates": w.li or w.de or w.li_to_de or w.dual_reg,
     }
-    settings = _decisive(asdict(config.objective))
+    settings = _decisive(asdict(stage.config.objective))
     assert settings.keys() == read.keys()
     if settings["candidates"] == "in_batch":
         # Here the ranks count: a query is compared with its own rank's passages.
-        own = queries_per_rank(config, stage, ranks)
-        settings["candidates"] = f"in_batch of {own}" if ranks > 1 else "cross_batch"
+        own = f"in_batch of {stage.queries_per_rank}"
+        settings["candidates"] = own if stage.ranks > 1 else "cross_batch"
     return {key: value for key, value in settings.items() if read[key]}
 
 

@@ -49,8 +49,9 @@ def check(context: Context) -> None:
     figures = json.loads(files[1].read_text())
     if not context.gpu:
         from erniesearch.planning.trial import measure
+        from erniesearch.stages import Stage
 
-        figures["peak_bytes"] = measure(config, STAGE, 1, queries).own
+        figures["peak_bytes"] = measure(Stage(config, STAGE), queries).own
     ratio = round(figures["peak_bytes"] / trace.peak, 3)
     context.tell(
         **figures, planned_peak_bytes=trace.peak, peak_over_planned=ratio, flops=trace.flops,
@@ -84,6 +85,7 @@ def main(job_file: str, result_file: str) -> None:
     from erniesearch.config.keys import RunConfig, from_dict
     from erniesearch.models.backbone import without_weights
     from erniesearch.planning.trial import full_batches
+    from erniesearch.stages import Stage
     from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine
     from erniesearch.training.trainer import update
@@ -94,10 +96,12 @@ def main(job_file: str, result_file: str) -> None:
     device = distributed.initialize()
     gpu = device.type == "cuda"
     with without_weights():
-        model, tokenizer = assemble_model(config, STAGE, config.student, base_teacher(config))
+        model, tokenizer = assemble_model(
+            Stage(config, STAGE), config.student, base_teacher(config)
+        )
     engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, device)
     engine.train()
-    batches = full_batches(config, STAGE, stage.queries_per_rank, tokenizer)
+    batches = full_batches(Stage(config, STAGE), stage.queries_per_rank, tokenizer)
     told: list[Any] = []
 
     def step() -> None:

@@ -35,8 +35,10 @@ def export_checkpoint_command(argv: list[str]) -> int:
     if settings.out is None:
         raise UserError("no --out: name the folder to write")
     name_accelerator()
+    from erniesearch.stages import Stage
     from erniesearch.training.checkpoints.weights import export_checkpoint
 
-    step = export_checkpoint(config, settings.stage, Path(settings.out), settings.best)
+    stage = Stage(config, settings.stage)
+    step = export_checkpoint(stage, Path(settings.out), settings.best)
     sys.stdout.write(f"{settings.out}: stage {settings.stage} after {step} updates\n")
     return 0

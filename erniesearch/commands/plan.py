@@ -90,17 +90,18 @@ def _measure(
     import torch
     from rich.console import Console
 
-    from erniesearch import stages
     from erniesearch.planning.plan import Planner
     from erniesearch.planning.render import show_measured
     from erniesearch.planning.trial import measure
+    from erniesearch.stages import Stage
 
     planner = Planner(config, machine, "cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name in names:
-        queries = stages.queries_per_rank(config, name, ranks[0])
-        trace = planner.estimator(name)(ranks[0], queries)
-        rows.append((name, ranks[0], queries, trace, measure(config, name, ranks[0], queries)))
+        stage = Stage(config, name, ranks[0])
+        queries = stage.queries_per_rank
+        trace = planner.estimator(name)(stage.ranks, queries)
+        rows.append((name, stage.ranks, queries, trace, measure(stage, queries)))
     show_measured(Console(), rows)
     return [
         {"stage": name, "ranks": number, "queries": queries, "planned": asdict(trace),

@@ -20,7 +20,7 @@ class Estimator:
 
     def __call__(self, ranks: int, num_queries: int) -> Trace:
         """An update of ``num_queries`` per rank and micro-step."""
-        stage = self.tracer.stage
+        stage = self.tracer.stage.settings
         most = None
         if stage.chunk_size:
             most = max(1, MOST_CHUNKS * stage.chunk_size // (1 + stage.num_negatives))
@@ -30,7 +30,7 @@ class Estimator:
         return continued(points, [self._of_ranks(ranks, point) for point in points], num_queries)
 
     def _of_ranks(self, ranks: int, num_queries: int) -> Trace:
-        config, stage = self.tracer.config, self.tracer.stage
+        config, stage = self.tracer.stage.config, self.tracer.stage.settings
         if config.objective.late_interaction_exchange == "ring":
             most = MOST_HOPS
         else:

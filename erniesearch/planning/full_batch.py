@@ -3,12 +3,12 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.data.batches import Batch
+from erniesearch.stages import Stage
 
 
 def full_batch(
-    config: RunConfig, name: str, num_queries: int, tokenizer: PreTrainedTokenizerBase,
+    stage: Stage, num_queries: int, tokenizer: PreTrainedTokenizerBase,
     step: int = 0, micro_step: int = 0,
 ) -> Batch:  # fmt: skip
     """One rank's micro-batch of a stage with random words.
@@ -16,12 +16,12 @@ def full_batch(
     All texts but one query and one passage have the most tokens that the settings allow; with no
     padding at all, a model would drop its masks.
     """
-    stage: StageConfig = getattr(config.stages, name)
+    settings, lengths = stage.settings, stage.config.data
     generator = torch.Generator().manual_seed(micro_step + 1000 * step)
-    num_passages = num_queries * (1 + stage.num_negatives)
-    query_ids, query_mask = _texts(num_queries, config.data.max_query_length, tokenizer, generator)
+    num_passages = num_queries * (1 + settings.num_negatives)
+    query_ids, query_mask = _texts(num_queries, lengths.max_query_length, tokenizer, generator)
     passage_ids, passage_mask = _texts(
-        num_passages, config.data.max_passage_length, tokenizer, generator
+        num_passages, lengths.max_passage_length, tokenizer, generator
     )
     extra: dict[str, torch.Tensor] = {}
     if stage.weights.mlm:
@@ -31,7 +31,7 @@ def full_batch(
             "mlm_ids": passage_ids.masked_fill(chosen, tokenizer.mask_token_id),
             "mlm_labels": passage_ids.masked_fill(~chosen, -100),
         }
-    if stage.teacher_scores == "stored":
+    if settings.teacher_scores == "stored":
         extra["teacher_scores"] = torch.rand(num_passages, generator=generator)
     index = torch.arange(num_passages)
     relevant = index.view(num_queries, -1)[:, :1]

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from erniesearch import stages
-from erniesearch.config.keys import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.planning.estimate import Estimator, largest_fitting
 from erniesearch.planning.states import Zero, engine_traffic
 from erniesearch.planning.trace import StageTracer, Trace
+from erniesearch.stages import Stage
 
 SMALL_BUCKET = 50_000_000
 SMALL_CHUNK = 16
@@ -122,7 +122,7 @@ class Planner:
         """
         plans = []
         for name in names:
-            batch_size = getattr(self.config.stages, name).batch_size
+            batch_size = Stage(self.config, name).settings.batch_size
             possible = [n for n in ranks if batch_size is None or batch_size % n == 0]
             plans += [self.stage(name, number) for number in possible or ranks[:1]]
         return plans
@@ -133,12 +133,16 @@ class Planner:
         Raises:
             UserError: if the ranks cannot share the stage's batch_size.
         """
-        queries = stages.queries_per_rank(self.config, name, ranks)
+        queries = Stage(self.config, name, ranks).queries_per_rank
         estimate = self.estimator(name)
         trace = estimate(ranks, queries)
         tracer, limit = estimate.tracer, self.machine.limit()
         sent = trace.sent | engine_traffic(
-            tracer.layout, tracer.zero, ranks, tracer.width, tracer.stage.accumulation_steps
+            tracer.layout,
+            tracer.zero,
+            ranks,
+            tracer.width,
+            tracer.stage.settings.accumulation_steps,
         )
         seconds = self.machine.seconds(trace.flops, sum(sent.values()), ranks, tracer.width == 2)
         fits = trace.peak <= limit
@@ -150,7 +154,7 @@ class Planner:
         )  # fmt: skip
 
     def _estimator_of(self, config: RunConfig, name: str, zero: Zero | None = None) -> Estimator:
-        return Estimator(StageTracer(config, name, self.device, self._bf16(config), zero))
+        return Estimator(StageTracer(Stage(config, name), self.device, self._bf16(config), zero))
 
     def _bf16(self, config: RunConfig) -> bool:
         if config.training.precision == "auto":
@@ -161,7 +165,7 @@ class Planner:
         self, name: str, ranks: int, queries: int, trace: Trace, largest: int
     ) -> Iterator[Change]:
         limit = self.machine.limit()
-        stage: StageConfig = getattr(self.config.stages, name)
+        stage = Stage(self.config, name).settings
         if largest:
             # The fewest parts that fit and divide the batch: an update's queries stay the same.
             parts = next(n for n in range(-(-queries // largest), queries + 1) if not queries % n)
@@ -199,7 +203,7 @@ class Planner:
             changed = replace(training, activation_checkpointing=True)
             yield ("training.activation_checkpointing: true",
                    replace(config, training=changed), None)  # fmt: skip
-        stage: StageConfig = getattr(config.stages, name)
+        stage = Stage(config, name).settings
         if not stage.chunk_size or stage.chunk_size > SMALL_CHUNK:
             smaller = replace(stage, chunk_size=SMALL_CHUNK)
             changed_stage: dict[str, Any] = {name: smaller}
@@ -240,8 +244,8 @@ def _merged(config: RunConfig, other: RunConfig, name: str) -> RunConfig:
         training = replace(training, zero_stage=other.training.zero_stage, zero_json=None)
     if other.objective.late_interaction_exchange == "ring":
         objective = replace(objective, late_interaction_exchange="ring")
-    stage: StageConfig = getattr(config.stages, name)
-    chunk_size = getattr(other.stages, name).chunk_size or stage.chunk_size
+    stage = Stage(config, name).settings
+    chunk_size = Stage(other, name).settings.chunk_size or stage.chunk_size
     changed: dict[str, Any] = {name: replace(stage, chunk_size=chunk_size)}
     return replace(
         config, objective=objective, training=training, stages=replace(config.stages, **changed)

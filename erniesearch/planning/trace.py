@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from erniesearch.config.keys import RunConfig, StageConfig
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.accounting import GpuKernels, Tracker, fake_world
 from erniesearch.planning.full_batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident
+from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.faults import guards
 from erniesearch.training.gradient_cache import cached_backward
@@ -61,26 +61,23 @@ class StageTracer:
         UserError: for models that cannot be loaded or do not fit each other or the data settings.
     """
 
-    def __init__(
-        self, config: RunConfig, name: str, device: str, bf16: bool,
-        zero: Zero | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, stage: Stage, device: str, bf16: bool, zero: Zero | None = None) -> None:
         # The gate's running accuracies are numbers that a trace does not have.
+        config = stage.config
         objective = replace(config.objective, competence_gate=False)
-        self.config, self.name = replace(config, objective=objective), name
-        self.stage: StageConfig = getattr(config.stages, name)
+        self.stage = replace(stage, config=replace(config, objective=objective))
         self.zero = zero or Zero.of(config.training)
         self.device, self.width = device, 2 if bf16 else 4
         self.tracker = Tracker(gpu=device == "cuda")
         with self.tracker, without_weights():
             self.model, self.tokenizer = assemble_model(
-                self.config, name, config.student, base_teacher(config)
+                self.stage, config.student, base_teacher(config)
             )
             if bf16:
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
         tune_for_device(self.model, config, torch.device(device))
-        self.layout = Layout.of(self.model, self.stage)
+        self.layout = Layout.of(self.model, self.stage.settings)
         self.tracker.exclude(self.model.parameters())
         self.model.train()
 
@@ -89,11 +86,11 @@ class StageTracer:
         are run, since the others are like the second. ``world_size``: how many ranks the model's
         collectives see, if not all."""
         gpu = self.device == "cuda"
-        steps = self.stage.accumulation_steps
+        steps = self.stage.settings.accumulation_steps
         self.tracker.reset()
         with fake_world(world_size or ranks, self.device), self.tracker:
             reduction = Reduction(
-                self.tracker, self.layout, self.zero, ranks, self.width, gpu, self.stage
+                self.tracker, self.layout, self.zero, ranks, self.width, gpu, self.stage.settings
             )
             for micro_step in range(min(steps, 2)):
                 self.tracker.phase = "forward"
@@ -111,17 +108,17 @@ class StageTracer:
         )
 
     def _micro_step(self, reduction: Reduction, num_queries: int, micro_step: int) -> None:
-        texts = num_queries * (1 + self.stage.num_negatives)
-        data = self.config.data
+        texts = num_queries * (1 + self.stage.settings.num_negatives)
+        data = self.stage.config.data
         own = texts * (data.max_query_length + data.max_passage_length)
         gathered = dist.get_world_size() * texts * data.max_passage_length
         self.tracker.real_limit = max(1 << 22, 2 * own, gathered)
-        batch = full_batch(self.config, self.name, num_queries, self.tokenizer, 0, micro_step)
+        batch = full_batch(self.stage, num_queries, self.tokenizer, 0, micro_step)
         reduction.watch(self.model.parameters())
         with GpuKernels() if self.device == "cuda" else nullcontext():
-            if self.stage.chunk_size:
+            if chunk_size := self.stage.settings.chunk_size:
                 cached_backward(
-                    self.model, self.model, torch.Tensor.backward, batch, self.stage.chunk_size,
+                    self.model, self.model, torch.Tensor.backward, batch, chunk_size,
                     progress=self._enter,
                 )  # fmt: skip
                 reduction.turn()

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import exiting
-from erniesearch.config.keys import RunConfig, StageConfig, TrainingConfig, from_dict
+from erniesearch.config.keys import RunConfig, TrainingConfig, from_dict
 from erniesearch.errors import UserError
+from erniesearch.stages import Stage
 
 UPDATES = {3: 4}
 """Updates per ZeRO stage, else 2: the first creates the optimizer's state. ZeRO-3 records in the
@@ -48,15 +49,16 @@ class Measured:
         return self.peak - self.base
 
 
-def measure(config: RunConfig, name: str, ranks: int, num_queries: int) -> Measured:
-    """Train a few updates of a stage on this machine.
+def measure(stage: Stage, num_queries: int) -> Measured:
+    """Train a few updates of a stage on this machine, with that many queries on each of its ranks.
 
     Raises:
         UserError: if a rank ends without a result, with the end of what it wrote.
     """
     from erniesearch import distributed
 
-    job = {"config": asdict(config), "stage": name, "queries": num_queries}
+    ranks = stage.ranks
+    job = {"config": asdict(stage.config), "stage": stage.name, "queries": num_queries}
     with tempfile.TemporaryDirectory(prefix="erniesearch-plan-") as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
@@ -84,8 +86,8 @@ def measure(config: RunConfig, name: str, ranks: int, num_queries: int) -> Measu
         if failed:
             said = (Path(folder) / f"{failed[0]}.log").read_text()[-600:]
             raise UserError(
-                f"--measure: stage {name} does not run here with {num_queries} queries per rank"
-                f" on {ranks} ranks (rank {failed[0]} ended with status"
+                f"--measure: stage {stage.name} does not run here with {num_queries} queries per"
+                f" rank on {ranks} ranks (rank {failed[0]} ended with status"
                 f" {processes[failed[0]].returncode}): {said}"
             )
         results = [
@@ -112,28 +114,27 @@ def main(job_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])
-    name, num_queries = job["stage"], job["queries"]
-    stage: StageConfig = getattr(config.stages, name)
+    stage, num_queries = Stage(config, job["stage"]), job["queries"]
     device = distributed.initialize()
     torch.set_num_threads(config.training.threads_per_process)
     with without_weights():
         with torch.device("meta"):  # imports what making the model imports
-            assemble_model(config, name, config.student, base_teacher(config))
+            assemble_model(stage, config.student, base_teacher(config))
         _warm_up(config.training, device)
         gc.collect()
         base = _resident() if device.type == "cpu" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        model, tokenizer = assemble_model(config, name, config.student, base_teacher(config))
+        model, tokenizer = assemble_model(stage, config.student, base_teacher(config))
     tune_for_device(model, config, device)
-    engine, _ = build_engine(model, config.training, stage, num_queries, device)
+    engine, _ = build_engine(model, config.training, stage.settings, num_queries, device)
     engine.train()
     updates = UPDATES.get(zero_section(config.training).get("stage", 0), 2)
-    batches = full_batches(config, name, num_queries, tokenizer)
+    batches = full_batches(stage, num_queries, tokenizer)
     seconds = 0.0
     for _ in range(updates):
         began = monotonic()
-        update(engine, batches, stage, device, lambda what: None)
+        update(engine, batches, stage.settings, device, lambda what: None)
         seconds = monotonic() - began
     peak = _highest() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     result = asdict(Measured(base, peak, seconds))
@@ -142,15 +143,14 @@ def main(job_file: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def full_batches(config: RunConfig, name: str, num_queries: int, tokenizer: Any) -> Iterator[Any]:
+def full_batches(stage: Stage, num_queries: int, tokenizer: Any) -> Iterator[Any]:
     """Batches as planned, micro-step after micro-step, without end."""
     from erniesearch.planning.full_batch import full_batch
 
-    stage: StageConfig = getattr(config.stages, name)
     step = 0
     while True:
-        for micro_step in range(stage.accumulation_steps):
-            yield full_batch(config, name, num_queries, tokenizer, step, micro_step)
+        for micro_step in range(stage.settings.accumulation_steps):
+            yield full_batch(stage, num_queries, tokenizer, step, micro_step)
         step += 1
 
 

@@ -39,33 +39,34 @@ from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, sto
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
 from erniesearch.run_folder import RunFolder
+from erniesearch.stages import Stage
 
 
-def build_model(config: RunConfig, name: str) -> tuple[JointModel, PreTrainedTokenizerBase]:
+def build_model(stage: Stage) -> tuple[JointModel, PreTrainedTokenizerBase]:
     """The joint module of a stage with just the parts its terms need, and the tokenizer.
 
     Raises:
         UserError: if vocabularies differ, inputs are longer than the models' positions, or a
             model the stage starts from has not been trained yet.
     """
-    return assemble_model(config, name, *part_settings(config, name))
+    return assemble_model(stage, *part_settings(stage.config, stage.name))
 
 
 def assemble_model(
-    config: RunConfig, name: str, student_settings: StudentConfig, teacher_settings: TeacherConfig
+    stage: Stage, student_settings: StudentConfig, teacher_settings: TeacherConfig
 ) -> tuple[JointModel, PreTrainedTokenizerBase]:
     """As :func:`build_model`, from models that need not be those the stage starts from."""
-    stage: StageConfig = getattr(config.stages, name)
+    config = stage.config
     tokenizer = load_tokenizer(student_settings)
     # New heads are the same on every rank and for every number of ranks.
-    distributed.seed_everything(config.seed, 4)
+    distributed.seed_everything(stage.seed, 4)
     student = teacher = None
     query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
     if stages.needs_student(stage.weights):
         _check_length(load_config(student_settings), student_settings.path,
                       max(query_length, passage_length))  # fmt: skip
         student = StudentEncoder(student_settings, masked_lm=bool(stage.weights.mlm))
-    if stages.runs_teacher(stage):
+    if stages.runs_teacher(stage.settings):
         check_same_vocabulary(
             tokenizer,
             load_tokenizer(teacher_settings),
@@ -83,11 +84,11 @@ def assemble_model(
     if objective.tau_ce == "auto":
         tau = _teacher_temperature(stage, teacher_settings.path)
         objective = replace(objective, tau_ce=tau)
-    model = JointModel(student, teacher, stage.weights, objective, tokenizer, config.seed)
+    model = JointModel(student, teacher, stage.weights, objective, tokenizer, stage.seed)
     return model, tokenizer
 
 
-def _teacher_temperature(stage: StageConfig, path: str) -> float:
+def _teacher_temperature(stage: Stage, path: str) -> float:
     """What ``objective.tau_ce: auto`` stands for in a stage."""
     needed = stage.weights.ce_to_li or stage.weights.ce_to_de
     if not needed or not weights_wanted():
@@ -126,7 +127,7 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
             )
     for name, stage in training_stages(config).items():
         if stage.steps and stage.teacher_scores == "stored" and stage.negatives == "given":
-            build_sampler(config, name, data, 1)
+            build_sampler(Stage(config, name), data)
     if config.training.validation_split is not None:
         with_split(data, config.data.path, config.training.validation_split)
     student = config.student
@@ -210,65 +211,61 @@ def _check_length(config: PretrainedConfig, path: str, needed: int) -> None:
 
 
 def build_batches(
-    config: RunConfig, name: str, data: RetrievalData, tokenizer: PreTrainedTokenizerBase
+    stage: Stage, data: RetrievalData, tokenizer: PreTrainedTokenizerBase
 ) -> StepBatches:
     """This rank's batches of the stage."""
-    stage: StageConfig = getattr(config.stages, name)
-    world_size = distributed.world_size()
+    config, settings = stage.config, stage.settings
     sampler: StepSampler
     collator: GroupCollator | SpanCollator
     lengths = (config.data.max_query_length, config.data.max_passage_length)
-    if name == "post_train":
-        sampler = PassageSampler(
-            len(data.pids), _global_batch(config, name, world_size), config.seed
-        )
-        collator = SpanCollator(data, tokenizer, *lengths, config.seed, stage.weights.mlm > 0)
+    if stage.name == "post_train":
+        sampler = PassageSampler(len(data.pids), stage.global_batch, stage.seed)
+        collator = SpanCollator(data, tokenizer, *lengths, stage.seed, stage.weights.mlm > 0)
     else:
-        sampler = build_sampler(config, name, data, world_size)
+        sampler = build_sampler(stage, data)
         collator = GroupCollator(data, sampler.qids, tokenizer, *lengths)
-        _tell_short_lists(name, stage, sampler)
+        _tell_short_lists(stage, sampler)
     return StepBatches(
-        sampler, collator, stage.steps, stage.accumulation_steps, distributed.rank(),
-        stages.queries_per_rank(config, name, world_size), world_size,
+        sampler, collator, settings.steps, settings.accumulation_steps, distributed.rank(),
+        stage.queries_per_rank, stage.ranks,
     )  # fmt: skip
 
 
-def build_sampler(
-    config: RunConfig, name: str, data: RetrievalData, world_size: int
-) -> GroupSampler:
+def build_sampler(stage: Stage, data: RetrievalData) -> GroupSampler:
     """The stage's sampler over the whole global batch."""
-    stage: StageConfig = getattr(config.stages, name)
+    settings = stage.settings
     negatives = scores = path = None
-    if stage.negatives == "given" and stage.num_negatives:
-        path = stages.given_negatives(config)
-        negatives = read_negatives(path, data)
-    elif stage.negatives != "random" and stage.num_negatives:
-        path = RunFolder(config.run_dir).negatives(stage.negatives)
-        if not path.is_file():
-            raise UserError(
-                f"stage {name} needs {stage.negatives} negatives, but {path} is missing: start"
-                " `erniesearch run`, which makes them"
-            )
-        negatives = read_negatives(path)
-    if stage.teacher_scores == "stored":
+    if settings.num_negatives and settings.negatives != "random":
+        path = _negatives_file(stage)
+        negatives = read_negatives(path, data if settings.negatives == "given" else None)
+    if settings.teacher_scores == "stored":
         assert path is not None
         scores = read_teacher_scores(path)
-    global_batch = _global_batch(config, name, world_size)
-    return GroupSampler(data, negatives, stage.num_negatives, global_batch, config.seed,
-                        stage.easy_steps, scores)  # fmt: skip
+    return GroupSampler(
+        data, negatives, settings.num_negatives, stage.global_batch, stage.seed,
+        settings.easy_steps, scores,
+    )  # fmt: skip
 
 
-def _global_batch(config: RunConfig, name: str, world_size: int) -> int:
-    stage: StageConfig = getattr(config.stages, name)
-    per_rank = stages.queries_per_rank(config, name, world_size)
-    return per_rank * stage.accumulation_steps * world_size
+def _negatives_file(stage: Stage) -> Path:
+    kind = stage.settings.negatives
+    if kind == "given":
+        return stages.given_negatives(stage.config)
+    path = RunFolder(stage.config.run_dir).negatives(kind)
+    if not path.is_file():
+        raise UserError(
+            f"stage {stage.name} needs {kind} negatives, but {path} is missing: start"
+            " `erniesearch run`, which makes them"
+        )
+    return path
 
 
-def _tell_short_lists(name: str, stage: StageConfig, sampler: GroupSampler) -> None:
-    if distributed.is_main() and stage.negatives != "random" and sampler.num_short:
+def _tell_short_lists(stage: Stage, sampler: GroupSampler) -> None:
+    settings = stage.settings
+    if distributed.is_main() and settings.negatives != "random" and sampler.num_short:
         Console(stderr=True).print(
-            f"{name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
-            f" {stage.num_negatives} hard negatives; random passages fill their groups",
+            f"{stage.name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
+            f" {settings.num_negatives} hard negatives; random passages fill their groups",
             highlight=False,
         )
 

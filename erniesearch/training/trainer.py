@@ -1,12 +1,11 @@
-"""One training stage: model, engine, steps, checkpoints, and the finished model."""
+"""One training stage: model, engine, updates, log, checkpoints, and the finished model."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +13,13 @@ from deepspeed import DeepSpeedEngine
 from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
-from erniesearch import distributed, stages
+from erniesearch import distributed
 from erniesearch.config.keys import RunConfig, StageConfig
-from erniesearch.data.batches import Batch, StepBatches
+from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
-from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
+from erniesearch.run_folder import claimed, is_done, mark_done
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor
 from erniesearch.training.calibration import calibrate
 from erniesearch.training.checkpoints.checkpointer import Checkpointer
@@ -47,145 +47,183 @@ def train_stage(config: RunConfig, name: str) -> None:
         RankFailed: when this rank cannot go on.
         Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
     """
-    stage: StageConfig = getattr(config.stages, name)
-    if stage.steps == 0:
+    if Stage(config, name).settings.steps == 0:
         raise UserError(f"stage {name} is left out: stages.{name}.steps is 0")
     # Twice the watchdog's time: it must bark before the collectives give up.
     device = distributed.initialize(timedelta(minutes=2 * config.training.timeout_minutes))
     torch.set_num_threads(config.training.threads_per_process)
     exit_with_pipeline()
-    folder = RunFolder(config.run_dir).stage(name)
-    expected = stages.fingerprint(config, name, distributed.world_size())
-    if is_done(folder, expected):
+    stage = Stage(config, name, distributed.world_size())
+    if is_done(stage.folder, stage.fingerprint):
         return
-    config = replace(config, seed=stages.stage_seed(config, name))
-    with failures_told(folder), claimed(folder, expected):
-        facts = _train(config, name, folder, device)
+    with failures_told(stage.folder), claimed(stage.folder, stage.fingerprint):
+        facts = Trainer(stage, device).train()
         if distributed.is_main():
-            ranks = distributed.world_size()
-            mark_done(folder, expected, steps=stage.steps, world_size=ranks, **facts)
+            mark_done(stage.folder, stage.fingerprint, **facts)
         distributed.barrier()
 
 
-def _train(config: RunConfig, name: str, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Returns facts for ``done.json``."""
-    training, facts = config.training, {}
-    data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
-    model, tokenizer = build_model(config, name)
-    batches = build_batches(config, name, data, tokenizer)
-    tune_for_device(model, config, device)
-    frozen = frozen_state(model)
-    resume = find_resume(folder / "checkpoints", zero_section(training).get("stage", 0))
-    engine, peaks = build_engine(
-        model, training, getattr(config.stages, name),
-        stages.queries_per_rank(config, name, distributed.world_size()), device,
-        universal=resume is not None and resume.universal,
-    )  # fmt: skip
-    start_step, state = load_checkpoint(engine, resume)
-    model.objective.running_accuracy = dict(state.get("running_accuracy", {}))
-    guard = guards.NonFiniteGuard(
-        folder, training.max_nonfinite, batches, data.pids, start_step, state.get("nonfinite", {})
-    )
-    validation = Validation(config, name, data, batches) if is_validated(config, name) else None
-    run_steps(config, name, engine, peaks, batches, guard, validation, start_step, folder, device)
-    if name == "teacher" and model.teacher is not None:
-        found = calibrate(engine, config.stages.teacher, batches, device)
-        model.teacher.temperature = found.temperature
-        facts["calibration"] = found._asdict()
+class Trainer:
+    """A stage's training on this rank; every rank makes one and calls the same methods.
+
+    Attributes:
+        model: the joint module, inside ``engine``.
+        batches: this rank's, of every update.
+        start_step: updates that the checkpoint had behind it, from which it continues.
+        monitor: what rank 0 shows and logs, None on the others.
+
+    Raises:
+        UserError: for anything wrong with the input.
+    """
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        self.stage, self.device = stage, device
+        config, folder = stage.config, stage.folder
+        data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
+        self.model, self.tokenizer = build_model(stage)
+        self.batches = build_batches(stage, data, self.tokenizer)
+        tune_for_device(self.model, config, device)
+        self._frozen = frozen_state(self.model)
+        zero_stage = zero_section(config.training).get("stage", 0)
+        resume = find_resume(folder / "checkpoints", zero_stage)
+        self.engine, self.peaks = build_engine(
+            self.model, config.training, stage.settings, stage.queries_per_rank, device,
+            universal=resume is not None and resume.universal,
+        )  # fmt: skip
+        self.start_step, state = load_checkpoint(self.engine, resume)
+        self.model.objective.running_accuracy = dict(state.get("running_accuracy", {}))
+        self.guard = guards.NonFiniteGuard(
+            folder, config.training.max_nonfinite, self.batches, data.pids, self.start_step,
+            state.get("nonfinite", {}),
+        )  # fmt: skip
+        self.validation = Validation(stage, data, self.batches) if is_validated(stage) else None
+        self.checkpoints = Checkpointer(
+            self.engine, folder / "checkpoints", config.training.keep_checkpoints,
+            config.training.async_save,
+        )  # fmt: skip
+        self.monitor = None
         if distributed.is_main():
-            Console(stderr=True, soft_wrap=True).print(f"{name}: {found.told()}", highlight=False)
-    save_model(engine, folder / "model", tokenizer, frozen)
-    engine.destroy()
-    return facts
+            trackers = open_trackers(config, folder, self.start_step)
+            self.monitor = Monitor(
+                folder, stage.name, self.start_step, stage.settings.steps, trackers
+            )
+        terms = [term for term, weight in asdict(stage.weights).items() if weight]
+        self.watch = guards.TermWatch(terms, config.objective.competence_gate)
+        self.watchdog = Watchdog(folder, 60 * config.training.timeout_minutes)
+        self._since_log = _Interval(self.start_step)
+
+    def train(self) -> dict[str, Any]:
+        """The updates that are left, and the finished model; returns facts for ``done.json``.
+
+        Raises:
+            UserError: for a checkpoint that cannot be written, and losses that stay non-finite.
+            Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
+        """
+        settings, loader = self.stage.settings, self._loader()
+        self.engine.train()
+        self._since_log = _Interval(self.start_step)
+        with self.monitor or nullcontext(), self.watchdog:
+            for done in range(self.start_step + 1, settings.steps + 1):
+                self._set_learning_rates(done - 1)
+                made = update(
+                    self.engine, loader, settings, self.device, partial(self.watchdog.at, done)
+                )
+                self.guard.check(done, made.losses, made.skipped)
+                self._log(done, made)
+                self._save(done)
+            self.watchdog.at(settings.steps, "waiting for the last checkpoint")
+            self.checkpoints.wait()
+        return self._finish()
+
+    def _loader(self) -> Iterator[Batch]:
+        todo = range(self.start_step * self.stage.settings.accumulation_steps, len(self.batches))
+        workers = self.stage.config.training.num_workers
+        return iter(DataLoader(Subset(self.batches, todo), batch_size=None, num_workers=workers))
+
+    def _set_learning_rates(self, step: int) -> None:
+        factor = learning_rate_factor(self.stage.settings, step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.peaks[group["name"]] * factor
+
+    def _log(self, done: int, made: "Update") -> None:
+        """Count an update, and log it if it is time to."""
+        since, device = self._since_log, self.device
+        since.num_tokens += made.num_tokens
+        steps, log_every = self.stage.settings.steps, self.stage.config.training.log_every
+        if done % log_every and done != steps:
+            return
+        sums = made.terms | {"num_tokens": torch.tensor(float(since.num_tokens), device=device)}
+        means = distributed.mean_over_ranks(sums)
+        num_tokens = round(means.pop("num_tokens") * self.stage.ranks)
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            means["grad_norm"] = float("nan") if made.skipped else float(norm)
+        if self.guard.total:
+            means["skipped_updates"] = self.guard.total
+        if self.monitor:
+            seconds = time.monotonic() - since.began
+            factor = learning_rate_factor(self.stage.settings, done - 1)
+            rates = {name: peak * factor for name, peak in self.peaks.items()}
+            speed = {
+                "seconds": seconds,
+                "queries_per_second": self.stage.global_batch * (done - since.step) / seconds,
+                "tokens_per_second": num_tokens / seconds,
+            }
+            self.monitor.log(done, means, rates, speed)
+            for warning in self.watch.look(done, means):
+                self._say(warning)
+        self._since_log = _Interval(done)
+
+    def _save(self, done: int) -> None:
+        """Save a checkpoint if it is time to, or if any rank was asked to stop."""
+        last, save_every = done == self.stage.settings.steps, self.stage.config.training.save_every
+        stop = distributed.any_rank(preemption.requested(), self.device) and not last
+        due = last or bool(save_every and done % save_every == 0)
+        if not (due or stop):
+            return
+        validation_loss = None
+        if self.validation and not stop:  # who asks for a stop is in a hurry
+            self.watchdog.at(done, "validating")
+            figures = self.validation.measure(self.engine, self.device)
+            validation_loss = figures["loss"]
+            if self.monitor:
+                self.monitor.log_validation(done, figures)
+        self.watchdog.at(done, "saving a checkpoint")
+        if self.monitor:
+            self.monitor.sync()
+        accuracy = self.model.objective.running_accuracy
+        state = {"running_accuracy": accuracy, "nonfinite": self.guard.state()}
+        self.checkpoints.save(done, state, validation_loss)
+        if stop:
+            self.checkpoints.wait()
+            raise preemption.Preempted(
+                f"stage {self.stage.name} stopped after update {done}, saved"
+            )
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the model; for the stage teacher, with its temperature."""
+        settings = self.stage.settings
+        facts: dict[str, Any] = {"steps": settings.steps, "world_size": self.stage.ranks}
+        if self.stage.name == "teacher" and self.model.teacher is not None:
+            found = calibrate(self.engine, settings, self.batches, self.device)
+            self.model.teacher.temperature = found.temperature
+            facts["calibration"] = found._asdict()
+            if distributed.is_main():
+                self._say(found.told())
+        save_model(self.engine, self.stage.folder / "model", self.tokenizer, self._frozen)
+        self.engine.destroy()
+        return facts
+
+    def _say(self, text: str) -> None:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"{self.stage.name}: {text}", highlight=False)
 
 
-def run_steps(
-    config: RunConfig,
-    name: str,
-    engine: DeepSpeedEngine,
-    peaks: dict[str, float],
-    batches: StepBatches,
-    guard: guards.NonFiniteGuard,
-    validation: Validation | None,
-    start_step: int,
-    folder: Path,
-    device: torch.device,
-) -> None:
-    """The updates from ``start_step`` on, logged, guarded and checkpointed under ``folder``."""
-    stage: StageConfig = getattr(config.stages, name)
-    training = config.training
-    todo = range(start_step * stage.accumulation_steps, len(batches))
-    loader = iter(
-        DataLoader(Subset(batches, todo), batch_size=None, num_workers=training.num_workers)
-    )
-    monitor = (
-        Monitor(folder, name, start_step, stage.steps, open_trackers(config, folder, start_step))
-        if distributed.is_main()
-        else None
-    )
-    names = [key for key, weight in asdict(stage.weights).items() if weight]
-    watch = guards.TermWatch(names, config.objective.competence_gate)
-    checkpoints = Checkpointer(
-        engine, folder / "checkpoints", training.keep_checkpoints, training.async_save
-    )
-    engine.train()
-    began, logged, num_tokens = time.monotonic(), start_step, 0
-    watchdog = Watchdog(folder, 60 * training.timeout_minutes)
-    with monitor or nullcontext(), watchdog:
-        for step in range(start_step, stage.steps):
-            factor = learning_rate_factor(stage, step)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = peaks[group["name"]] * factor
-            done = step + 1
-            made = update(engine, loader, stage, device, partial(watchdog.at, done))
-            guard.check(done, made.losses, made.skipped)
-            num_tokens += made.num_tokens
-            if done % training.log_every == 0 or done == stage.steps:
-                sums = made.terms | {"num_tokens": torch.tensor(float(num_tokens), device=device)}
-                means = distributed.mean_over_ranks(sums)
-                num_tokens = round(means.pop("num_tokens") * distributed.world_size())
-                num_queries = batches.sampler.global_batch * (done - logged)
-                norm = engine.get_global_grad_norm()
-                if norm is not None:
-                    means["grad_norm"] = float("nan") if made.skipped else float(norm)
-                if guard.total:
-                    means["skipped_updates"] = guard.total
-                seconds = time.monotonic() - began
-                if monitor:
-                    rates = {key: peak * factor for key, peak in peaks.items()}
-                    speed = {
-                        "seconds": seconds,
-                        "queries_per_second": num_queries / seconds,
-                        "tokens_per_second": num_tokens / seconds,
-                    }
-                    monitor.log(done, means, rates, speed)
-                    for warning in watch.look(done, means):
-                        Console(stderr=True, soft_wrap=True).print(
-                            f"{name}: {warning}", highlight=False
-                        )
-                began, logged, num_tokens = time.monotonic(), done, 0
-            last = done == stage.steps
-            stop = distributed.any_rank(preemption.requested(), device) and not last
-            due = last or (training.save_every and done % training.save_every == 0)
-            if due or stop:
-                validation_loss = None
-                if validation and due and not stop:  # who asks for a stop is in a hurry
-                    watchdog.at(done, "validating")
-                    figures = validation.measure(engine, device)
-                    validation_loss = figures["loss"]
-                    if monitor:
-                        monitor.log_validation(done, figures)
-                watchdog.at(done, "saving a checkpoint")
-                if monitor:
-                    monitor.sync()
-                accuracy = engine.module.objective.running_accuracy
-                state = {"running_accuracy": accuracy, "nonfinite": guard.state()}
-                checkpoints.save(done, state, validation_loss)
-            if stop:
-                checkpoints.wait()
-                raise preemption.Preempted(f"stage {name} stopped after update {done}, saved")
-        watchdog.at(stage.steps, "waiting for the last checkpoint")
-        checkpoints.wait()
+class _Interval:
+    """What has passed since the last logged update."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.began, self.num_tokens = step, time.monotonic(), 0
 
 
 class Update(NamedTuple):

@@ -12,29 +12,28 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
 from erniesearch.data.batches import GroupCollator, StepBatches
 from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.sampler import GroupSampler
+from erniesearch.stages import Stage
 from erniesearch.training.gradient_cache import chunked_outputs
 
 TERMS = ("ce", "li", "de")
 
 
-def is_validated(config: RunConfig, name: str) -> bool:
+def is_validated(stage: Stage) -> bool:
     """Whether checkpoints of a stage are measured: a split is named, and the stage has labels for
     it and a cross-entropy."""
-    weights: LossWeights = getattr(config.stages, name).weights
-    measured = any(getattr(weights, term) for term in TERMS)
-    return config.training.validation_split is not None and measured and name != "post_train"
+    measured = any(getattr(stage.weights, term) for term in TERMS)
+    split = stage.config.training.validation_split
+    return split is not None and measured and stage.name != "post_train"
 
 
 class Validation:
     """The validation loss of a stage, the same on every rank.
 
     Args:
-        config: names the split and the number of its queries.
-        name: the stage.
+        stage: its config names the split and the number of its queries.
         data: the collection; the split's qrels are read.
         batches: the stage's, for vocabulary, lengths and ranks.
 
@@ -42,16 +41,14 @@ class Validation:
         UserError: if the split cannot be read or its groups do not fit the corpus.
     """
 
-    def __init__(
-        self, config: RunConfig, name: str, data: RetrievalData, batches: StepBatches
-    ) -> None:
-        self.stage: StageConfig = getattr(config.stages, name)
+    def __init__(self, stage: Stage, data: RetrievalData, batches: StepBatches) -> None:
+        self.stage, config = stage.settings, stage.config
         split = config.training.validation_split
         assert split is not None
         held_out = with_split(data, config.data.path, split)
         rank, queries_per_rank, world_size = batches.slice
         together = queries_per_rank * world_size
-        sampler = GroupSampler(held_out, None, self.stage.num_negatives, together, config.seed)
+        sampler = GroupSampler(held_out, None, self.stage.num_negatives, together, stage.seed)
         wanted = min(config.training.validation_queries, len(sampler.qids))
         steps = math.ceil(wanted / together)
         collator = GroupCollator(

@@ -27,6 +27,7 @@ from erniesearch.config.keys import TRAINING_STAGES, LossWeights, StageConfig, t
 from erniesearch.data.collection import load_beir, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder, mark_done
+from erniesearch.stages import Stage
 
 GridMaker = Callable[..., Path]
 _HALF = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -166,8 +167,8 @@ def test_arms_see_the_same_batches(make_grid: GridMaker) -> None:
     assert grid.split == "dev"
     plain, hotter = (grid.config(grid.arms[name], 2) for name in ("plain", "hotter"))
     assert plain.stages.cascade.seed == hotter.stages.cascade.seed == 2
-    assert stages.stage_seed(plain, "cascade") == 2
-    assert stages.stage_seed(plain, "teacher") == plain.seed
+    assert Stage(plain, "cascade").seed == 2
+    assert Stage(plain, "teacher").seed == plain.seed
     weights = hotter.stages.cascade.weights
     assert (weights.de, weights.ce_to_de, weights.li, weights.ce) == (0.5, 1.0, 0.0, 0.0)
     assert hotter.objective.tau_de == 2.0

@@ -21,6 +21,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.pipeline import run as pipeline
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches
 
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "negatives.jsonl",
@@ -60,7 +61,7 @@ def first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         # A batch of millions of queries is no mistake in itself.
         if name in TRAINING_STAGES and getattr(config.stages, name).queries_per_rank < 1000:
             data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
-            build_batches(config, name, data, load_tokenizer(config.student))[0]
+            build_batches(Stage(config, name), data, load_tokenizer(config.student))[0]
 
     monkeypatch.setattr(pipeline, "_run_step", step)
     monkeypatch.setattr(pipeline.Report, "load", lambda folder: Mock())

@@ -14,6 +14,7 @@ from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.pipeline.run import planned
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_sampler, check_inputs
 
 
@@ -33,7 +34,7 @@ def test_groups_come_from_the_given_file(config: RunConfig) -> None:
     data = load_beir(config.data.path, "train")
     assert validate(config) is config
     check_inputs(config, data)
-    sampler = build_sampler(config, "cascade", data, world_size=1)
+    sampler = build_sampler(Stage(config, "cascade"), data)
     assert sorted(sampler.qids) == sorted(f"q{i}" for i in range(30))  # those with a line
     for query, qid in enumerate(sampler.qids):
         number = int(qid[1:])
@@ -75,7 +76,7 @@ def test_odd_line_is_named_before_training(line: str, problem: str, config: RunC
         handle.write(line + "\n")
     data = load_beir(config.data.path, "train")
     for check in (lambda: check_inputs(config, data),
-                  lambda: build_sampler(config, "cascade", data, 1)):  # fmt: skip
+                  lambda: build_sampler(Stage(config, "cascade"), data)):  # fmt: skip
         with pytest.raises(UserError) as error:
             check()
         assert str(error.value).startswith(f"{path}{problem}")

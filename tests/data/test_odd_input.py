@@ -17,6 +17,7 @@ from erniesearch.data.corpus import tokens
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.retrieval.retriever import Retriever
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 
 ODD = {
@@ -72,8 +73,8 @@ def test_one_step_on_odd_texts_is_finite(stage: str, odd: tuple[RunConfig, Retri
             weights=LossWeights(mlm=1.0, de=1.0, li=1.0),
         )  # fmt: skip
         config = replace(config, stages=replace(config.stages, post_train=settings))
-    model, tokenizer = build_model(config, stage)
-    batch = build_batches(config, stage, data, tokenizer)[0]
+    model, tokenizer = build_model(Stage(config, stage))
+    batch = build_batches(Stage(config, stage), data, tokenizer)[0]
     assert batch.query_ids.shape[1] <= config.data.max_query_length
     assert batch.passage_ids.shape[1] == config.data.max_passage_length  # the long ones are cut
     assert batch.query_mask.any(1).all()

@@ -7,6 +7,7 @@ import torch
 from support.tiny import ConfigMaker
 
 from erniesearch.data.collection import load_beir
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 
 STEPS = 100
@@ -15,9 +16,9 @@ STEPS = 100
 def loss_trace(make_config: ConfigMaker, kernels: str, device: str) -> Iterator[dict[str, float]]:
     """Every term of all of ERNIE-Search's over ``STEPS`` updates of a tiny model, fp32."""
     config = make_config(steps=STEPS, kernels=kernels, dropout=0.0, tau_att=0.1, tau_de=0.5)
-    model, tokenizer = build_model(config, "cascade")
+    model, tokenizer = build_model(Stage(config, "cascade"))
     data = load_beir(config.data.path, config.data.train_split)
-    batches = build_batches(config, "cascade", data, tokenizer)
+    batches = build_batches(Stage(config, "cascade"), data, tokenizer)
     model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(STEPS):

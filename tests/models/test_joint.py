@@ -13,14 +13,15 @@ from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives.losses import contrastive_loss, kl_divergence
 from erniesearch.objectives.scores import candidate_mask, own_group
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 
 
 def build(make_config: ConfigMaker, **changes: Any) -> tuple[JointModel, Batch]:
     config = make_config(**changes)
     data = load_beir(config.data.path, "train")
-    model, tokenizer = build_model(config, "cascade")
-    return model, build_batches(config, "cascade", data, tokenizer)[0]
+    model, tokenizer = build_model(Stage(config, "cascade"))
+    return model, build_batches(Stage(config, "cascade"), data, tokenizer)[0]
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make_config: ConfigMaker) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.precision import tune_for_device
 
@@ -50,9 +51,9 @@ def test_same_terms_and_gradients_as_in_one_pass(
     config = make_config(dropout=0.0, queries_per_rank=16, num_negatives=3, weights=weights,
                          pooling="mean")  # fmt: skip
     data = load_beir(config.data.path, "train")
-    model, tokenizer = build_model(config, "cascade")
+    model, tokenizer = build_model(Stage(config, "cascade"))
     model = model.double()
-    batch = build_batches(config, "cascade", data, tokenizer)[0]
+    batch = build_batches(Stage(config, "cascade"), data, tokenizer)[0]
     assert len(lengths.blocks_by_length(batch.passage_mask)) == 4
 
     def measured() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,9 +84,9 @@ def test_attention_on_a_cpu(
 ) -> None:
     """Plain attention where the fused one is slow: the same terms."""
     config = make_config(precision=precision, dropout=0.0)
-    model, tokenizer = build_model(config, "cascade")
+    model, tokenizer = build_model(Stage(config, "cascade"))
     data = load_beir(config.data.path, "train")
-    batch = build_batches(config, "cascade", data, tokenizer)[0]
+    batch = build_batches(Stage(config, "cascade"), data, tokenizer)[0]
     before = model(batch)
     long = replace(config, data=replace(config.data, max_passage_length=tokens))
     tune_for_device(model, long, torch.device("cpu"))

@@ -19,6 +19,7 @@ from erniesearch.models.encoder import content_mask
 from erniesearch.models.joint import JointModel
 from erniesearch.models.projections import matched_layers
 from erniesearch.objectives.scores import attention_map_kl
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model, check_inputs
 
 ALONE = LossWeights(virt=1.0)
@@ -28,9 +29,9 @@ def build(make_config: ConfigMaker, teacher: Path | None = None, **changes: Any)
     config = make_config(**{"dropout": 0.0, "weights": ALONE, **changes})
     if teacher is not None:
         config = replace(config, teacher=TeacherConfig(str(teacher), dropout=0.0))
-    model, tokenizer = build_model(config, "cascade")
+    model, tokenizer = build_model(Stage(config, "cascade"))
     data = load_beir(config.data.path, "train")
-    return model, build_batches(config, "cascade", data, tokenizer)[0]
+    return model, build_batches(Stage(config, "cascade"), data, tokenizer)[0]
 
 
 def column(*values: float) -> Tensor:

@@ -37,6 +37,7 @@ from erniesearch.planning.states import (
 )
 from erniesearch.planning.trace import StageTracer, Trace
 from erniesearch.planning.trial import Measured, measure
+from erniesearch.stages import Stage
 
 GOLDEN = ROOT / "tests" / "golden" / "plan_memory.json"
 DE, TOKENS = LossWeights(de=1.0), LossWeights(li=1.0)
@@ -206,14 +207,14 @@ def test_a_gpus_reduction_bucket_is_there_as_a_whole(make_config: ConfigMaker) -
     for size in (10**6, 5 * 10**6):
         config = make_config(weights=DE)
         own = replace(Zero.of(config.training), reduce_bucket=size)
-        peaks[size] = StageTracer(config, "cascade", "cuda", False, own).run(2, 4).peak
+        peaks[size] = StageTracer(Stage(config, "cascade"), "cuda", False, own).run(2, 4).peak
     assert peaks[5 * 10**6] - peaks[10**6] == 4 * 4 * 10**6
 
 
 def test_flops_and_traffic_of_a_stage_by_hand(make_config: ConfigMaker) -> None:
     queries, group, lengths = 4, 3, (8, 16)
     config = make_config(weights=DE, num_negatives=group - 1, dropout=0.0)
-    trace = StageTracer(config, "cascade", "cuda", False).run(8, queries)
+    trace = StageTracer(Stage(config, "cascade"), "cuda", False).run(8, queries)
     hidden, ffn, layers = 32, 64, 2
     forward = backward = 0
     for number, length in ((queries, lengths[0]), (queries * group, lengths[1])):
@@ -242,7 +243,7 @@ def test_the_ring_holds_two_blocks_however_many_ranks(make_config: ConfigMaker) 
     moving: dict[str, list[int]] = {}
     for exchange in ("all_gather", "ring"):
         config = make_config(weights=TOKENS, late_interaction_exchange=exchange)
-        tracer = StageTracer(config, "cascade", "cpu", False)
+        tracer = StageTracer(Stage(config, "cascade"), "cpu", False)
         moving[exchange] = [tracer.run(ranks, 8).phases["forward"] for ranks in (8, 24)]
     tokens = 8 * 3 * 16 * 16 * 4
     assert moving["all_gather"][1] - moving["all_gather"][0] >= 16 * tokens
@@ -366,8 +367,8 @@ def test_mistakes_are_told(
 
 
 def compare(config: RunConfig, name: str, ranks: int, queries: int) -> tuple[Trace, Measured]:
-    planned = StageTracer(config, name, "cpu", bf16=False).run(ranks, queries)
-    return planned, measure(config, name, ranks, queries)
+    planned = StageTracer(Stage(config, name), "cpu", bf16=False).run(ranks, queries)
+    return planned, measure(Stage(config, name, ranks), queries)
 
 
 @pytest.fixture
@@ -412,7 +413,7 @@ def test_planned_bytes_are_those_that_two_ranks_send(
     )  # fmt: skip
     assert status == 0, output[-3000:]
     for config, sent in zip(configs, json.loads(out.read_text()), strict=True):
-        tracer = StageTracer(config, "cascade", "cpu", False)
+        tracer = StageTracer(Stage(config, "cascade"), "cpu", False)
         steps = tracer.stage.accumulation_steps
         planned = dict(tracer.run(2, config.stages.cascade.queries_per_rank).sent)
         for name, number in engine_traffic(tracer.layout, tracer.zero, 2, 4, steps).items():

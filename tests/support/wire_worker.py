@@ -19,6 +19,7 @@ from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.accounting import COLLECTIVES, bytes_sent
 from erniesearch.planning.trial import full_batches
+from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine
 from erniesearch.training.trainer import update
@@ -51,7 +52,7 @@ def main(job_file: str, out: str) -> None:
             )
         engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, device)
         engine.train()
-        batches = full_batches(config, "cascade", stage.queries_per_rank, tokenizer)
+        batches = full_batches(Stage(config, "cascade"), stage.queries_per_rank, tokenizer)
         for _ in range(3):  # ZeRO-3 gathers more often until it has recorded what is used when
             with Count() as count:
                 update(engine, batches, stage, device, lambda what: None)

@@ -15,6 +15,7 @@ from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, Sta
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_model, check_inputs
 from erniesearch.training.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
 
@@ -86,7 +87,7 @@ def test_the_teacher_stage_finds_it_and_the_cascade_uses_it(
     assert facts["held_out"] is False
     assert facts["loss_after"] <= facts["loss_before"]
     assert " ".join(Calibration(**facts).told().split()) in " ".join(output.split())
-    model, _ = build_model(config, "cascade")
+    model, _ = build_model(Stage(config, "cascade"))
     assert model.objective.settings.tau_ce == facts["temperature"]
     assert model.teacher is not None
     assert model.teacher.temperature == facts["temperature"]
@@ -96,12 +97,12 @@ def test_auto_without_a_stored_temperature_is_refused(config: RunConfig) -> None
     off = replace(config.stages, teacher=replace(config.stages.teacher, steps=0))
     config = replace(config, stages=off)
     data = load_beir(config.data.path, "train")
-    for call in (lambda: check_inputs(config, data), lambda: build_model(config, "cascade")):
+    for call in (lambda: check_inputs(config, data), lambda: build_model(Stage(config, "cascade"))):
         with pytest.raises(UserError, match=r"objective.tau_ce is auto, but no temperature lies"):
             call()
     fixed = replace(config, objective=ObjectiveConfig(tau_ce=2.0))
     check_inputs(fixed, data)
-    assert build_model(fixed, "cascade")[0].objective.settings.tau_ce == 2.0
+    assert build_model(Stage(fixed, "cascade"))[0].objective.settings.tau_ce == 2.0
 
 
 def test_auto_takes_what_lies_with_the_pretrained_teacher(
@@ -109,7 +110,7 @@ def test_auto_takes_what_lies_with_the_pretrained_teacher(
 ) -> None:
     off: dict[str, Any] = {"teacher": replace(config.stages.teacher, steps=0)}
     config = replace(config, stages=replace(config.stages, **off))
-    trained, _ = build_model(replace(config, objective=ObjectiveConfig()), "cascade")
+    trained, _ = build_model(Stage(replace(config, objective=ObjectiveConfig()), "cascade"))
     assert trained.teacher is not None
     trained.teacher.temperature = 0.75
     folder = tmp_path / "teacher"
@@ -118,4 +119,4 @@ def test_auto_takes_what_lies_with_the_pretrained_teacher(
         (folder / name).write_bytes((tiny_model / name).read_bytes())
     config = replace(config, teacher=replace(config.teacher, path=str(folder)))
     check_inputs(config, load_beir(config.data.path, "train"))
-    assert build_model(config, "cascade")[0].objective.settings.tau_ce == 0.75
+    assert build_model(Stage(config, "cascade"))[0].objective.settings.tau_ce == 0.75

@@ -14,6 +14,7 @@ from erniesearch import distributed
 from erniesearch.config.keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.planning.accounting import fake_world
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
 from erniesearch.training.trainer import update
@@ -49,7 +50,7 @@ class _Engine:
 def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **changes: Any) -> Any:
     """Terms of rank 0's update and its gradients, without and with a pretended GPU."""
     config = make_config(stage=stage, queries_per_rank=2, **changes)
-    model, tokenizer = build_model(config, stage)
+    model, tokenizer = build_model(Stage(config, stage))
     if config.training.precision == "bf16":
         model.bfloat16()
     data = load_beir(config.data.path, "train")
@@ -58,7 +59,7 @@ def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **ch
         move(model)
     mode = PretendGpu() if gpu else nullcontext()
     with fake_world(ranks, "cuda") if ranks > 1 else nullcontext():
-        batches = build_batches(config, stage, data, tokenizer)
+        batches = build_batches(Stage(config, stage), data, tokenizer)
         loader = iter([batches[number] for number in range(2)])
         with mode:
             settings = getattr(config.stages, stage)
@@ -67,8 +68,8 @@ def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **ch
             assert not made.skipped
             means = distributed.mean_over_ranks(made.terms)
             assert not distributed.any_rank(False, device)
-            if is_validated(config, stage):
-                figures = Validation(config, stage, data, batches).measure(engine, device)
+            if is_validated(Stage(config, stage)):
+                figures = Validation(Stage(config, stage), data, batches).measure(engine, device)
                 means |= {f"validation {name}": value for name, value in figures.items()}
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

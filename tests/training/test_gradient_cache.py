@@ -14,14 +14,15 @@ from erniesearch.config.keys import LossWeights, RunConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import Chunk, JointModel
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
 
 
 def build(config: RunConfig, stage: str = "cascade") -> tuple[JointModel, Batch]:
     data = load_beir(config.data.path, "train")
-    model, tokenizer = build_model(config, stage)
-    return model.double().train(), build_batches(config, stage, data, tokenizer)[1]
+    model, tokenizer = build_model(Stage(config, stage))
+    return model.double().train(), build_batches(Stage(config, stage), data, tokenizer)[1]
 
 
 def plain(model: JointModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:

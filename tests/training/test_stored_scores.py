@@ -26,7 +26,7 @@ from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.retrieval.trained import make_scorer
 from erniesearch.run_folder import RunFolder
-from erniesearch.stages import fingerprint
+from erniesearch.stages import Stage, fingerprint
 from erniesearch.training.build import build_batches, build_model, check_inputs
 from erniesearch.training.gradient_cache import cached_backward
 
@@ -45,7 +45,7 @@ def scored(make_config: ConfigMaker, tmp_path: Path, tiny_model: Path) -> Callab
         if not folder.exists():
             live = replace(base.stages.cascade, teacher_scores="live")
             plain = replace(base, stages=replace(base.stages, cascade=live))
-            fresh, _ = build_model(replace(plain, objective=ObjectiveConfig()), "cascade")
+            fresh, _ = build_model(Stage(replace(plain, objective=ObjectiveConfig()), "cascade"))
             assert fresh.teacher is not None
             fresh.teacher.temperature = 0.5
             fresh.teacher.save(folder, dict(fresh.teacher.state_dict()))
@@ -116,7 +116,7 @@ def test_stored_scores_train_as_the_frozen_teacher_does(
 def test_no_cross_encoder_is_loaded(scored: Callable[..., RunConfig]) -> None:
     config = scored(teacher_scores="stored", tau_ce="auto")
     check_inputs(config, load_beir(config.data.path, "train"))
-    model, _ = build_model(config, "cascade")
+    model, _ = build_model(Stage(config, "cascade"))
     assert model.teacher is None
     assert model.objective.settings.tau_ce == 0.5  # the one that lies with it
 
@@ -130,9 +130,9 @@ def test_a_passage_without_a_score_has_no_part_in_the_kl(
     cascade = replace(config.stages.cascade, weights=weights)
     config = replace(config, stages=replace(config.stages, cascade=cascade))
     data = load_beir(config.data.path, "train")
-    model, tokenizer = build_model(config, "cascade")
+    model, tokenizer = build_model(Stage(config, "cascade"))
     model = model.double()
-    batch = build_batches(config, "cascade", data, tokenizer)[0]
+    batch = build_batches(Stage(config, "cascade"), data, tokenizer)[0]
     assert batch.teacher_scores is not None
     scores = batch.teacher_scores.view(-1, 4)
     assert scores.isfinite().tolist() == [[True, True, False, False]] * len(scores)

@@ -12,6 +12,7 @@ from support.tiny import ALL_TERMS, ConfigMaker
 
 from erniesearch.cli import main
 from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
+from erniesearch.stages import Stage
 from erniesearch.training.checkpoints.checkpointer import find_best, find_checkpoints, step_of
 from erniesearch.training.checkpoints.manifest import read_manifest
 from erniesearch.training.validation import is_validated
@@ -86,11 +87,11 @@ def test_ranks_and_chunks_measure_the_same(make_config: ConfigMaker, tmp_path: P
 
 def test_what_is_measured(make_config: ConfigMaker) -> None:
     config = make_config(validation_split="dev")
-    assert is_validated(config, "cascade")
-    assert not is_validated(make_config(), "cascade")
-    assert not is_validated(config, "post_train")  # passages have no other split
+    assert is_validated(Stage(config, "cascade"))
+    assert not is_validated(Stage(make_config(), "cascade"))
+    assert not is_validated(Stage(config, "post_train"))  # passages have no other split
     targets = make_config(validation_split="dev", weights=LossWeights(ce_to_de=1.0))
-    assert not is_validated(targets, "cascade")
+    assert not is_validated(Stage(targets, "cascade"))
 
 
 def test_a_missing_split_is_told_before_anything_runs(

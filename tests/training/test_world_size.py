@@ -13,6 +13,7 @@ from erniesearch.cli import main
 from erniesearch.config.keys import RunConfig, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder
+from erniesearch.stages import Stage
 
 STEPS, BATCH = 12, 6
 
@@ -91,7 +92,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(
     make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = with_batch_size(make_config(), 8)
-    assert stages.queries_per_rank(config, "cascade", 4) == 2
+    assert Stage(config, "cascade", 4).queries_per_rank == 2
     with pytest.raises(UserError, match=r"stages.cascade.batch_size is 8, which 3 ranks cannot"):
         stages.fingerprint(config, "cascade", 3)
     file = tmp_path / "run.yaml"

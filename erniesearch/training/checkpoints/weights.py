@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch import distributed
-from erniesearch.config.keys import RunConfig, StageConfig
+from erniesearch.config.keys import StageConfig
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
 from erniesearch.models.joint import JointModel
-from erniesearch.run_folder import RunFolder
+from erniesearch.stages import Stage
 from erniesearch.training.build import build_model
 from erniesearch.training.checkpoints.checkpointer import find_best, newest_whole, step_of
 from erniesearch.training.checkpoints.manifest import Damaged, Manifest, verify
@@ -67,7 +67,7 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     return state
 
 
-def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = False) -> int:
+def export_checkpoint(stage: Stage, out: Path, best: bool = False) -> int:
     """Write the model of a stage's newest whole checkpoint, or of the one with the lowest
     validation loss, as :func:`save_model` would have.
 
@@ -81,15 +81,15 @@ def export_checkpoint(config: RunConfig, stage: str, out: Path, best: bool = Fal
         UserError: if there is no checkpoint, all are damaged, the config describes another model,
             or ``out`` is not empty.
     """
-    folder = RunFolder(config.run_dir).stage(stage) / "checkpoints"
+    folder = stage.folder / "checkpoints"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name another folder or delete it")
     found = _best_whole(folder) if best else newest_whole(folder, set_aside=False)
     if found is None:
-        raise UserError(f"{folder}: no checkpoint; train stage {stage} first")
+        raise UserError(f"{folder}: no checkpoint; train stage {stage.name} first")
     checkpoint, manifest = found
-    model, tokenizer = build_model(config, stage)
-    state = _trained_state(checkpoint, manifest.zero_stage, model, getattr(config.stages, stage))
+    model, tokenizer = build_model(stage)
+    state = _trained_state(checkpoint, manifest.zero_stage, model, stage.settings)
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     shapes = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in state.items():

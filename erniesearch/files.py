@@ -25,12 +25,12 @@ def sync(path: Path) -> None:
 @contextmanager
 def written_aside(target: Path, token: str = "") -> Iterator[Path]:
     """A path beside ``target`` to write a file or fill a folder at; at the end it is synced and put
-    in the place of ``target``, after an error it is removed.
+    in the place of ``target``, after an error it is removed. What a killed process left there goes.
 
     Args:
-        token: part of its name; by default this process's number.
+        token: part of its name, where several processes may write the same target.
     """
-    aside = target.with_name(f".{target.name}.{token or os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.{token}.tmp" if token else f".{target.name}.tmp")
     _remove(aside)
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -48,7 +48,7 @@ def written_aside(target: Path, token: str = "") -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the whole new one."""
-    with written_aside(path) as aside:
+    with written_aside(path, str(os.getpid())) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

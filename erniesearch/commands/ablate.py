@@ -5,7 +5,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import name_accelerator, require_positive
+from erniesearch.commands.parsing import name_accelerator, require_at_least
 from erniesearch.errors import UserError
 from erniesearch.training.faults import preemption
 
@@ -13,7 +13,7 @@ from erniesearch.training.faults import preemption
 def ablate_command(argv: list[str]) -> int:
     """``erniesearch ablate GRID``."""
     settings = _parser().parse_args(argv)
-    require_positive(settings.as_dict(), "jobs", "tasks")
+    require_at_least(settings, {"jobs": 1, "tasks": 1})
     if (settings.task is None) != (settings.tasks is None):
         raise UserError(
             "--task and --tasks go together: this task's number, and how many there are"

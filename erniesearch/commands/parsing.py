@@ -1,16 +1,20 @@
 """Command lines and configuration files into a validated config."""
 
 import os
-from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TypeVar, get_type_hints
 
 import jsonargparse
+from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from erniesearch.config.checks import check_yaml, validate
 from erniesearch.config.keys import RunConfig, from_dict
 from erniesearch.errors import UserError, nearest
 from erniesearch.installation import config_file, config_names
+
+Options = TypeVar("Options")
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,15 +59,46 @@ def parse_config(
     return validate(from_dict(RunConfig, settings.as_dict())), settings
 
 
-def require_positive(options: dict[str, Any], *names: str) -> None:
-    """Refuse numbers below 1; None passes.
+def parse_options(
+    parser: ArgumentParser,
+    argv: list[str],
+    cls: type[Options],
+    *,
+    switches: Sequence[str] = (),
+    lists: Sequence[str] = (),
+    at_least: Mapping[str, int],
+) -> tuple[Options, jsonargparse.Namespace]:
+    """Options declared as a dataclass, read from a command line; and all that was read.
+
+    Args:
+        switches: options without a value, true if they are there.
+        lists: options with several values, which may be given several times.
+        at_least: lower bounds by name; None passes.
 
     Raises:
         UserError: naming the option.
     """
-    for name in names:
-        if options[name] is not None and options[name] < 1:
-            raise UserError(f"--{name} {options[name]}: must be 1 or more")
+    parser.add_class_arguments(cls, skip={*switches, *lists})
+    told = {param.arg_name: param.description for param in parse_from_object(cls).params}
+    for name in switches:
+        parser.add_argument(f"--{name}", action="store_true", help=told[name])
+    for name in lists:
+        parser.add_argument(f"--{name}", action="extend", nargs="+", type=str, help=told[name])
+    found = parser.parse_args(argv)
+    require_at_least(found, at_least)
+    values = {field.name: found[field.name] for field in fields(cls)}  # type: ignore[arg-type]
+    return cls(**values | {name: values[name] or [] for name in lists}), found
+
+
+def require_at_least(found: jsonargparse.Namespace, bounds: Mapping[str, int]) -> None:
+    """Refuse numbers below their bounds; None passes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, least in bounds.items():
+        if found[name] is not None and found[name] < least:
+            raise UserError(f"--{name} {found[name]}: must be {least} or more")
 
 
 def _checked(given: str) -> str:

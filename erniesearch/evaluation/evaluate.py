@@ -3,16 +3,24 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
+from erniesearch.config.options import EvaluateOptions
 from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
 from erniesearch.errors import UserError
+from erniesearch.evaluation import systems
 from erniesearch.evaluation.answers import AnswerRecall, read_answers
 from erniesearch.evaluation.measures import estimate
-from erniesearch.evaluation.metrics import Mean, Metric, averaged_queries, per_query
+from erniesearch.evaluation.metrics import (
+    Mean,
+    Metric,
+    averaged_queries,
+    parse_metrics,
+    per_query,
+)
 from erniesearch.evaluation.significance import Comparison, compare
-from erniesearch.evaluation.systems import Systems, check, make_runs
 from erniesearch.evaluation.table import Row, describe_machine, show_cells, show_table
 from erniesearch.files import write_atomically
 
@@ -73,51 +81,35 @@ def _p(value: float) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}"
 
 
-def evaluate(
-    root: Path,
-    split: str,
-    systems: Systems,
-    metrics: list[Metric],
-    mean: Mean = "qrels",
-    seed: int = 42,
-    use_titles: bool = True,
-    run_out: Path | None = None,
-) -> Evaluation:
-    """Make or read every system's run and measure it.
-
-    Args:
-        run_out: receives the last system's run.
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Make or read every system's run and measure it; ``run_out`` receives the last one's run.
 
     Raises:
         UserError: for bad data, runs or folders, before any model is loaded.
     """
-    check(systems)
+    systems.check(options)
+    root, metrics = Path(options.data), parse_metrics(options.metrics)
     deepest = max((metric.cutoff or 0 for metric in metrics), default=0)
-    if systems.model and deepest > systems.depth:
+    if options.model and deepest > options.depth:
         raise UserError(
-            f"--depth {systems.depth}: the metrics look at {deepest} passages; give --depth"
+            f"--depth {options.depth}: the metrics look at {deepest} passages; give --depth"
             f" {deepest} or more"
         )
-    data = load_beir(root, split, use_titles)
+    data = load_beir(root, options.split, options.use_titles)
     data = replace(data, queries={qid: data.queries[qid] for qid in data.qrels})
     if any(metric.measure is None for metric in metrics):
         read_answers(root / "queries.jsonl", data.qrels)
-    runs = make_runs(systems, data)
-    if run_out:
-        write_trec_run(run_out, list(runs.values())[-1], list(runs)[-1].replace(" ", "_"))
-    return _measure(root, split, systems, data, runs, metrics, mean, seed)
+    runs = systems.make_runs(options, data)
+    if options.run_out:
+        last = list(runs)[-1]
+        write_trec_run(Path(options.run_out), runs[last], last.replace(" ", "_"))
+    return _measure(options, data, runs, metrics)
 
 
 def _measure(
-    root: Path,
-    split: str,
-    systems: Systems,
-    data: RetrievalData,
-    runs: dict[str, Run],
-    metrics: list[Metric],
-    mean: Mean,
-    seed: int,
+    options: EvaluateOptions, data: RetrievalData, runs: dict[str, Run], metrics: list[Metric]
 ) -> Evaluation:
+    root, seed, mean = Path(options.data), options.seed, cast(Mean, options.mean)
     qids = averaged_queries(runs.values(), data.qrels, mean)
     if not qids:
         raise UserError("--mean run: no query has results in every run; take --mean qrels")
@@ -126,7 +118,8 @@ def _measure(
         answers = AnswerRecall.read(root, qids, runs.values(), max(depths))
     values = {name: per_query(run, data.qrels, qids, metrics, answers)
               for name, run in runs.items()}  # fmt: skip
-    files = {systems.names[path]: path for path in systems.runs}
+    name_of = systems.names(options)
+    files = {name_of[path]: path for path in options.run}
     rows = [
         Row(name, files.get(name, ""), {m: estimate(v, seed) for m, v in of_run.items()})
         for name, of_run in values.items()
@@ -138,6 +131,6 @@ def _measure(
         if len(qids) > 1
     }
     return Evaluation(
-        root.resolve().name, split, len(data.pids), len(data.qrels), len(qids), mean,
-        systems.depth if systems.model else None, seed, describe_machine(), rows, comparisons,
+        root.resolve().name, options.split, len(data.pids), len(data.qrels), len(qids), mean,
+        options.depth if options.model else None, seed, describe_machine(), rows, comparisons,
     )  # fmt: skip

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from erniesearch.config.options import IndexOptions
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
 from erniesearch.progress import Meter
@@ -44,15 +45,7 @@ class Plan:
     disk: int
 
 
-def plan_index(
-    embeddings: Embeddings,
-    factory: str,
-    metric: Literal["ip", "l2"] = "ip",
-    train_sample: int | None = None,
-    shards: int = 1,
-    nprobe: int | None = None,
-    ef_search: int | None = None,
-) -> Plan:
+def plan_index(embeddings: Embeddings, options: IndexOptions) -> Plan:
     """Make the empty index and estimate the work.
 
     Raises:
@@ -60,28 +53,30 @@ def plan_index(
             with so many dimensions or vectors.
     """
     require_faiss()
-    manifest = embeddings.manifest
+    manifest, factory, shards = embeddings.manifest, options.factory, options.shards
     if manifest.what != "vectors":
         raise UserError(f"{embeddings.folder} holds token vectors: encode with --what vectors")
     rows, dim = manifest.rows, manifest.dim
     if shards > rows:
         raise UserError(f"--shards {shards}: there are only {rows} vectors")
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
+    kind = faiss.METRIC_INNER_PRODUCT if options.metric == "ip" else faiss.METRIC_L2
     what = f"--factory {factory} for {dim} dimensions"
     index = faiss_call(partial(faiss.index_factory, dim, factory, kind), what)
     centroids = max((_num_centroids(part) for part in _nested(index)), default=0)
     if index.is_trained:
         sample = 0
     else:
-        sample = min(rows, train_sample or max(BLOCK, POINTS_PER_CENTROID * centroids))
+        wanted = options.train_sample or max(BLOCK, POINTS_PER_CENTROID * centroids)
+        sample = min(rows, wanted)
     if sample < centroids:
-        told = f"--train_sample {train_sample}" if train_sample and sample < rows else f"{rows:,}"
+        told = f"--train_sample {sample}" if options.train_sample and sample < rows else f"{rows:,}"
         raise UserError(
             f"--factory {factory}: {centroids:,} centroids cannot be trained on {told} vectors;"
             f" take fewer centroids, or at least {centroids:,} vectors (39 each are advised)"
         )
     lists = [part.nlist for part in _nested(index) if isinstance(part, faiss.IndexIVF)]
-    tune(index, nprobe or (round(max(lists) ** 0.5) if lists else None), ef_search)
+    by_size = round(max(lists) ** 0.5) if lists else None
+    tune(index, options.nprobe or by_size, options.ef_search)
     per_vector = _bytes_per_vector(index)
     fixed = centroids * dim * 4
     largest = -(-rows // shards)
@@ -89,46 +84,35 @@ def plan_index(
     return Plan(index, sample, memory, rows * per_vector + shards * fixed)
 
 
-def build_index(
-    embeddings: str,
-    out: str,
-    *,
-    factory: str = "Flat",
-    metric: Literal["ip", "l2"] = "ip",
-    train_sample: int | None = None,
-    shards: int = 1,
-    nprobe: int | None = None,
-    ef_search: int | None = None,
-    seed: int = 42,
-    gpu: bool = False,
-) -> None:
+def build_index(options: IndexOptions) -> None:
     """Build an index folder; ``out`` appears when it is whole.
 
     Raises:
         UserError: as :func:`plan_index`, and for an ``out`` that is there.
     """
-    source, folder = Embeddings(embeddings), Path(out)
+    source, folder = Embeddings(options.embeddings), Path(options.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already: name another --out, or delete it")
-    if gpu:
+    if options.gpu:
         require_gpu()
-    plan = plan_index(source, factory, metric, train_sample, shards, nprobe, ef_search)
+    plan = plan_index(source, options)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     trained_on = f"trained on {plan.sample:,}" if plan.sample else "no training"
     console.print(
-        f"index: {len(source):,} vectors of {source.manifest.dim}, {factory}, {metric},"
-        f" {shards} part(s); {trained_on}; about {_size(plan.memory)} of memory and"
-        f" {_size(plan.disk)} on disk"
+        f"index: {len(source):,} vectors of {source.manifest.dim}, {options.factory},"
+        f" {options.metric}, {options.shards} part(s); {trained_on}; about {_size(plan.memory)} of"
+        f" memory and {_size(plan.disk)} on disk"
     )
     record = {
-        "factory": factory, "metric": metric, "dim": source.manifest.dim, "rows": len(source),
-        "shards": shards, "train_sample": plan.sample, "seed": seed,
+        "factory": options.factory, "metric": options.metric, "dim": source.manifest.dim,
+        "rows": len(source), "shards": options.shards, "train_sample": plan.sample,
+        "seed": options.seed,
         "embeddings": asdict(source.manifest),
     }  # fmt: skip
     try:
         with written_aside(folder) as aside:
             aside.mkdir()
-            _build(source, aside, plan, factory, shards, seed, gpu)
+            _build(source, aside, plan, options)
             (aside / "index.json").write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; change --out") from None
@@ -136,10 +120,8 @@ def build_index(
     console.print(f"index: {folder}, {_size(written)}")
 
 
-def _build(
-    source: Embeddings, aside: Path, plan: Plan, factory: str, shards: int, seed: int, gpu: bool
-) -> None:
-    what = f"--factory {factory}"
+def _build(source: Embeddings, aside: Path, plan: Plan, options: IndexOptions) -> None:
+    what, shards, gpu = f"--factory {options.factory}", options.shards, options.gpu
     resources = faiss.StandardGpuResources() if gpu else None
 
     def moved(index: Any) -> Any:
@@ -149,7 +131,7 @@ def _build(
 
     trained = plan.index
     if plan.sample:
-        drawn = np.random.default_rng([seed, 8]).permutation(len(source))[: plan.sample]
+        drawn = np.random.default_rng([options.seed, 8]).permutation(len(source))[: plan.sample]
         sample = source.rows(np.sort(drawn))
         trainer = moved(trained)
         faiss_call(partial(trainer.train, sample), what)

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from erniesearch import distributed
+from erniesearch.config.options import EncodeOptions
 from erniesearch.data.collection import read_qrels, read_queries
 from erniesearch.data.corpus.texts import open_corpus
 from erniesearch.data.corpus.tokens import open_tokens
@@ -22,15 +23,13 @@ from erniesearch.models.encoder import Side
 from erniesearch.progress import Meter
 from erniesearch.retrieval.embeddings import (
     DTYPES,
-    Dtype,
     Manifest,
-    What,
     claim,
     is_whole,
     shard_path,
     write_shard,
 )
-from erniesearch.retrieval.load import Precision, load_retriever
+from erniesearch.retrieval.load import load_retriever
 from erniesearch.retrieval.model_folder import fingerprint, read_folder
 from erniesearch.retrieval.retriever import Retriever, StoredTokens
 
@@ -72,53 +71,39 @@ def read_collection(root: Path, side: Side, split: str | None, use_titles: bool)
     return Collection(list(queries), list(queries.values()), hash_files(files))
 
 
-def encode_collection(
-    model: str,
-    data: str,
-    out: str,
-    *,
-    side: Side = "passage",
-    split: str | None = None,
-    use_titles: bool = True,
-    what: What | None = None,
-    dtype: Dtype = "fp16",
-    precision: Precision = "auto",
-    batch_size: int = 64,
-    shard_size: int | None = None,
-    max_length: int | None = None,
-    pooling: str | None = None,
-) -> None:
+def encode_collection(options: EncodeOptions) -> None:
     """Encode this rank's shards of a collection; those already there are left as they are.
 
     Raises:
         UserError: for a model or collection that does not load, or an ``out`` that holds other
             embeddings.
     """
+    model, side, out = options.model, options.side, Path(options.out)
     device = distributed.read_launcher()
-    found = read_folder(model, pooling)  # type: ignore[arg-type]
-    what = what or ("vectors" if found.has_vectors else "tokens")
+    found = read_folder(model, options.pooling)
+    what = options.what or ("vectors" if found.has_vectors else "tokens")
     if not (found.has_vectors if what == "vectors" else found.has_tokens):
         raise UserError(f"model '{model}' is a {found.kind.replace('_', '-')}: it makes no {what}")
     if found.only and found.only != side:
         raise UserError(f"model '{model}' is the {found.only} tower: --side {found.only}")
-    collection = read_collection(Path(data), side, split, use_titles)
+    collection = read_collection(Path(options.data), side, options.split, options.use_titles)
     retriever = load_retriever(
-        model, batch_size=batch_size, device=device, pooling=pooling,  # type: ignore[arg-type]
-        max_query_length=max_length if side == "query" else None,
-        max_passage_length=max_length if side == "passage" else None, precision=precision,
+        model, batch_size=options.batch_size, device=device, pooling=options.pooling,
+        max_query_length=options.max_length if side == "query" else None,
+        max_passage_length=options.max_length if side == "passage" else None,
+        precision=options.precision,
     )  # fmt: skip
-    dim = retriever.dim
     manifest = Manifest(
-        what=what, side=side, dtype=dtype,
-        dim=dim if what == "vectors" else found.settings.late_interaction_dim,
-        rows=len(collection.ids), shard_size=shard_size or SHARD_SIZES[what],
+        what=what, side=side, dtype=options.dtype,
+        dim=retriever.dim if what == "vectors" else found.settings.late_interaction_dim,
+        rows=len(collection.ids), shard_size=options.shard_size or SHARD_SIZES[what],
         max_length=retriever.lengths[side], precision=retriever.precision,
         model=fingerprint(found),
         data=collection.fingerprint,
-        source={"model": str(Path(model).absolute()), "data": str(Path(data).absolute())},
+        source={name: str(Path(getattr(options, name)).absolute()) for name in ("model", "data")},
     )  # fmt: skip
-    claim(Path(out), manifest)
-    _encode_shards(retriever, collection, Path(out), manifest)
+    claim(out, manifest)
+    _encode_shards(retriever, collection, out, manifest)
 
 
 def _encode_shards(

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.config.keys import MineConfig
+from erniesearch.config.options import MineOptions
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files, write_atomically, written_aside
@@ -37,67 +39,64 @@ PATIENCE = timedelta(days=7)
 """Ranks wait this long for the slowest; a rank that fails ends the others through the launcher."""
 
 
-def mine_collection(
-    model: str,
-    index: str,
-    data: str,
-    out: str,
-    settings: MineConfig,
-    *,
-    split: str = "train",
-    use_titles: bool = True,
-    teacher: str | None = None,
-    write_scores: bool = False,
-    nprobe: int | None = None,
-    ef_search: int | None = None,
-    batch_size: int = 64,
-    gpu: bool = False,
-    seed: int = 42,
-) -> None:
+def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     """Write negatives to ``out`` and their statistics to ``mine.json`` beside it.
 
     Raises:
         UserError: for input that does not load or does not belong together, and an ``out`` that
             is there.
     """
-    if teacher is None and (write_scores or settings.denoise_threshold is not None):
-        raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
-    if teacher is None and settings.selection == "spread":
-        raise UserError("--selection spread goes by the scores of a --teacher: name one")
-    target = Path(out)
-    if target.exists():
-        raise UserError(f"{target}: is there already: name another --out, or delete it")
+    _check(options, settings)
+    target, index, seed = Path(options.out), Path(options.index), options.seed
     device = distributed.read_launcher()
     if distributed.world_size() > 1:
         distributed.initialize(PATIENCE, backend="gloo")
-    collection = load_beir(data, split, use_titles)
-    retriever = load_retriever(model, batch_size=batch_size, device=device)
-    scorer = load_scorer(teacher, batch_size=batch_size, device=device) if teacher else None
-    found = VectorIndex.load(Path(index), nprobe, ef_search, gpu)
-    miner = Miner(collection, retriever, found, scorer, settings, seed, always_score=write_scores)
+    collection = load_beir(options.data, options.split, options.use_titles)
+    loading: dict[str, Any] = {"batch_size": options.batch_size, "device": device}
+    retriever = load_retriever(options.model, **loading)
+    scorer = load_scorer(options.teacher, **loading) if options.teacher else None
+    found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)
+    miner = Miner(
+        collection, retriever, found, scorer, settings, seed, always_score=options.write_scores
+    )
     qids = drawn_queries(collection, settings, seed)
-    record = {
-        "settings": asdict(settings), "split": split, "seed": seed, "queries": qids,
-        "model": str(Path(model).absolute()), "index": str(Path(index).absolute()),
-        "data": str(Path(data).absolute()), "use_titles": use_titles, "nprobe": nprobe,
-        "teacher": teacher and str(Path(teacher).absolute()), "ef_search": ef_search,
-        "write_scores": write_scores, "files": hash_files(
-            [Path(data) / "queries.jsonl", Path(data) / "qrels" / f"{split}.tsv",
-             Path(model) / "model.safetensors", *Path(index).glob("**/index.json")]),
-    }  # fmt: skip
     parts = target.with_name(f".{target.name}.parts")
     if distributed.is_main():
-        _claim(parts, json.dumps(record))
+        _claim(parts, json.dumps(_record(options, settings) | {"queries": qids}))
     distributed.barrier()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if distributed.is_main():
         if scorer is None:
             console.print("mine: no --teacher, so nothing is denoised")
-        _compare_models(read_folder(model), Path(index), console)
+        _compare_models(read_folder(options.model), index, console)
     _mine_blocks(miner, list(query_blocks(qids)), parts)
     distributed.barrier()
     if distributed.is_main():
-        _join(parts, target, write_scores, console)
+        _join(parts, target, options.write_scores, console)
+
+
+def _check(options: MineOptions, settings: MineConfig) -> None:
+    if options.teacher is None:
+        if options.write_scores or settings.denoise_threshold is not None:
+            raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
+        if settings.selection == "spread":
+            raise UserError("--selection spread goes by the scores of a --teacher: name one")
+    if Path(options.out).exists():
+        raise UserError(f"{options.out}: is there already: name another --out, or delete it")
+
+
+def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
+    """What the result depends on; a batch's size and the device are left out."""
+    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores")
+    given = {name: getattr(options, name) for name in named}
+    for name in ("model", "index", "data", "teacher"):
+        path = getattr(options, name)
+        given[name] = path and str(Path(path).absolute())
+    data = Path(options.data)
+    files = [data / "queries.jsonl", data / "qrels" / f"{options.split}.tsv",
+             Path(options.model) / "model.safetensors",
+             *Path(options.index).glob("**/index.json")]  # fmt: skip
+    return given | {"settings": asdict(settings), "files": hash_files(files)}
 
 
 def _compare_models(found: ModelFolder, index: Path, console: Console) -> None:

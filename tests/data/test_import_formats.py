@@ -11,9 +11,10 @@ import pytest
 from support.inputs import OLDER, lines, msmarco
 from support.tiny import write_beir
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.data.importers.import_data import convert
-from erniesearch.data.importers.records import Options, content_id
+from erniesearch.data.importers.records import content_id
 from erniesearch.errors import UserError
 
 
@@ -22,7 +23,7 @@ def titled(data: Any) -> dict[str, str]:
 
 
 def test_msmarco(tmp_path: Path) -> None:
-    facts = convert("msmarco", msmarco(tmp_path / "in"), tmp_path / "out", Options())
+    facts = convert("msmarco", msmarco(tmp_path / "in"), tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "train")
     assert titled(data) == {"7": "the cat", "8": "the dog", "9": 'a "quoted" one', "10": "no é"}
     assert data.queries == {"1": "who meows", "2": "who barks", "3": "who quotes"}
@@ -37,18 +38,18 @@ def test_msmarco(tmp_path: Path) -> None:
 
 def test_msmarco_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = msmarco(tmp_path / "in")
-    convert("msmarco", sources, tmp_path / "out", Options(titles=True))
+    convert("msmarco", sources, tmp_path / "out", ImportOptions(titles=True))
     data = load_beir(tmp_path / "out", "train")
     assert titled(data) == {
         "7": "Cat the cat", "8": "the dog", "9": 'a "quoted" one', "10": "Ten no é",
     }  # fmt: skip
     # Read along in a window: titles in the collection's order pass, in another they are named.
     monkeypatch.setattr("erniesearch.data.importers.msmarco.WINDOW", 2)
-    convert("msmarco", sources, tmp_path / "again", Options(titles=True))
+    convert("msmarco", sources, tmp_path / "again", ImportOptions(titles=True))
     assert titled(load_beir(tmp_path / "again", "train")) == titled(data)
     lines(tmp_path / "in" / "para.title.txt", ["99\tx", "98\ty", "97\tz"])
     with pytest.raises(UserError, match=r"para\.title\.txt:3: this title is out of .* order"):
-        convert("msmarco", sources, tmp_path / "other", Options(titles=True))
+        convert("msmarco", sources, tmp_path / "other", ImportOptions(titles=True))
 
 
 DPR = [
@@ -64,7 +65,7 @@ DPR = [
 def test_dpr_contexts_are_the_corpus(tmp_path: Path) -> None:
     source = tmp_path / "biencoder-nq-dev.json"
     source.write_text(json.dumps(DPR, indent=1))
-    convert("dpr", [source], tmp_path / "out", Options())
+    convert("dpr", [source], tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "dev")
     assert titled(data) == {"11": "T me it is", "13": "H nearly", "12": "noise"}
     assert data.queries == {"dev-1": "who?", "dev-2": "what?"}
@@ -82,14 +83,14 @@ def test_dpr_with_wikipedia(tmp_path: Path) -> None:
                 ["13", "nearly", "H"], ["14", "unused", "U"]]  # fmt: skip
         csv.writer(file, delimiter="\t").writerows(rows)
     sources = [packed, tmp_path / "psgs.tsv"]
-    convert("nq", sources, tmp_path / "out", Options())
+    convert("nq", sources, tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "train")
     assert titled(data)["11"] == 'T me "it" is'  # the table's text counts
     assert titled(data)["12"] == "N two\nlines"
     assert len(data.pids) == 4
     (tmp_path / "psgs.tsv").write_text("id\ttext\ttitle\n11\tx\ty\n13\tx\ty\n")
     with pytest.raises(UserError, match=r"nq-train\.json\.gz: item 1: passage '12' is not in"):
-        convert("dpr", sources, tmp_path / "other", Options())
+        convert("dpr", sources, tmp_path / "other", ImportOptions())
 
 
 @pytest.mark.parametrize(
@@ -107,14 +108,14 @@ def test_dpr_with_wikipedia(tmp_path: Path) -> None:
 def test_odd_dpr_list_is_named(text: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as error:
-        convert("dpr", [tmp_path / "train.json"], tmp_path / "out", Options())
+        convert("dpr", [tmp_path / "train.json"], tmp_path / "out", ImportOptions())
     assert problem in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "train.json"))
 
 
 def test_older_tevatron(tmp_path: Path) -> None:
     source = lines(tmp_path / "train.jsonl", [OLDER, OLDER | {"query_id": 6, "query": "and?"}])
-    facts = convert("tevatron", [source], tmp_path / "out", Options())
+    facts = convert("tevatron", [source], tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "train")
     assert titled(data) == {"a": "T me", "b": "you", "c": "it"}
     assert data.qrels == {"5": {"a": 1}, "6": {"a": 1}}
@@ -132,7 +133,7 @@ def test_newer_tevatron(tmp_path: Path) -> None:
     corpus = [{"docid": "a", "title": None, "text": "me"}, {"docid": "b", "text": "you"},
               {"docid": "c", "title": "C", "text": "it"}]  # fmt: skip
     lines(tmp_path / "in" / "corpus.jsonl", corpus)
-    convert("tevatron", [tmp_path / "in"], tmp_path / "out", Options(split="dev"))
+    convert("tevatron", [tmp_path / "in"], tmp_path / "out", ImportOptions(split="dev"))
     data = load_beir(tmp_path / "out", "dev")
     assert titled(data) == {"a": "me", "b": "you", "c": "C it"}
     assert data.qrels == {"q": {"a": 1, "b": 1}}
@@ -145,7 +146,7 @@ def test_flagembedding(tmp_path: Path) -> None:
         {"query": "what?", "pos": ["it"], "neg": [], "pos_scores": [1.0]},
         {"query": "who?", "pos": ["me", "myself"], "neg": ["they"]},
     ])  # fmt: skip
-    convert("flagembedding", [source], tmp_path / "out", Options())
+    convert("flagembedding", [source], tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "train")
     who, what = content_id("who?"), content_id("what?")
     assert sorted(data.passages) == ["it", "me", "myself", "they", "you"]
@@ -167,7 +168,7 @@ def test_dureader(tmp_path: Path) -> None:
         {"question": "哪里？", "question_id": "q2", "answer_paragraphs": answers}
     ])  # fmt: skip
     lines(tmp_path / "in" / "passages.json", [*answers, {"paragraph_id": 7, "paragraph_text": "x"}])
-    convert("dureader", [tmp_path / "in"], tmp_path / "out", Options())
+    convert("dureader", [tmp_path / "in"], tmp_path / "out", ImportOptions())
     data = load_beir(tmp_path / "out", "train")
     assert titled(data) == {"a1": "北京", "7": "x"}
     assert data.qrels == {"q1": {"a1": 1}}
@@ -205,7 +206,7 @@ def as_csv(path: Path) -> Path:
 )  # fmt: skip
 def test_tables(name: str, make: Callable[[Path], Path], tmp_path: Path) -> None:
     source = make(tmp_path / name)
-    options = Options(query="anchor", query_id="id", split="dev")
+    options = ImportOptions(query="anchor", query_id="id", split="dev")
     for kind in ("parquet", "hf"):
         convert(kind, [source], tmp_path / kind, options)
         data = load_beir(tmp_path / kind, "dev")
@@ -219,7 +220,7 @@ def test_tables(name: str, make: Callable[[Path], Path], tmp_path: Path) -> None
 def test_table_with_lists_and_ids(tmp_path: Path) -> None:
     row = {"query": "who?", "positive": ["me", "I"], "pids": ["a", "b"], "negative": ["you"]}
     source = lines(tmp_path / "rows.jsonl", [row])
-    convert("hf", [source], tmp_path / "out", Options(positive_id="pids"))
+    convert("hf", [source], tmp_path / "out", ImportOptions(positive_id="pids"))
     data = load_beir(tmp_path / "out", "train")
     assert titled(data) == {"a": "me", "b": "I", content_id("you"): "you"}
 
@@ -227,21 +228,21 @@ def test_table_with_lists_and_ids(tmp_path: Path) -> None:
 def test_missing_column_names_the_nearest(tmp_path: Path) -> None:
     source = lines(tmp_path / "rows.jsonl", [{"querry": "who?", "positive": "me"}])
     with pytest.raises(UserError, match=r"row 1: no column 'query' \(did you mean 'querry'\?\)"):
-        convert("hf", [source], tmp_path / "out", Options())
+        convert("hf", [source], tmp_path / "out", ImportOptions())
 
 
 def test_unreadable_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"broken\.parquet: cannot be read after row 0"):
-        convert("parquet", [tmp_path / "broken.parquet"], tmp_path / "out", Options())
+        convert("parquet", [tmp_path / "broken.parquet"], tmp_path / "out", ImportOptions())
     with pytest.raises(UserError, match=r"missing\.parquet: no such file"):
-        convert("parquet", [tmp_path / "missing.parquet"], tmp_path / "out", Options())
+        convert("parquet", [tmp_path / "missing.parquet"], tmp_path / "out", ImportOptions())
 
 
 def test_beir_comes_out_as_it_went_in(tmp_path: Path) -> None:
     root = write_beir(tmp_path / "in")
     lines(root / "negatives.jsonl", [{"query_id": "q1", "negative_document_ids": ["p3", "p5"]}])
-    convert("beir", [root], tmp_path / "out", Options())
+    convert("beir", [root], tmp_path / "out", ImportOptions())
     for split in ("train", "dev", "test"):
         before, after = load_beir(root, split), load_beir(tmp_path / "out", split)
         assert titled(before) == titled(after)
@@ -255,17 +256,20 @@ def test_queries_held_out_leave_train(tmp_path: Path) -> None:
     for split in ("dev", "test"):
         (root / "qrels" / f"{split}.tsv").unlink()
     whole = load_beir(root, "train").qrels
-    convert("beir", [root], tmp_path / "out", Options(), hold_out={"test": 10, "dev": 5}, seed=3)
+    convert("beir", [root], tmp_path / "out", ImportOptions(hold_out="test=10,dev=5", seed=3))
     parts = {s: load_beir(tmp_path / "out", s).qrels for s in ("train", "dev", "test")}
     assert {split: len(qrels) for split, qrels in parts.items()} == {
         "train": len(whole) - 15, "dev": 5, "test": 10,
     }  # fmt: skip
     assert parts["train"] | parts["dev"] | parts["test"] == whole
-    convert("beir", [root], tmp_path / "two", Options(), hold_out={"test": 10, "dev": 5}, seed=3)
+    convert("beir", [root], tmp_path / "two", ImportOptions(hold_out="test=10,dev=5", seed=3))
     assert load_beir(tmp_path / "two", "test").qrels == parts["test"]
-    for bad, problem in (({"train": 3}, "already"), ({"dev": 40}, "one at least must stay")):
+    for bad, problem in (
+        ("train=3", "expected SPLIT=NUMBER"),
+        ("dev=40", "one at least must stay"),
+    ):
         with pytest.raises(UserError, match=problem):
-            convert("beir", [root], tmp_path / "three", Options(), hold_out=bad)
+            convert("beir", [root], tmp_path / "three", ImportOptions(hold_out=bad))
 
 
 ODD = {
@@ -318,18 +322,18 @@ def good_source(name: str, root: Path) -> Path:
 def test_odd_line_is_named_and_can_be_left_out(case: str, tmp_path: Path) -> None:
     name, file, line, problem = ODD[case]
     root = good_source(name, tmp_path / "in")
-    convert(name, [root], tmp_path / "good", Options())
+    convert(name, [root], tmp_path / "good", ImportOptions())
     with (root / file).open("ab") as handle:
         handle.write(line if isinstance(line, bytes) else line.encode())
     with pytest.raises(UserError) as error:
-        convert(name, [root], tmp_path / "out", Options())
+        convert(name, [root], tmp_path / "out", ImportOptions())
     message = str(error.value)
     assert problem in message
     assert str(root / file) in message
     assert "--skip_bad" in message
     assert "\n" not in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "in"]  # nothing half-written
-    facts = convert(name, [root], tmp_path / "out", Options(), skip_bad=2)
+    facts = convert(name, [root], tmp_path / "out", ImportOptions(skip_bad=2))
     assert sum(kind["count"] for kind in facts["left_out"].values()) >= 1
     good, out = (load_beir(tmp_path / n, "train") for n in ("good", "out"))
     assert titled(good) == titled(out)

@@ -9,9 +9,9 @@ IMPORT = """
 import resource, sys
 from pathlib import Path
 from erniesearch.data.importers.import_data import convert
-from erniesearch.data.importers.records import Options
+from erniesearch.config.options import ImportOptions
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-facts = convert(sys.argv[1], [Path(sys.argv[2])], Path(sys.argv[3]), Options())
+facts = convert(sys.argv[1], [Path(sys.argv[2])], Path(sys.argv[3]), ImportOptions())
 print(facts["passages"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

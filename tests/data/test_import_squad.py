@@ -9,10 +9,10 @@ import pytest
 from support.processes import ROOT
 
 from erniesearch.cli import main
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.collection import load_beir
 from erniesearch.data.importers.cut import by_chars, by_words
 from erniesearch.data.importers.import_data import convert
-from erniesearch.data.importers.records import Options
 from erniesearch.errors import UserError
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -57,7 +57,7 @@ def test_paragraphs_are_passages(tmp_path: Path) -> None:
                                         impossible, unanswered, silent)),
         article("Again", paragraph("Oil was dear. It fell.", question("q5", "It", "It"))),
     )  # fmt: skip
-    facts = convert("squad", [source], tmp_path / "out", Options())
+    facts = convert("squad", [source], tmp_path / "out", ImportOptions())
     assert corpus(tmp_path / "out") == [("w00000", "Oil crisis", "Oil was dear. It fell.")]
     data = load_beir(tmp_path / "out", "dev")
     assert data.queries == {"q1": "why ?", "q5": "q5?"}
@@ -81,14 +81,14 @@ def test_cmrc_in_both_forms(tmp_path: Path) -> None:
     flat = {"context_id": "A", "context_text": context, "title": "范廷颂", "qas": [old]}
     older.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps([flat]).encode()))
     for source, name in ((newer, "newer"), (older, "older")):
-        convert("squad", [source], tmp_path / name, Options(max_chars=20))
+        convert("squad", [source], tmp_path / name, ImportOptions(max_chars=20))
         assert corpus(tmp_path / name) == [
             ("A-0", "范廷颂", "范廷颂生于越南。他是枢机。"),
             ("A-1", "范廷颂", "他住在河内很久很久。" * 2),
             ("A-2", "范廷颂", "他住在河内很久很久。"),
         ]
         assert load_beir(tmp_path / name, "train").qrels == {"A_QUERY_0": {"A-0": 1}}
-    convert("squad", [older], tmp_path / "whole", Options())
+    convert("squad", [older], tmp_path / "whole", ImportOptions())
     assert corpus(tmp_path / "whole") == [("A", "范廷颂", context)]
 
 
@@ -119,7 +119,7 @@ def test_the_passage_that_holds_the_answer(
     source = squad(
         tmp_path / "a.json", article("T", paragraph(FOX, asked, question("r", FOX, "A cat")))
     )
-    facts = convert("squad", [source], tmp_path / "out", Options(max_words=5))
+    facts = convert("squad", [source], tmp_path / "out", ImportOptions(max_words=5))
     assert [text for _, _, text in corpus(tmp_path / "out")] == [
         "The fox ran far.", "The dog slept on.", "A cat saw the fox again.",
     ]  # fmt: skip
@@ -135,7 +135,7 @@ def test_answers_start_where_white_space_is_not_folded_yet(tmp_path: Path) -> No
     source = squad(
         tmp_path / "a.json", article("T", paragraph(context, question("q", context, "ox")))
     )
-    convert("squad", [source], tmp_path / "out", Options(max_words=3))
+    convert("squad", [source], tmp_path / "out", ImportOptions(max_words=3))
     assert load_beir(tmp_path / "out", "train").qrels == {"q": {"c00000": 1}}
 
 
@@ -173,7 +173,7 @@ def test_splits_share_no_article(tmp_path: Path) -> None:
     articles = [simple(title) for title in ("E_e", "B", "D", "A", "C", "F")]
     (tmp_path / "dev.txt").write_text("D\n\nE_e\n")
     (tmp_path / "test.txt").write_text("A\n")
-    given = Options(
+    given = ImportOptions(
         dev_articles=str(tmp_path / "dev.txt"), test_articles=str(tmp_path / "test.txt")
     )
     one = squad(tmp_path / "dev-v1.1.json", *articles)
@@ -185,7 +185,8 @@ def test_splits_share_no_article(tmp_path: Path) -> None:
     drawn = []
     for source, seed in ((one, 1), (other, 1), (other, 2)):
         out = tmp_path / f"{source.stem}-{seed}"
-        convert("squad", [source], out, Options(dev_articles="2", test_articles="1", seed=seed))
+        options = ImportOptions(dev_articles="2", test_articles="1", seed=seed)
+        convert("squad", [source], out, options)
         drawn.append({s: set(load_beir(out, s).qrels) for s in ("train", "dev", "test")})
     assert drawn[0] == drawn[1] != drawn[2]
     assert [len(qids) for qids in drawn[0].values()] == [3, 2, 1]
@@ -210,7 +211,7 @@ def test_odd_splits_are_refused(dev: str | None, test: str, problem: str, tmp_pa
         values.append(value if value and value.isdigit() else str(tmp_path / name))
     source = squad(tmp_path / "in.json", *map(simple, ("A", "Foxes", "B")))
     with pytest.raises(UserError, match=problem):
-        convert("squad", [source], tmp_path / "out", Options(
+        convert("squad", [source], tmp_path / "out", ImportOptions(
             dev_articles=values[0], test_articles=values[1]))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -242,12 +243,12 @@ GOOD = article("T", paragraph("A b.", question("q", "A b.", "A")))
 def test_odd_article_is_named_and_can_be_left_out(odd: Any, problem: str, tmp_path: Path) -> None:
     source = squad(tmp_path / "in.json", GOOD, odd)
     with pytest.raises(UserError) as error:
-        convert("squad", [source], tmp_path / "out", Options())
+        convert("squad", [source], tmp_path / "out", ImportOptions())
     assert str(error.value).startswith(f"{source}: article 2")
     assert problem in str(error.value)
     assert "--skip_bad" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
-    facts = convert("squad", [source], tmp_path / "out", Options(), skip_bad=2)
+    facts = convert("squad", [source], tmp_path / "out", ImportOptions(skip_bad=2))
     assert not any("article" in kind for kind in facts["left_out"])  # kinds do not name places
     assert load_beir(tmp_path / "out", "train").qrels == {"q": {"w00000": 1}}
 
@@ -260,14 +261,14 @@ def test_odd_article_is_named_and_can_be_left_out(odd: Any, problem: str, tmp_pa
 def test_other_files_are_refused(text: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(text)
     with pytest.raises(UserError, match=problem):
-        convert("squad", [tmp_path / "in.json"], tmp_path / "out", Options())
+        convert("squad", [tmp_path / "in.json"], tmp_path / "out", ImportOptions())
 
 
 def test_a_cut_archive_is_named(tmp_path: Path) -> None:
     packed = gzip.compress(json.dumps({"data": [GOOD] * 50}).encode())
     (tmp_path / "in.json.gz").write_bytes(packed[:-20])
     with pytest.raises(UserError, match=r"in\.json\.gz: cannot be read to its end"):
-        convert("squad", [tmp_path / "in.json.gz"], tmp_path / "out", Options())
+        convert("squad", [tmp_path / "in.json.gz"], tmp_path / "out", ImportOptions())
 
 
 @pytest.mark.parametrize(

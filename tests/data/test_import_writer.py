@@ -8,13 +8,13 @@ from support.inputs import OLDER, lines, msmarco
 from support.tiny import write_beir
 
 from erniesearch.cli import main
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.data.importers import import_data as module
 from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import (
     HardNegatives,
     Judgement,
-    Options,
     Passage,
     Query,
     Record,
@@ -44,7 +44,7 @@ def test_nothing_stays_after_a_failure(
 ) -> None:
     serve(monkeypatch, *GOOD, failure)
     with pytest.raises((UserError, KeyboardInterrupt)):
-        convert("test", [], tmp_path / "deep" / "out", Options())
+        convert("test", [], tmp_path / "deep" / "out", ImportOptions())
     assert list((tmp_path / "deep").iterdir()) == []
 
 
@@ -53,12 +53,12 @@ def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
     before = load_beir(tmp_path / "out", "train").queries
     serve(monkeypatch, *GOOD, UserError("f:9: odd"))
     with pytest.raises(UserError, match="odd"):
-        convert("test", [], tmp_path / "out", Options(), overwrite=True)
+        convert("test", [], tmp_path / "out", ImportOptions(overwrite=True))
     assert load_beir(tmp_path / "out", "train").queries == before
     serve(monkeypatch, *GOOD)
     with pytest.raises(UserError, match=r"is there already; .*--overwrite"):
-        convert("test", [], tmp_path / "out", Options())
-    convert("test", [], tmp_path / "out", Options(), overwrite=True)
+        convert("test", [], tmp_path / "out", ImportOptions())
+    convert("test", [], tmp_path / "out", ImportOptions(overwrite=True))
     assert load_beir(tmp_path / "out", "train").queries == {"q": "who?"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -66,10 +66,10 @@ def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
 def test_only_a_data_folder_without_the_source_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     with pytest.raises(UserError, match=r"holds no corpus\.jsonl"):
-        convert("beir", [tmp_path], tmp_path / "home", Options(), overwrite=True)
+        convert("beir", [tmp_path], tmp_path / "home", ImportOptions(overwrite=True))
     root = write_beir(tmp_path / "data")
     with pytest.raises(UserError, match=r"holds the source"):
-        convert("beir", [root], root, Options(), overwrite=True)
+        convert("beir", [root], root, ImportOptions(overwrite=True))
     assert load_beir(root, "train")
 
 
@@ -87,7 +87,7 @@ def test_a_set_without_a_part_is_refused(
 ) -> None:
     serve(monkeypatch, *records)
     with pytest.raises(UserError, match=problem):
-        convert("test", [], tmp_path / "out", Options())
+        convert("test", [], tmp_path / "out", ImportOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -97,7 +97,7 @@ def test_negatives_are_capped_and_hold_no_positive(
     passages = [Passage(f"n{i}", f"text {i}", "f:1") for i in range(9)]
     serve(monkeypatch, *GOOD, *passages, HardNegatives("q", ("p", "n3", "n3", "n1"), "f:5"),
           HardNegatives("q", ("n3", "n7", "n8"), "f:6"))  # fmt: skip
-    facts = convert("test", [], tmp_path / "out", Options(), max_negatives=4)
+    facts = convert("test", [], tmp_path / "out", ImportOptions(max_negatives=4))
     data = load_beir(tmp_path / "out", "train")
     negatives = read_negatives(tmp_path / "out" / "negatives.jsonl", data)
     assert negatives == {"q": ["n3", "n1", "n7"]}
@@ -108,7 +108,7 @@ def test_half_a_surrogate_pair_is_replaced_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, Passage("p", "a \ud83d b", "f:1"), *GOOD[2:])
-    facts = convert("test", [], tmp_path / "out", Options())
+    facts = convert("test", [], tmp_path / "out", ImportOptions())
     assert list(load_beir(tmp_path / "out", "train").passages) == ["a ? b"]
     assert facts["notes"]["half of a surrogate pair, replaced by '?'"]["first"] == ["f:1"]
 
@@ -117,8 +117,8 @@ def test_too_many_odd_lines_end_the_import(tmp_path: Path, monkeypatch: pytest.M
     odd = [Judgement("train", "q", f"x{i}", f"f:{10 + i}") for i in range(3)]
     serve(monkeypatch, *GOOD, *odd)
     with pytest.raises(UserError, match=r"^f:12: passage 'x2' .*\(3 odd lines\); repair"):
-        convert("test", [], tmp_path / "out", Options(), skip_bad=2)
-    facts = convert("test", [], tmp_path / "out", Options(), skip_bad=3)
+        convert("test", [], tmp_path / "out", ImportOptions(skip_bad=2))
+    facts = convert("test", [], tmp_path / "out", ImportOptions(skip_bad=3))
     kind = facts["left_out"]["passage '…' is not in the corpus"]
     assert kind["count"] == 3
     assert kind["first"][0] == "f:10: passage 'x0' is not in the corpus"

@@ -13,6 +13,7 @@ from support.processes import ROOT, run_python
 from support.tiny import ConfigMaker, write_beir, write_model
 
 from erniesearch.cli import main
+from erniesearch.config.options import EncodeOptions
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
@@ -33,7 +34,7 @@ def encode(
     exports: Path, data: Path, out: Path, kind: str = "dual_encoder", **options: Any
 ) -> Path:
     options = {"shard_size": 13, "batch_size": 4, "dtype": "fp32"} | options
-    encode_collection(str(exports / kind), str(data), str(out), **options)
+    encode_collection(EncodeOptions(str(exports / kind), str(data), str(out), **options))
     return out
 
 

@@ -12,6 +12,7 @@ from support.tiny import ConfigMaker, write_beir
 
 from erniesearch.cli import main
 from erniesearch.config.keys import MineConfig
+from erniesearch.config.options import EncodeOptions, IndexOptions, MineOptions
 from erniesearch.data.collection import load_beir, read_negatives
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
@@ -40,18 +41,17 @@ def root(make_config: ConfigMaker, tiny_data: Path) -> Path:
     config = finished_run(make_config, pooling="mean", normalize=True)
     export_all(config)
     root = RunFolder(config.run_dir).root
-    encode_collection(
-        str(root / "exports" / "dual_encoder"), str(tiny_data), str(root / "e"), dtype="fp32"
-    )
-    build_index(str(root / "e"), str(root / "index"), shards=2)
+    model = str(root / "exports" / "dual_encoder")
+    encode_collection(EncodeOptions(model, str(tiny_data), str(root / "e"), dtype="fp32"))
+    build_index(IndexOptions(str(root / "e"), str(root / "index"), shards=2))
     return root
 
 
 def mine(root: Path, data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     options = {"teacher": str(root / "exports" / "cross_encoder"), "settings": SETTINGS} | options
-    mine_collection.mine_collection(
-        str(root / "exports" / "dual_encoder"), str(root / "index"), str(data), str(out), **options
-    )
+    settings = options.pop("settings")
+    paths = (str(root / "exports" / "dual_encoder"), str(root / "index"), str(data), str(out))
+    mine_collection.mine_collection(MineOptions(*paths, **options), settings)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

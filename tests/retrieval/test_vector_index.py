@@ -12,6 +12,7 @@ import torch
 from support.processes import run_python
 
 from erniesearch.cli import main
+from erniesearch.config.options import IndexOptions
 from erniesearch.errors import UserError
 from erniesearch.retrieval.build_index import build_index, plan_index
 from erniesearch.retrieval.embeddings import DTYPES, Embeddings, Manifest, claim, write_shard
@@ -55,7 +56,7 @@ def queries() -> np.ndarray:
 
 
 def build(embeddings: Path, out: Path, **settings: Any) -> Path:
-    build_index(str(embeddings), str(out), **settings)
+    build_index(IndexOptions(str(embeddings), str(out), **settings))
     return out
 
 
@@ -240,7 +241,7 @@ def test_left_over_of_a_killed_build_is_replaced(embeddings: Path, tmp_path: Pat
 def test_estimate_of_disk_is_near(
     embeddings: Path, tmp_path: Path, factory: str, shards: int
 ) -> None:
-    plan = plan_index(Embeddings(embeddings), factory, shards=shards)
+    plan = plan_index(Embeddings(embeddings), IndexOptions("", "", factory=factory, shards=shards))
     out = build(embeddings, tmp_path / "i", factory=factory, shards=shards)
     written = sum(path.stat().st_size for path in out.rglob("index"))
     assert 0.9 * plan.disk < written < 1.25 * plan.disk + shards * 2000

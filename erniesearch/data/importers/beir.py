@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Judgement,
     Line,
-    Options,
     Passage,
     Query,
     Record,
@@ -21,7 +21,7 @@ from erniesearch.data.jsonl import parse_line, text_field
 from erniesearch.errors import UserError
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """One folder: corpus.jsonl, queries.jsonl, qrels/*.tsv, negatives.jsonl if it is there; each
     may end in .gz as well.
 

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Judgement,
-    Options,
     Passage,
     Query,
     Record,
@@ -37,7 +37,7 @@ from erniesearch.errors import UserError
 Item = tuple[int, Any]
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """``*.tsv`` tables and ``*.json`` lists, each may be gzipped; the split is in the list's name
     (train, dev, test), else ``options.split``.
 

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.records import (
     BadLines,
     Judgement,
     Line,
-    Options,
     Passage,
     Query,
     Record,
@@ -28,7 +28,7 @@ from erniesearch.data.jsonl import parse_line
 from erniesearch.errors import UserError
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """Files of either kind, told apart line by line; the split is in the file's name, else
     ``options.split``. Answers are passages of the corpus."""
     for path in listed(sources):

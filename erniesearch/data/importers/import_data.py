@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, squad, tables, tevatron
-from erniesearch.data.importers.records import BadLines, Options, Reader
+from erniesearch.data.importers.records import BadLines, Reader
 from erniesearch.data.importers.writer import BeirWriter, put_in_place
 from erniesearch.errors import UserError, nearest
 
@@ -28,24 +29,11 @@ def convert(
     name: str,
     sources: list[Path],
     out: Path,
-    options: Options,
-    *,
-    skip_bad: int = 0,
-    max_negatives: int = 200,
-    hold_out: dict[str, int] | None = None,
-    seed: int = 42,
-    overwrite: bool = False,
+    options: ImportOptions,
 ) -> dict[str, Any]:
     """Read ``sources`` in the format ``name`` and write a BEIR folder; returns import.json.
 
     The folder is written aside and renamed at the end; after an error nothing is left.
-
-    Args:
-        skip_bad: odd lines that are left out and reported; one more ends the import.
-        max_negatives: hard negatives kept for a query.
-        hold_out: queries to move from train to new splits, by split.
-        seed: draws the queries held out.
-        overwrite: replace an existing ``out``.
 
     Raises:
         UserError: naming file, line and remedy.
@@ -54,7 +42,8 @@ def convert(
         raise UserError(
             f"format '{name}': one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
         )  # fmt: skip
-    if out.exists() and not overwrite:
+    held_out = _hold_out(options.hold_out)
+    if out.exists() and not options.overwrite:
         raise UserError(f"{out}: is there already; choose another --out, or --overwrite")
     if out.exists():
         _check_replaceable(out, sources)
@@ -63,16 +52,16 @@ def convert(
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{out.parent}: cannot be written: {error.strerror}") from None
-    bad = BadLines(skip_bad)
-    writer = BeirWriter(aside, bad, max_negatives)
+    bad = BadLines(options.skip_bad)
+    writer = BeirWriter(aside, bad, options.max_negatives)
     try:
         for record in FORMATS[name](sources, options, bad):
             try:
                 writer.write(record)
             except UserError as error:
                 bad.skip(error)
-        for split, number in (hold_out or {}).items():
-            writer.hold_out(split, number, seed)
+        for split, number in held_out.items():
+            writer.hold_out(split, number, options.seed)
         facts = writer.finish({"format": name, "sources": [str(path) for path in sources]})
         put_in_place(aside, out)
     except OSError as error:
@@ -81,6 +70,16 @@ def convert(
         writer.close()
         shutil.rmtree(aside, ignore_errors=True)
     return facts
+
+
+def _hold_out(text: str) -> dict[str, int]:
+    found = {}
+    for part in filter(None, text.split(",")):
+        split, _, number = part.partition("=")
+        if not split.isidentifier() or not number.isdigit() or int(number) < 1 or split == "train":
+            raise UserError(f"--hold_out {text}: expected SPLIT=NUMBER, for example dev=200")
+        found[split] = int(number)
+    return found
 
 
 def _check_replaceable(out: Path, sources: list[Path]) -> None:

@@ -12,12 +12,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.beir import judgement
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Line,
-    Options,
     Passage,
     Query,
     Record,
@@ -32,7 +32,7 @@ WINDOW = 20_000
 """Titles read ahead of the passages."""
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """Folders or files; each file may be gzipped.
 
     Raises:

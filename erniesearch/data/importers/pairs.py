@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Judgement,
     Line,
-    Options,
     Passage,
     Query,
     Record,
@@ -28,7 +28,7 @@ from erniesearch.data.jsonl import parse_line
 from erniesearch.errors import UserError
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """JSON lines; the split is in the file's name, else ``options.split``."""
     for path in listed(sources):
         parse = partial(_line, split=split_in(path, options.split), bad=bad)

@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 
 import ijson
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -60,25 +61,6 @@ class HardNegatives:
 Record = Passage | Query | Judgement | HardNegatives
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user may say about the source; a format uses what concerns it."""
-
-    split: str = "train"
-    titles: bool = False
-    query: str = "query"
-    positive: str = "positive"
-    negative: str = "negative"
-    query_id: str = ""
-    positive_id: str = ""
-    subset: str = ""
-    max_words: int | None = None
-    max_chars: int | None = None
-    dev_articles: str = ""
-    test_articles: str = ""
-    seed: int = 42
-
-
 @dataclass
 class BadLines:
     """Odd lines: each beyond ``limit`` ends the import, those within it are left out and told.
@@ -123,7 +105,7 @@ class BadLines:
         }  # fmt: skip
 
 
-Reader = Callable[[list[Path], Options, BadLines], Iterator[Record]]
+Reader = Callable[[list[Path], ImportOptions, BadLines], Iterator[Record]]
 
 
 def read_each(

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.cut import Span, by_chars, by_words, whole
 from erniesearch.data.importers.records import (
     BadLines,
     Judgement,
-    Options,
     Passage,
     Query,
     Record,
@@ -64,7 +64,7 @@ class Question:
     at: str
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """JSON files, each may be gzipped. Without a split by article, a file is a split: the one in
     its name, else ``options.split``. With one, the articles not chosen are ``options.split``, and
     articles come by split, file and title: set and draw do not depend on their order in a file.
@@ -109,7 +109,7 @@ def _paragraphs(path: Path, split: str, bad: BadLines) -> Iterator[Paragraph]:
             yield Paragraph(title.replace("_", " "), content, split, where)
 
 
-def _chosen(titles: set[str], options: Options) -> dict[str, str]:
+def _chosen(titles: set[str], options: ImportOptions) -> dict[str, str]:
     """The split of the articles that go to dev and test."""
     chosen: dict[str, str] = {}
     free = np.random.default_rng(options.seed).permutation(sorted(titles)).tolist()
@@ -149,7 +149,7 @@ class Parser:
     """Paragraphs to records. A passage is named by the paragraph's own id, and its place in the
     paragraph if that is cut; else by its number in the corpus, after a w (whole) or c (cut)."""
 
-    options: Options
+    options: ImportOptions
     bad: BadLines
     known: dict[str, str] = field(default_factory=dict)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import datasets
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.pairs import group
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Judgement,
-    Options,
     Passage,
     Query,
     Record,
@@ -28,7 +28,7 @@ BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 Row = tuple[int, dict[str, Any]]
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """Files, folders of files, or names of datasets; rows are streamed.
 
     Columns: ``options.query``, ``options.positive`` (text or list of texts), ``options.negative``
@@ -55,7 +55,7 @@ def _files(source: Path) -> list[Path]:
     return files
 
 
-def _rows(path: Path, options: Options) -> Iterator[Row]:
+def _rows(path: Path, options: ImportOptions) -> Iterator[Row]:
     settings: dict[str, Any] = {"streaming": True, "split": "train"}
     builder = BUILDERS.get(path.suffix)
     if path.exists() and builder is None:
@@ -81,7 +81,7 @@ def _rows(path: Path, options: Options) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read after row {number}: {problem}") from None
 
 
-def _row(item: Row, path: Path, split: str, options: Options) -> Iterator[Record]:
+def _row(item: Row, path: Path, split: str, options: ImportOptions) -> Iterator[Record]:
     number, row = item
     at = f"{path}: row {number}"
     query = _texts(row, options.query, at)

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers.records import (
     BadLines,
     HardNegatives,
     Judgement,
     Line,
-    Options,
     Passage,
     Query,
     Record,
@@ -31,7 +31,7 @@ from erniesearch.data.jsonl import parse_line, text_field
 from erniesearch.errors import UserError
 
 
-def read(sources: list[Path], options: Options, bad: BadLines) -> Iterator[Record]:
+def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """Files of either form; a file whose first line has a ``docid`` and no ``query_id`` is a
     corpus and comes first. The split is in the file's name, else ``options.split``."""
     files = listed(sources)

@@ -1,0 +1,203 @@
+"""The options of the commands that need no configuration: names, types, defaults and meanings.
+
+The command line is made from these classes, and the jobs take them. Light: ``--help`` must not wait
+for torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """``erniesearch encode``."""
+
+    model: str
+    """Folder: exports/dual_encoder, exports/late_interaction, any sentence-transformers folder of
+    Transformer + Pooling (+ Normalize), RUN/stages/NAME/model/student, or, with --pooling, a plain
+    encoder. For untied towers the name without _query or _passage."""
+    data: str
+    """Folder in BEIR layout."""
+    out: str
+    """Folder for manifest.json and the shards."""
+    side: Literal["passage", "query"] = "passage"
+    """What is encoded."""
+    split: str | None = None
+    """With --side query: only the queries of this qrels file; all by default."""
+    use_titles: bool = True
+    """Put a passage's title before its text."""
+    what: Literal["vectors", "tokens"] | None = None
+    """One vector a text, or late interaction's token vectors; by default what the model makes,
+    vectors if both."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Stored as."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Computed in; auto is bf16 on a GPU and fp32 on a CPU."""
+    batch_size: int = 64
+    """Texts per forward pass."""
+    shard_size: int | None = None
+    """Rows of a shard, which one rank encodes and holds in memory; 50,000 for vectors and 5,000 for
+    tokens by default."""
+    max_length: int | None = None
+    """Longest text in tokens, [CLS] and [SEP] included; the model folder's by default."""
+    pooling: Literal["cls", "mean"] | None = None
+    """For encoders whose folder does not say it."""
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """``erniesearch index``."""
+
+    embeddings: str
+    """Folder written by `erniesearch encode`."""
+    out: str
+    """Folder to make."""
+    factory: str = "Flat"
+    """FAISS's index_factory string: Flat (exact), SQfp16, IVF1024,Flat, IVF1024,PQ48,
+    OPQ48,IVF1024,PQ48, HNSW32 and so on."""
+    metric: Literal["ip", "l2"] = "ip"
+    """ip is the models' score, the inner product (cosine for normalised vectors)."""
+    train_sample: int | None = None
+    """Vectors to train on; by default 64 per centroid, 65,536 at least."""
+    shards: int = 1
+    """Parts built one after the other, each of them in memory alone; a search asks all."""
+    nprobe: int | None = None
+    """Lists an IVF search visits unless it says otherwise; the root of their number by default."""
+    ef_search: int | None = None
+    """Breadth of an HNSW search unless it says otherwise; FAISS's by default."""
+    seed: int = 42
+    """Draws the training sample."""
+    gpu: bool = False
+    """Train and add on the first GPU (IVF and Flat)."""
+
+
+@dataclass(frozen=True)
+class MineOptions:
+    """``erniesearch mine``; what is mined is said by :class:`MineConfig`."""
+
+    model: str
+    """Dual-encoder folder, as in `erniesearch encode`."""
+    index: str
+    """Folder made by `erniesearch index`."""
+    data: str
+    """Folder in BEIR layout, the one indexed."""
+    out: str
+    """File to write, JSON lines."""
+    split: str = "train"
+    """Name of the qrels file."""
+    use_titles: bool = True
+    """Put a passage's title before its text."""
+    teacher: str | None = None
+    """Cross-encoder folder that drops candidates it scores too high; none drops nothing."""
+    write_scores: bool = False
+    """Write the teacher's scores of positives and negatives too."""
+    nprobe: int | None = None
+    """Lists an IVF search visits."""
+    ef_search: int | None = None
+    """Breadth of an HNSW search."""
+    batch_size: int = 64
+    """Texts per forward pass."""
+    gpu: bool = False
+    """Search on all GPUs (start one process)."""
+    seed: int = 42
+    """Draws max_queries and a random selection."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """``erniesearch evaluate``."""
+
+    data: str
+    """Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+    split: str = "test"
+    """Name of the qrels file, without .tsv."""
+    use_titles: bool = True
+    """Put a passage's title before its text; figures with and without do not compare."""
+    run: list[str] = field(default_factory=list)
+    """TREC run files to evaluate; may be given several times."""
+    model: str | None = None
+    """Model folder. A dual-encoder searches the corpus exhaustively; late interaction and
+    cross-encoder rerank --first_stage."""
+    kind: str | None = None
+    """What --model is: dual_encoder, late_interaction, cross_encoder; read off the folder by
+    default. A stage's student is two of them."""
+    first_stage: str = "bm25"
+    """What a reranking --model reranks: bm25, a TREC run file or a dual-encoder's folder."""
+    index: str | None = None
+    """Folder of `erniesearch index` over this corpus by the same dual-encoder: it is searched, and
+    the corpus is not encoded."""
+    rerank: list[str] = field(default_factory=list)
+    """Folders of late-interaction models and cross-encoders; each reranks the run that --model
+    makes or reranks."""
+    depth: int = 100
+    """Passages retrieved per query."""
+    rerank_depth: int | None = None
+    """Passages reranked per query; those below keep their order. --depth by default."""
+    metrics: str = "MRR@10,nDCG@10,R@10,R@100"
+    """Names separated by commas: MRR, nDCG, R (recall), success, P, each as NAME@K; MAP; A@K (an
+    answer string from queries.jsonl's metadata.answers is in one of the top K passages); other
+    names as in ir-measures."""
+    mean: str = "qrels"
+    """qrels: over all queries of the qrels, those without results as 0 (MS MARCO); run: over those
+    with results in every run (trec_eval without -c)."""
+    run_out: str | None = None
+    """File for the run of the table's last row, in TREC's format."""
+    json: str | None = None
+    """File for the figures, in JSON."""
+    seed: int = 42
+    """Of the bootstrap and the randomisation test."""
+    batch_size: int = 32
+    """Texts per forward pass."""
+    max_query_length: int | None = None
+    """Longest query in tokens; the folder's own by default."""
+    max_passage_length: int | None = None
+    """Longest passage in tokens; the folder's own by default."""
+    bm25_stemmer: str | None = "english"
+    """Snowball stemmer of BM25, or null for none."""
+    bm25_tokenizer: Literal["words", "code", "jieba"] = "words"
+    """How BM25 splits text, as in evaluation.bm25_tokenizer."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """``erniesearch data import``; a format reads those that its help names."""
+
+    overwrite: bool = False
+    """Replace --out if it holds a corpus already."""
+    skip_bad: int = 0
+    """Leave out up to this many odd lines and list them in import.json; by default the first one is
+    an error."""
+    split: str = "train"
+    """Split of files whose name does not say train, dev or test; of a dataset on the hub, the split
+    to read."""
+    hold_out: str = ""
+    """Queries to move from train to new splits, drawn with --seed: dev=200,test=500."""
+    seed: int = 42
+    """Draws what is held out."""
+    max_negatives: int = 200
+    """Hard negatives kept for a query."""
+    titles: bool = False
+    """msmarco: read titles from para.title.txt. Figures with and without do not compare."""
+    query: str = "query"
+    """parquet, hf: column of the queries."""
+    positive: str = "positive"
+    """parquet, hf: column of the relevant passages (text or list)."""
+    negative: str = "negative"
+    """parquet, hf: column of the hard negatives; also NAME_1, NAME_2 and so on."""
+    query_id: str = ""
+    """parquet, hf: column of the query ids; empty: a hash of the text."""
+    positive_id: str = ""
+    """parquet, hf: column of the relevant passages' ids; empty: a hash of the text."""
+    subset: str = ""
+    """hf: configuration of the dataset."""
+    max_words: int | None = None
+    """squad: cut paragraphs at sentence ends into passages of at most this many words; a longer
+    sentence stays whole, and a short rest joins the passage before. Questions whose answers no
+    passage holds whole are left out."""
+    max_chars: int | None = None
+    """squad: the same in characters (Chinese, Japanese)."""
+    dev_articles: str = ""
+    """squad: split by article; a file with the titles of dev, one a line, or how many to draw with
+    --seed."""
+    test_articles: str = ""
+    """squad: as dev_articles, for test."""

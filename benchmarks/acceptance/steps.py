@@ -30,7 +30,8 @@ take."""
 
 def check(context: Context) -> None:
     """BERT-base student and teacher, 32 queries with groups of 8; tiny on a CPU."""
-    from erniesearch.config.keys import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig
+    from erniesearch.config.yaml_file import from_dict
     from erniesearch.planning.plan import Machine, Planner
 
     job: dict[str, Any] = {"config": _config(context), "updates": 20 if context.gpu else 3}
@@ -82,7 +83,8 @@ def main(job_file: str, result_file: str) -> None:
     import torch
 
     from erniesearch import distributed
-    from erniesearch.config.keys import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig
+    from erniesearch.config.yaml_file import from_dict
     from erniesearch.models.backbone import without_weights
     from erniesearch.planning.trial import full_batches
     from erniesearch.stages import Stage

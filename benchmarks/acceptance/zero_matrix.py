@@ -98,7 +98,8 @@ def main(file: Path) -> None:
     """Train the cascade of each configuration."""
     import torch.distributed as dist
 
-    from erniesearch.config.keys import RunConfig, from_dict
+    from erniesearch.config.keys import RunConfig
+    from erniesearch.config.yaml_file import from_dict
     from erniesearch.errors import UserError
     from erniesearch.training.trainer import train_stage
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from erniesearch import stages
 from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
-from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.files import hold_lock, write_atomically
 from erniesearch.pipeline import launcher

@@ -10,7 +10,8 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from erniesearch.config.checks import check_yaml, validate
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.errors import UserError, nearest
 from erniesearch.installation import config_file, config_names
 

@@ -5,10 +5,8 @@ The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``
 say.
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
-
-import yaml
+from dataclasses import dataclass, field
+from typing import Literal
 
 MAX_TOKENS = 8192
 """Tokens that are kept of a passage (``erniesearch.data.corpus.tokens``)."""
@@ -382,22 +380,3 @@ TRAINING_STAGES = ("post_train", "contrastive", "interaction", "teacher", "casca
 def training_stages(config: RunConfig) -> dict[str, StageConfig]:
     """The training stages by name, those with ``steps: 0`` included."""
     return {name: getattr(config.stages, name) for name in TRAINING_STAGES}
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML, keys in the order of the dataclasses."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def from_dict(cls: type, content: dict[str, Any]) -> Any:
-    """Rebuild a (nested) config dataclass from plain dictionaries (the inverse of ``asdict``)."""
-    hints = get_type_hints(cls)
-    values = {
-        f.name: from_dict(hints[f.name], content[f.name])  # type: ignore[arg-type]
-        if is_dataclass(hints[f.name])
-        else content[f.name]
-        for f in fields(cls)
-        # A section that stands there empty is None, and has its defaults.
-        if f.name in content and not (is_dataclass(hints[f.name]) and content[f.name] is None)
-    }
-    return cls(**values)

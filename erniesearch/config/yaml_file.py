@@ -1,6 +1,6 @@
 """YAML files: read strictly, and held against the dataclass that describes them."""
 
-from dataclasses import is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -64,3 +64,22 @@ def unknown_key(content: dict[Any, Any], cls: type, prefix: str = "") -> str | N
         elif value is None and type(None) not in get_args(hints[key]):
             return f"'{prefix}{key}' has no value: give one, or leave the key out"
     return None
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML, keys in the order of the dataclasses."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(cls: type, content: dict[str, Any]) -> Any:
+    """Rebuild a (nested) config dataclass from plain dictionaries (the inverse of ``asdict``)."""
+    hints = get_type_hints(cls)
+    values = {
+        f.name: from_dict(hints[f.name], content[f.name])  # type: ignore[arg-type]
+        if is_dataclass(hints[f.name])
+        else content[f.name]
+        for f in fields(cls)
+        # A section that stands there empty is None, and has its defaults.
+        if f.name in content and not (is_dataclass(hints[f.name]) and content[f.name] is None)
+    }
+    return cls(**values)

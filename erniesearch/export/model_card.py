@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from erniesearch import __version__
-from erniesearch.config.keys import RunConfig, to_yaml, training_stages
+from erniesearch.config.keys import RunConfig, training_stages
+from erniesearch.config.yaml_file import to_yaml
 
 _FRONT = {
     "dual_encoder": ("sentence-transformers", "sentence-similarity", "dual-encoder"),
@@ -75,6 +76,55 @@ scores = AutoModelForSequenceClassification.from_pretrained("PATH")(**inputs).lo
 }
 
 
+_CARD = """---
+# license: none is set; it is yours to choose, within the terms of base model and data
+{front}
+---
+
+# {title}
+
+Trained with erniesearch {version} by the method of ERNIE-Search
+([arXiv 2205.09153](https://arxiv.org/abs/2205.09153)).
+
+| | |
+|---|---|
+| base model | {origin} |
+| data set | `{data}`, split `{split}` |
+| stages | {stages} |
+| longest query in training | {query_length} tokens |
+| longest passage in training | {passage_length} tokens |
+| score | {score} |
+
+{lengths}
+{pair}
+## Use
+
+`PATH` is this folder.
+
+{library}:
+
+```python
+{usage}
+```
+{onnx}
+transformers alone:
+
+```python
+{plain}
+```
+
+## Results
+
+{results}
+
+## Configuration
+
+```yaml
+{configuration}
+```
+"""
+
+
 def model_card(
     kind: str,
     suffix: str,
@@ -110,53 +160,17 @@ def model_card(
         f"\nThis is one of two towers: `{kind}_query` encodes queries, `{kind}_passage` passages.\n"
         if suffix else ""
     )  # fmt: skip
-    return f"""---
-# license: none is set; it is yours to choose, within the terms of base model and data
-{yaml.safe_dump(front, sort_keys=False).rstrip()}
----
-
-# {Path(config.run_dir).resolve().name}: {name}{tower}
-
-Trained with erniesearch {__version__} by the method of ERNIE-Search
-([arXiv 2205.09153](https://arxiv.org/abs/2205.09153)).
-
-| | |
-|---|---|
-| base model | {origin} |
-| data set | `{data}`, split `{config.data.train_split}` |
-| stages | {_stages(config)} |
-| longest query in training | {config.data.max_query_length} tokens |
-| longest passage in training | {config.data.max_passage_length} tokens |
-| score | {_score(kind, config)} |
-
-{_lengths(kind, config)}
-{pair}
-## Use
-
-`PATH` is this folder.
-
-{_LIBRARY_TITLE[kind]}:
-
-```python
-{_USAGE[kind].rstrip()}
-```
-{onnx_line}
-transformers alone:
-
-```python
-{_plain(kind, config).rstrip()}
-```
-
-## Results
-
-{results.rstrip() if results else "Not evaluated yet; `erniesearch run` does it at its end."}
-
-## Configuration
-
-```yaml
-{to_yaml(config).rstrip()}
-```
-"""
+    return _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False).rstrip(),
+        title=f"{Path(config.run_dir).resolve().name}: {name}{tower}", version=__version__,
+        origin=origin, data=data, split=config.data.train_split, stages=_stages(config),
+        query_length=config.data.max_query_length, passage_length=config.data.max_passage_length,
+        score=_score(kind, config), lengths=_lengths(kind, config), pair=pair,
+        library=_LIBRARY_TITLE[kind], usage=_USAGE[kind].rstrip(), onnx=onnx_line,
+        plain=_plain(kind, config).rstrip(),
+        results=(results or "Not evaluated yet; `erniesearch run` does it at its end.").rstrip(),
+        configuration=to_yaml(config).rstrip(),
+    )  # fmt: skip
 
 
 _ONNX = (

@@ -177,15 +177,11 @@ def infer_config(
     values = {key: own[key] for key in (f.name for f in fields(Overrides)) if key in own}
     values |= {key: value for key, value in asdict(overrides).items() if value is not None}
     values.pop("do_lower_case", None)
-    if "num_attention_heads" not in values:
-        if hidden not in _HEADS:
-            raise UserError(f"{path}: hidden size {hidden}: give --num_attention_heads")
-        values["num_attention_heads"] = _HEADS[hidden]
-    if hidden % values["num_attention_heads"]:
-        raise UserError(
-            f"--num_attention_heads {values['num_attention_heads']}: no divisor of the hidden"
-            f" size {hidden}"
-        )
+    heads = values.setdefault("num_attention_heads", _HEADS.get(hidden))
+    if heads is None:
+        raise UserError(f"{path}: hidden size {hidden}: give --num_attention_heads")
+    if hidden % heads:
+        raise UserError(f"--num_attention_heads {heads}: no divisor of the hidden size {hidden}")
     if "hidden_act" not in values:
         if sizes["vocab_size"] not in _GELU_VOCABULARIES:
             raise UserError(

@@ -22,6 +22,7 @@ from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier
 from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import Projections, ProjectionTap, split_heads
+from erniesearch.objectives.outputs import TeacherAttention
 
 
 class Pairs(NamedTuple):
@@ -36,15 +37,6 @@ class Pairs(NamedTuple):
     token_type_ids: Tensor
     query_columns: Tensor
     passage_columns: Tensor
-
-
-class TeacherAttention(NamedTuple):
-    """Last-layer projections of query rows ``[N, heads, Lq, head_dim]``, of passage columns
-    ``[N, heads, Lp, head_dim]``, and the log-sum-exp of each whole row ``[N, heads, Lq]``."""
-
-    queries: Tensor
-    keys: Tensor
-    lse: Tensor
 
 
 class PairLayout(NamedTuple):

@@ -197,11 +197,9 @@ class JointModel(nn.Module):
         )
         settings = self.objective.settings
         if self.weights.attention:
-            attention = self.teacher.attention(pairs)
             terms["attention"] = scores.attention_kl(
                 queries.tokens, masks[0], passages.tokens, masks[1],
-                attention.queries, attention.keys, attention.lse,
-                settings.tau_att, settings.kernels,
+                self.teacher.attention(pairs), settings.tau_att, settings.kernels,
             )  # fmt: skip
         if self.weights.virt:
             terms["virt"] = self._virtual_interaction(pairs, queries, passages, masks)

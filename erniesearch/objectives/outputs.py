@@ -22,6 +22,15 @@ class Encoded(NamedTuple):
         )
 
 
+class TeacherAttention(NamedTuple):
+    """Last-layer projections of query rows ``[N, heads, Lq, head_dim]``, of passage columns
+    ``[N, heads, Lp, head_dim]``, and the log-sum-exp of each whole row ``[N, heads, Lq]``."""
+
+    queries: Tensor
+    keys: Tensor
+    lse: Tensor
+
+
 class Outputs(NamedTuple):
     """What the models made of this rank's B queries and B·G passages; None where no term asks.
 

@@ -12,6 +12,7 @@ from erniesearch_kernels import maxsim, maxsim_attention_kl
 from torch import Tensor
 
 from erniesearch import distributed
+from erniesearch.objectives.outputs import TeacherAttention
 from erniesearch.objectives.ring import ring_scores
 
 Kernels = Literal["auto", "triton", "torch", "eager"]
@@ -71,9 +72,7 @@ def attention_kl(
     query_mask: Tensor,
     passage_tokens: Tensor,
     passage_mask: Tensor,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_lse: Tensor,
+    teacher: TeacherAttention,
     tau: float,
     kernels: Kernels = "auto",
 ) -> Tensor:
@@ -92,8 +91,8 @@ def attention_kl(
         return tensor.unflatten(0, (num_queries, -1))
 
     _, divergence = maxsim_attention_kl(
-        query_tokens, grouped(passage_tokens), grouped(teacher_queries), grouped(teacher_keys),
-        tau, query_mask, grouped(passage_mask), teacher_lse=grouped(teacher_lse), backend=kernels,
+        query_tokens, grouped(passage_tokens), grouped(teacher.queries), grouped(teacher.keys),
+        tau, query_mask, grouped(passage_mask), teacher_lse=grouped(teacher.lse), backend=kernels,
     )  # fmt: skip
     return divergence.mean()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from erniesearch import __version__, installation, stages
-from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml, training_stages
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig, training_stages
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.collection import load_beir, with_split
 from erniesearch.data.corpus.tokens import open_tokens

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import exiting
-from erniesearch.config.keys import RunConfig, TrainingConfig, from_dict
+from erniesearch.config.keys import RunConfig, TrainingConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.errors import UserError
 from erniesearch.stages import Stage
 

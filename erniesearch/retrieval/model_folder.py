@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from erniesearch.config.keys import RunConfig, StudentConfig, from_dict
+from erniesearch.config.keys import RunConfig, StudentConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.models.backbone import resolve

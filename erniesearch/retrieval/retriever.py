@@ -1,7 +1,7 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -52,16 +52,30 @@ class StoredTokens:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What an exported folder may hold beside its encoder.
+
+    Attributes:
+        prompts: text put before every query or passage.
+        head, passage_path: as in :class:`StudentEncoder`.
+        only: the side whose tower this is, when the other one lies elsewhere.
+        dense: folder of a linear layer applied to the pooled vectors.
+    """
+
+    prompts: dict[Side, str] = field(default_factory=dict)
+    head: Path | None = None
+    passage_path: Path | None = None
+    only: Side | None = None
+    dense: Path | None = None
+
+
 class Retriever:
     """A student ready to encode.
 
     Args:
         settings: ``settings.path`` is a pretrained encoder or a stage's student.
-        prompts: text put before every query or passage.
         precision: ``bf16`` computes in bfloat16; what is returned is fp32 (vectors) or fp16.
-        head, passage_path: as in :class:`StudentEncoder`.
-        only: the side whose tower this is, when the other one lies elsewhere.
-        dense: folder of a linear layer applied to the pooled vectors.
     """
 
     def __init__(
@@ -72,27 +86,22 @@ class Retriever:
         batch_size: int = 32,
         device: torch.device | None = None,
         seed: int = 0,
-        *,
-        prompts: dict[Side, str] | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
-        head: Path | None = None,
-        passage_path: Path | None = None,
-        only: Side | None = None,
-        dense: Path | None = None,
+        extras: Extras = Extras(),
     ) -> None:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
-        student = StudentEncoder(settings, head=head, passage_path=passage_path)
+        student = StudentEncoder(settings, head=extras.head, passage_path=extras.passage_path)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.student = student.to(self.device, dtype).eval()
         self.precision: Literal["fp32", "bf16"] = precision
         self.lengths = {"query": max_query_length, "passage": max_passage_length}
-        self.prompts = prompts or {}
-        self.only = only
+        self.prompts = extras.prompts
+        self.only = extras.only
         self.batch_size = batch_size
         # In fp32 like the pooled vectors that it reads.
-        self.dense = _load_linear(dense).to(self.device) if dense else None
+        self.dense = _load_linear(extras.dense).to(self.device) if extras.dense else None
 
     @property
     def dim(self) -> int:

@@ -9,8 +9,8 @@ import jsonargparse
 
 from erniesearch import stages
 from erniesearch.config.checks import validate
-from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig, from_dict
-from erniesearch.config.yaml_file import read_yaml, unknown_key
+from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig
+from erniesearch.config.yaml_file import from_dict, read_yaml, unknown_key
 from erniesearch.errors import UserError
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.run_folder import RunFolder

@@ -42,12 +42,7 @@ def create_app(
     """
     late_limit = system.rerank_depth("late_interaction", late_interaction_depth)
     cross_limit = system.rerank_depth("cross_encoder", cross_encoder_depth)
-    # No documentation pages: they load scripts from elsewhere. /openapi.json stays.
-    app = FastAPI(title="ERNIE-Search", version=__version__, docs_url=None, redoc_url=None)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(UserError, _user_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
+    app = _empty_app()
 
     def run_search(request: SearchRequest) -> SearchResponse:
         late = _within("late_interaction_depth", request.late_interaction_depth, late_limit)
@@ -88,6 +83,17 @@ def create_app(
             late_interaction_depth=late_limit, cross_encoder_depth=cross_limit,
         )  # fmt: skip
 
+    return app
+
+
+def _empty_app() -> FastAPI:
+    """The page, and answers to what goes wrong."""
+    # No documentation pages: they load scripts from elsewhere. /openapi.json stays.
+    app = FastAPI(title="ERNIE-Search", version=__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
     content, headers = _page()
 
     @app.get("/", include_in_schema=False)

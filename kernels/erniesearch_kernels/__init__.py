@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from erniesearch_kernels import ops, reference, validation
+from erniesearch_kernels import arguments, ops, reference
 
 __all__ = ["maxsim", "maxsim_attention_kl", "maxsim_token_kl", "maxsim_varlen", "triton_available"]
 
@@ -53,8 +53,8 @@ def _triton_installed() -> bool:
 
 
 def _resolve(backend: str, queries: Tensor) -> str:
-    if backend not in validation.BACKENDS:
-        raise ValueError(f"backend={backend!r}, expected one of {list(validation.BACKENDS)}")
+    if backend not in arguments.BACKENDS:
+        raise ValueError(f"backend={backend!r}, expected one of {list(arguments.BACKENDS)}")
     if backend == "auto":
         return "triton" if queries.is_cuda and _triton_installed() else "torch"
     if backend == "triton" and not _triton_installed():
@@ -112,7 +112,7 @@ def maxsim(
     >>> maxsim(queries, passages)
     tensor([[2., 2., 2.]])
     """
-    validation.check_padded(queries, passages, query_mask, passage_mask)
+    arguments.check_padded(queries, passages, query_mask, passage_mask)
     backend = _resolve(backend, queries)
     if backend == "eager":
         scores = reference.maxsim_reference(
@@ -155,7 +155,7 @@ def maxsim_varlen(
     Raises:
         ValueError: as ``maxsim``; bounds that do not fit their tokens (on CPU tensors).
     """
-    validation.check_varlen(
+    arguments.check_varlen(
         queries, passages, query_cu_seqlens, passage_cu_seqlens,
         max_query_length, max_passage_length,
     )  # fmt: skip
@@ -206,9 +206,9 @@ def maxsim_token_kl(
     Raises:
         ValueError: as ``maxsim``; a ``tau`` that is not positive.
     """
-    validation.check_padded(queries, passages, query_mask, passage_mask, group_only=True)
-    validation.check_teacher_map(queries, passages, teacher_map)
-    validation.check_tau(tau)
+    arguments.check_padded(queries, passages, query_mask, passage_mask, group_only=True)
+    arguments.check_teacher_map(queries, passages, teacher_map)
+    arguments.check_tau(tau)
     backend = _resolve(backend, queries)
     if backend == "eager":
         scores, kl = reference.maxsim_token_kl_reference(
@@ -248,18 +248,13 @@ def maxsim_attention_kl(
     second gives every head the same weight, however little of its attention goes to the passage.
 
     Args:
-        queries: ``[num_queries, query_length, dim]``.
-        passages: ``[num_queries, group_size, passage_length, dim]``.
+        queries, passages, tau, query_mask, passage_mask, empty_score, backend: as in
+            ``maxsim_token_kl``.
         teacher_queries: ``[num_queries, group_size, heads, query_length, head_dim]``.
         teacher_keys: ``[num_queries, group_size, heads, passage_length, head_dim]``.
-        tau: the student's temperature.
-        query_mask: ``[num_queries, query_length]``.
-        passage_mask: ``[num_queries, group_size, passage_length]``.
         scale: of the teacher's attention logits; ``head_dim ** -0.5`` if None.
         teacher_lse: ``[num_queries, group_size, heads, query_length]``, log-sum-exp of each head's
             whole attention row, every real token of the cross-encoder's input included.
-        empty_score: as in ``maxsim_token_kl``.
-        backend: see the module.
 
     Returns:
         ``(scores, kl)``, both ``[num_queries, group_size]``. Teacher inputs receive no gradient.
@@ -267,11 +262,11 @@ def maxsim_attention_kl(
     Raises:
         ValueError: as ``maxsim_token_kl``.
     """
-    validation.check_padded(queries, passages, query_mask, passage_mask, group_only=True)
-    validation.check_teacher_projections(
+    arguments.check_padded(queries, passages, query_mask, passage_mask, group_only=True)
+    arguments.check_teacher_projections(
         queries, passages, teacher_queries, teacher_keys, teacher_lse
     )
-    validation.check_tau(tau)
+    arguments.check_tau(tau)
     backend = _resolve(backend, queries)
     scale = teacher_queries.shape[-1] ** -0.5 if scale is None else scale
     if backend == "eager":

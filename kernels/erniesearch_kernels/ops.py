@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erniesearch_kernels import torch_backend, torch_token_kl
+from erniesearch_kernels import torch_maxsim, torch_token_kl
+from erniesearch_kernels.arguments import check_bounds
 from erniesearch_kernels.reference import compute_dtype
-from erniesearch_kernels.torch_backend import winner_dtype
-from erniesearch_kernels.validation import check_bounds
+from erniesearch_kernels.torch_maxsim import winner_dtype
 
 NAMESPACE = "erniesearch_kernels"
 
@@ -85,7 +85,7 @@ def maxsim_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores and winners (an empty tensor unless ``save_winners``)."""
     forward = (
-        _triton_maxsim().maxsim_forward if backend == "triton" else torch_backend.maxsim_forward
+        _triton_maxsim().maxsim_forward if backend == "triton" else torch_maxsim.maxsim_forward
     )
     with _on_its_own(queries):
         return forward(queries, passages, query_mask, passage_mask, normalize, save_winners)
@@ -113,7 +113,7 @@ def maxsim_backward_op(
     normalize: bool, need_queries: bool, need_passages: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of queries and passages; ``winners`` None: found again."""
-    module = _triton_maxsim() if backend == "triton" else torch_backend
+    module = _triton_maxsim() if backend == "triton" else torch_maxsim
     with _on_its_own(queries):
         if winners is None:
             _, winners = module.maxsim_forward(
@@ -170,7 +170,7 @@ def maxsim_varlen_op(
         check_bounds("query_cu_seqlens", query_cu_seqlens, len(queries), max_query_length)
         check_bounds("passage_cu_seqlens", passage_cu_seqlens, len(passages), max_passage_length)
     forward = (
-        _triton_maxsim().varlen_forward if backend == "triton" else torch_backend.varlen_forward
+        _triton_maxsim().varlen_forward if backend == "triton" else torch_maxsim.varlen_forward
     )
     with _on_its_own(queries):
         return forward(
@@ -207,7 +207,7 @@ def maxsim_varlen_backward_op(
                 max_query_length, max_passage_length, need_queries, need_passages,
             )  # fmt: skip
         else:
-            grads = torch_backend.varlen_backward(
+            grads = torch_maxsim.varlen_backward(
                 grad, queries, passages, query_cu_seqlens, passage_cu_seqlens, winners,
                 need_queries, need_passages,
             )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from erniesearch_kernels.reference import compute_dtype, zero_masked
-from erniesearch_kernels.torch_backend import winner_dtype
+from erniesearch_kernels.torch_maxsim import winner_dtype
 
 # Similarities (times the teacher's heads) in flight, in elements: a fraction of a core's cache.
 BLOCK_ELEMENTS = 1 << 17
@@ -109,7 +109,7 @@ def token_kl_forward(
         rows = None if pairs is None else pairs.any(-1)
         similarity = _only(pairs, query @ passage.transpose(-1, -2), float("-inf"))
         best = similarity.amax(-1, keepdim=True)
-        # The first maximum, as in torch_backend: vectorised, unlike max(dim=-1).
+        # The first maximum, as in torch_maxsim: vectorised, unlike max(dim=-1).
         first = (length - (similarity == best).to(dtype).mul_(countdown).amax(-1)).clamp_(
             max=length - 1
         )

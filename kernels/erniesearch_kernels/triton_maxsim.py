@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erniesearch_kernels.torch_backend import winner_dtype
+from erniesearch_kernels.torch_maxsim import winner_dtype
 from erniesearch_kernels.triton_common import (
     INTERPRET,
     as_bytes,
@@ -312,7 +312,7 @@ def maxsim_forward(
     queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
     normalize: bool, save_winners: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``torch_backend.maxsim_forward``."""
+    """As ``torch_maxsim.maxsim_forward``."""
     group = passages.dim() == 4
     num_queries, query_length, _ = queries.shape
     num_passages, passage_length = passages.shape[-3:-1]
@@ -376,7 +376,7 @@ def maxsim_backward(
     query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor,
     normalize: bool, need_queries: bool, need_passages: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """As ``torch_backend.maxsim_backward``, in the inputs' dtype."""
+    """As ``torch_maxsim.maxsim_backward``, in the inputs' dtype."""
     if passage_mask is not None:
         grad = torch.where(passage_mask.any(-1), grad, 0.0)
     return _launch_backward(
@@ -434,7 +434,7 @@ def varlen_forward(
     queries: Tensor, passages: Tensor, query_cu_seqlens: Tensor, passage_cu_seqlens: Tensor,
     max_query_length: int, max_passage_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``torch_backend.varlen_forward``."""
+    """As ``torch_maxsim.varlen_forward``."""
     num_queries, num_passages = len(query_cu_seqlens) - 1, len(passage_cu_seqlens) - 1
     if num_queries == 0:
         winners = queries.new_zeros(num_passages, 0, dtype=winner_dtype(max_passage_length))
@@ -476,7 +476,7 @@ def varlen_backward(
     query_cu_seqlens: Tensor, passage_cu_seqlens: Tensor, winners: Tensor,
     max_query_length: int, max_passage_length: int, need_queries: bool, need_passages: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """As ``torch_backend.varlen_backward``, in the inputs' dtype."""
+    """As ``torch_maxsim.varlen_backward``, in the inputs' dtype."""
     lengths = passage_cu_seqlens[1:] - passage_cu_seqlens[:-1]
     grad = torch.where(lengths > 0, grad, 0.0)
     query_of_row = torch.bucketize(

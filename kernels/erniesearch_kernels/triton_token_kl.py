@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erniesearch_kernels.torch_backend import winner_dtype
+from erniesearch_kernels.torch_maxsim import winner_dtype
 from erniesearch_kernels.triton_common import (
     INTERPRET,
     as_bytes,

@@ -18,14 +18,8 @@ from erniesearch.cli import main
 from erniesearch.commands.parsing import config_parser, parse_config
 from erniesearch.config import keys as config_module
 from erniesearch.config.checks import check_yaml, validate
-from erniesearch.config.keys import (
-    DataConfig,
-    LossWeights,
-    RunConfig,
-    StudentConfig,
-    from_dict,
-    to_yaml,
-)
+from erniesearch.config.keys import DataConfig, LossWeights, RunConfig, StudentConfig
+from erniesearch.config.yaml_file import from_dict, to_yaml
 from erniesearch.errors import UserError
 
 DEFAULT = RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x"))

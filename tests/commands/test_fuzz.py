@@ -15,7 +15,8 @@ from support.mutations import mutate_config, mutate_file
 from support.tiny import ConfigMaker
 
 from erniesearch.cli import main
-from erniesearch.config.keys import TRAINING_STAGES, RunConfig, to_yaml
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir, read_negatives, write_negatives, write_trec_run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError

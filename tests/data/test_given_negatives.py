@@ -10,7 +10,8 @@ from support.tiny import ConfigMaker, write_beir
 from erniesearch import stages
 from erniesearch.cli import main
 from erniesearch.config.checks import validate
-from erniesearch.config.keys import RunConfig, to_yaml
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.pipeline.run import planned

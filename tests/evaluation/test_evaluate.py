@@ -164,7 +164,7 @@ def test_first_stage_is_a_run_or_a_dual_encoder(
 def test_a_stage_student_is_two_kinds(
     make_config: ConfigMaker, tiny_data: Path, tmp_path: Path
 ) -> None:
-    from erniesearch.config.keys import to_yaml
+    from erniesearch.config.yaml_file import to_yaml
 
     config = finished_run(make_config)
     folder = RunFolder(config.run_dir)

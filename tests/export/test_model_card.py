@@ -13,7 +13,8 @@ from support.finished_run import finished_run, retriever_of
 from support.tiny import ConfigMaker
 
 from erniesearch.cli import main
-from erniesearch.config.keys import RunConfig, from_dict, to_yaml
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict, to_yaml
 from erniesearch.export import export_all, write_cards
 from erniesearch.retrieval.load import load_scorer
 from erniesearch.run_folder import RunFolder, mark_done

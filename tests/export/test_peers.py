@@ -34,8 +34,8 @@ from erniesearch.config.keys import (
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
-    to_yaml,
 )
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.encoder import StudentEncoder

@@ -210,10 +210,10 @@ def test_varlen_equals_padded(where: Where) -> None:
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny blocks force every loop of the CPU backend to run more than once."""
-    from erniesearch_kernels import torch_backend
+    from erniesearch_kernels import torch_maxsim
 
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr(torch_backend, "BACKWARD_ELEMENTS", 30)
+    monkeypatch.setattr(torch_maxsim, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(torch_maxsim, "BACKWARD_ELEMENTS", 30)
     for group in (False, True):
         for masks in (False, True):
             check_maxsim(

@@ -12,6 +12,7 @@ from erniesearch.objectives.losses import (
     kl_statistics,
     symmetric_kl,
 )
+from erniesearch.objectives.outputs import TeacherAttention
 from erniesearch.objectives.scores import (
     attention_kl,
     candidate_mask,
@@ -115,7 +116,7 @@ def test_attention_kl_by_hand(kernels: str) -> None:
     teacher_lse = torch.tensor([[[1.0, math.log(10)]]])
     value = attention_kl(
         query_tokens, query_mask, passage_tokens, passage_mask,
-        teacher_queries, teacher_keys, teacher_lse, 1.0, kernels,
+        TeacherAttention(teacher_queries, teacher_keys, teacher_lse), 1.0, kernels,
     )  # fmt: skip
     expected = 2 / 3 * math.log((2 / 3) / (1 / 4)) + 1 / 3 * math.log((1 / 3) / (3 / 4))
     assert value.item() == pytest.approx(expected, rel=1e-5)
@@ -133,7 +134,7 @@ def test_attention_kl_averages_heads_before_cutting(kernels: str) -> None:
     teacher_lse = torch.tensor([[[math.log(8)], [math.log(80)]]])
     value = attention_kl(
         query_tokens, masks[0], passage_tokens, masks[1],
-        teacher_queries, teacher_keys, teacher_lse, 1.0, kernels,
+        TeacherAttention(teacher_queries, teacher_keys, teacher_lse), 1.0, kernels,
     )  # fmt: skip
     mass = torch.tensor([3 / 8 + 1 / 80, 1 / 8 + 3 / 80])
     target = mass / mass.sum()

@@ -15,7 +15,8 @@ from support.processes import losses_of, orphans, run_python, start
 from support.tiny import ALL_TERMS, ConfigMaker, write_beir
 
 from erniesearch import stages
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.distributed import free_port
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder

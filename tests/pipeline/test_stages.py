@@ -8,7 +8,8 @@ import pytest
 from support.tiny import ConfigMaker
 
 from erniesearch import stages
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.model_folder import read_folder
 from erniesearch.retrieval.trained import trained_student

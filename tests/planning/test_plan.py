@@ -18,7 +18,8 @@ from support.processes import ROOT, SUPPORT, run_python
 from support.tiny import ALL_TERMS, ConfigMaker, write_model
 
 from erniesearch import cli, distributed
-from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.planning.accounting import GpuKernels, Tracker, bytes_sent, fake_world
 from erniesearch.planning.estimate import (
     MOST_QUERIES,

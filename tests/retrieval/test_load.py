@@ -11,7 +11,8 @@ import torch
 from support.finished_run import LONG, TEXTS, finished_run, retriever_of
 from support.tiny import ConfigMaker, write_model
 
-from erniesearch.config.keys import RunConfig, TeacherConfig, to_yaml
+from erniesearch.config.keys import RunConfig, TeacherConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.load import load_retriever, load_scorer

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from erniesearch import exiting
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.training.trainer import train_stage
 
 

@@ -18,7 +18,8 @@ import torch
 
 from erniesearch import distributed, exiting
 from erniesearch.cli import main
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.models.joint import JointModel
 from erniesearch.training.trainer import train_stage
 

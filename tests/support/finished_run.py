@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny import ALL_TERMS, ConfigMaker
 from transformers import AutoModel, AutoTokenizer
 
 from erniesearch.config.keys import (
@@ -17,8 +16,8 @@ from erniesearch.config.keys import (
     StagesConfig,
     StudentConfig,
     TeacherConfig,
-    to_yaml,
 )
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
@@ -27,6 +26,7 @@ from erniesearch.retrieval.retriever import Retriever
 from erniesearch.retrieval.trained import make_retriever, trained_student
 from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.run_folder import RunFolder
+from support.tiny import ALL_TERMS, ConfigMaker
 
 
 def write_run(

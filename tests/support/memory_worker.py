@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from erniesearch import distributed, exiting
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.objectives import scores
 from erniesearch.training import trainer
 

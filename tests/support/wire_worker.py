@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erniesearch import distributed, exiting
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.models.backbone import without_weights
 from erniesearch.planning.accounting import COLLECTIVES, bytes_sent
 from erniesearch.planning.trial import full_batches

@@ -11,7 +11,8 @@ import torch
 from support.processes import run_python
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig, to_yaml
+from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder

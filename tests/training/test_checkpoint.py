@@ -17,7 +17,8 @@ from support.processes import SUPPORT, losses_of, run_python
 from support.tiny import ConfigMaker
 
 from erniesearch.cli import main
-from erniesearch.config.keys import LossWeights, RunConfig, from_dict, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.yaml_file import from_dict, to_yaml
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints import manifest

@@ -11,7 +11,7 @@ import pytest
 from support.processes import ROOT, losses_of, run_python
 from support.tiny import ConfigMaker, write_beir, write_model
 
-from erniesearch.config.keys import to_yaml
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.run_folder import RunFolder
 
 GOLDEN = ROOT / "tests" / "golden" / "cpu_loss_trace.json"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from support.processes import SUPPORT, losses_of, run_python
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import LossWeights, RunConfig, to_yaml
+from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import RankFailed
 from erniesearch.run_folder import RunFolder
 from erniesearch.training.faults.guards import CONSTANT_AFTER, TermWatch, spoil_nonfinite

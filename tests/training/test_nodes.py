@@ -7,7 +7,7 @@ import pytest
 from support.processes import losses_of, run_python, start
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import to_yaml
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.distributed import free_port
 from erniesearch.run_folder import RunFolder
 

@@ -12,7 +12,7 @@ import pytest
 from support.processes import losses_of, orphans, run_python, start, wait_for_step
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import to_yaml
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.pipeline.launcher import StageFailed, check_devices, launch, num_processes, stop
 from erniesearch.pipeline.run import run_pipeline

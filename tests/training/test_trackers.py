@@ -14,7 +14,8 @@ from support.tiny import ConfigMaker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from erniesearch.cli import main
-from erniesearch.config.keys import RunConfig, to_yaml
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import fingerprint
 from erniesearch.training.monitor import Monitor
@@ -133,7 +134,8 @@ def test_two_ranks_track_once_what_metrics_jsonl_has(
 OPEN = """
 import json, sys
 from pathlib import Path
-from erniesearch.config.keys import RunConfig, from_dict
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
 from erniesearch.errors import UserError
 from erniesearch.training.trackers import open_trackers
 config = from_dict(RunConfig, json.loads(sys.argv[1]))

@@ -10,7 +10,8 @@ from support.tiny import ConfigMaker
 
 from erniesearch import stages
 from erniesearch.cli import main
-from erniesearch.config.keys import RunConfig, to_yaml
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage

@@ -7,8 +7,8 @@ from typing import Any
 
 from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, squad, tables, tevatron
+from erniesearch.data.importers.beir_writer import BeirWriter, put_in_place
 from erniesearch.data.importers.records import BadLines, Reader
-from erniesearch.data.importers.writer import BeirWriter, put_in_place
 from erniesearch.errors import UserError, nearest
 
 FORMATS: dict[str, Reader] = {

@@ -21,8 +21,8 @@ from erniesearch import distributed
 from erniesearch.errors import UserError
 from erniesearch.files import hash_file, sync
 from erniesearch.training.checkpoints import manifest
+from erniesearch.training.checkpoints.checkpoint_writer import CheckpointWriter
 from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest
-from erniesearch.training.checkpoints.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     import deepspeed

@@ -144,18 +144,12 @@ class StudentEncoder(nn.Module):
             pooled = (states * weights).float().sum(1) / weights.float().sum(1).clamp(min=1)
         return F.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
-    def masked_lm_loss(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        labels: Tensor,
-        reduction: Literal["mean", "sum"] = "mean",
-    ) -> Tensor:
-        """Cross-entropy of the masked words, ``labels`` -100 where nothing is predicted."""
+    def masked_lm_loss(self, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the masked words' cross-entropies, ``labels`` -100 where nothing is predicted."""
         assert self.masked_lm is not None
         logits = self.masked_lm(input_ids=input_ids, attention_mask=mask.long()).logits
         return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction=reduction
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
         )
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:

@@ -94,7 +94,7 @@ class JointModel(nn.Module):
             return self.objective.terms(batch, self.outputs(batch), self.training)
         self._seed_pass(batch, chunk.number, int(chunk.kind == "query"), chunk.rows.start)
         if chunk.kind == "masked":
-            return (self._masked_lm_loss(batch, chunk.rows, reduction="sum"),)
+            return (self._masked_lm_loss(batch, chunk.rows),)
         if chunk.kind == "pair":
             assert self.teacher is not None
             return (self.teacher(self.pairs(batch, chunk.rows)),)
@@ -106,7 +106,8 @@ class JointModel(nn.Module):
         everything = slice(0, len(batch.passage_ids))
         if self.weights.mlm:
             self._seed_pass(batch, 0)
-            outputs = outputs._replace(mlm=self._masked_lm_loss(batch, everything))
+            total = self._masked_lm_loss(batch, everything)
+            outputs = outputs._replace(mlm=total / self.masked_words(batch))
         if self.needs_student:
             vectors, tokens = self.objective.needs_vectors, self.objective.needs_tokens
             queries, passages = self._encode(
@@ -174,6 +175,11 @@ class JointModel(nn.Module):
             batch.passage_mask[rows], self._layout, self.pad_id,
         )  # fmt: skip
 
+    def open_pair_terms(self) -> list[str]:
+        """The terms over the teacher's attention that count in this step."""
+        named = ("attention", "virt")
+        return [n for n in named if getattr(self.weights, n) and self.objective.is_open(n)]
+
     def pair_terms(
         self, batch: Batch, rows: slice, pairs: Pairs, queries: Encoded, passages: Encoded
     ) -> dict[str, Tensor]:
@@ -183,11 +189,12 @@ class JointModel(nn.Module):
         ``passages`` are these n pairs', ``queries`` those of their queries, one for every k pairs.
         """
         terms: dict[str, Tensor] = {}
-        if not (self.weights.attention or self.weights.virt):
+        wanted = self.open_pair_terms()
+        if not wanted:
             return terms
         assert self.teacher is not None
         assert self.teacher.tap is not None
-        num_queries = len(queries.tokens if self.weights.attention else queries.projections)
+        num_queries = len(queries.tokens if "attention" in wanted else queries.projections)
         step = (rows.stop - rows.start) // num_queries
         query = torch.arange(rows.start, rows.stop, step, device=batch.query_ids.device)
         query = query // batch.group_size
@@ -196,12 +203,12 @@ class JointModel(nn.Module):
             content_mask(batch.passage_ids[rows], batch.passage_mask[rows], self.special_ids),
         )
         settings = self.objective.settings
-        if self.weights.attention:
+        if "attention" in wanted:
             terms["attention"] = scores.attention_kl(
                 queries.tokens, masks[0], passages.tokens, masks[1],
                 self.teacher.attention(pairs), settings.tau_att, settings.kernels,
             )  # fmt: skip
-        if self.weights.virt:
+        if "virt" in wanted:
             terms["virt"] = self._virtual_interaction(pairs, queries, passages, masks)
         self.teacher.tap.clear()
         return terms
@@ -231,14 +238,20 @@ class JointModel(nn.Module):
             ]  # fmt: skip
         return torch.stack(terms).sum() / len(self.virtual_layers)
 
-    def _masked_lm_loss(
-        self, batch: Batch, rows: slice, reduction: Literal["mean", "sum"] = "mean"
-    ) -> Tensor:
+    def masked_words(self, batch: Batch) -> float:
+        """Masked words of a rank, averaged over the ranks: sums divided by it have as their mean
+        over ranks the mean over all ranks' words. Every rank must call it."""
+        assert batch.mlm_labels is not None
+        own = (batch.mlm_labels != -100).sum()
+        return distributed.mean_over_ranks({"words": own})["words"]
+
+    def _masked_lm_loss(self, batch: Batch, rows: slice) -> Tensor:
+        """Sum of the cross-entropies."""
         assert self.student is not None
         assert batch.mlm_ids is not None
         assert batch.mlm_labels is not None
         return self.student.masked_lm_loss(
-            batch.mlm_ids[rows], batch.passage_mask[rows], batch.mlm_labels[rows], reduction
+            batch.mlm_ids[rows], batch.passage_mask[rows], batch.mlm_labels[rows]
         )
 
     def _encode(

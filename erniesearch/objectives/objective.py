@@ -18,6 +18,12 @@ from erniesearch.objectives import losses, scores
 from erniesearch.objectives.outputs import Outputs
 
 GATE_MOMENTUM = 0.9
+GATES = {
+    "li_to_de": ("li", "de"), "ce_to_li": ("group_ce", "group_li"),
+    "ce_to_de": ("group_ce", "group_de"), "attention": ("group_ce", "group_li"),
+    "virt": ("group_ce", "group_de"),
+}  # fmt: skip
+"""Whose running accuracies open a term to the student: its teacher's and its student's."""
 
 
 class StudentScores(NamedTuple):
@@ -52,6 +58,13 @@ class Objective:
         # A teacher that only gives targets needs no gradient.
         self.trains_teacher = bool(w.ce) or not settings.detach_targets
 
+    @property
+    def candidates(self) -> str:
+        """``objective.candidates``, or the group where no term compares anything else."""
+        w = self.weights
+        beyond_group = any((w.li, w.de, w.li_to_de, w.dual_reg))
+        return self.settings.candidates if beyond_group else "group"
+
     def terms(self, batch: Batch, outputs: Outputs, training: bool) -> dict[str, Tensor]:
         """Scalars by name: each term, ``accuracy_*`` and :func:`losses.kl_statistics` of each KL
         (no gradient), and ``loss``, the terms' weighted sum. Terms are means over this rank's
@@ -79,9 +92,9 @@ class Objective:
         num_queries = len(batch.query_ids)
         rows = arange(num_queries, device=batch.query_ids.device)
         labels = rows * batch.group_size
-        if settings.candidates == "cross_batch":
+        if self.candidates == "cross_batch":
             labels = labels + distributed.rank() * len(batch.passage_ids)
-        elif settings.candidates == "group":
+        elif self.candidates == "group":
             labels = zeros_like(labels)
         index = self._compared(batch.passage_index, num_queries)
         mask = scores.candidate_mask(batch.relevant_index, index, labels)
@@ -96,15 +109,15 @@ class Objective:
     def _compared(self, rows: Tensor, num_queries: int) -> Tensor:
         """``[B·G, …]``, one row a passage, to every passage that queries are compared with: all
         ranks' rows, these, or ``[B, G, …]``."""
-        if self.settings.candidates == "cross_batch":
+        if self.candidates == "cross_batch":
             return distributed.gather_rows(rows)
-        if self.settings.candidates == "in_batch":
+        if self.candidates == "in_batch":
             return rows
         return rows.unflatten(0, (num_queries, -1))
 
     def _late_interaction(self, batch: Batch, queries: Tensor, passages: Tensor) -> Tensor:
         settings = self.settings
-        if settings.candidates == "cross_batch":
+        if self.candidates == "cross_batch":
             return scores.cross_batch_late_interaction_scores(
                 queries, batch.query_mask, passages, batch.passage_mask,
                 settings.tau_li, settings.kernels, settings.late_interaction_exchange,
@@ -115,12 +128,16 @@ class Objective:
         )  # fmt: skip
 
     def _distill(
-        self, name: str, target: Tensor, student: Tensor, mask: Tensor, gate: float
+        self, name: str, target: Tensor, student: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """The KL term ``name`` and what its two distributions look like."""
+        """The KL term ``name``, 0 while its gate is closed, and what its two distributions look
+        like."""
         statistics = losses.kl_statistics(target, student, mask)
-        kl = losses.kl_divergence(target, student, mask, self.settings.detach_targets)
-        return {name: gate * kl} | {f"{name}_{key}": value for key, value in statistics.items()}
+        if self.is_open(name):
+            kl = losses.kl_divergence(target, student, mask, self.settings.detach_targets)
+        else:
+            kl = _nothing(student)
+        return {name: kl} | {f"{name}_{key}": value for key, value in statistics.items()}
 
     def _student_terms(
         self, outputs: Outputs, student: StudentScores, training: bool
@@ -135,15 +152,13 @@ class Objective:
         if w.li_to_de:
             assert student.late is not None
             assert student.dual is not None
-            accuracies = {name: terms[f"accuracy_{name}"] for name in ("li", "de")}
-            self._track(accuracies, training)
             settings = self.settings
             terms |= self._distill(
                 "li_to_de",
                 _at_temperature(student.late, settings.tau_li, settings.tau_li_target),
-                _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl),
-                mask, self._gate("li", "de"),
+                _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl), mask,
             )  # fmt: skip
+            self._track({name: terms[f"accuracy_{name}"] for name in ("li", "de")}, training)
         if w.dual_reg:
             terms["dual_reg"] = self._dual_reg_term(outputs, student)
         return terms
@@ -186,8 +201,6 @@ class Objective:
             for name, logits in (("li", student.late), ("de", student.dual))
             if logits is not None
         }
-        accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
-        self._track({"group_ce": terms["accuracy_ce"], **accuracies}, training)
         settings = self.settings
         for weight, name, tau, tau_kl in (
             (w.ce_to_li, "li", settings.tau_li, settings.tau_li_kl),
@@ -198,12 +211,16 @@ class Objective:
                 terms |= self._distill(
                     f"ce_to_{name}", _at_temperature(teacher_scores, 1.0, settings.tau_ce),
                     _at_temperature(own[name], tau, tau_kl), mask,
-                    self._gate("group_ce", f"group_{name}"),
                 )  # fmt: skip
-        if outputs.attention is not None:
-            terms["attention"] = self._gate("group_ce", "group_li") * outputs.attention
-        if outputs.virt is not None:
-            terms["virt"] = self._gate("group_ce", "group_de") * outputs.virt
+        assert outputs.queries is not None
+        for name, made, read in (
+            ("attention", outputs.attention, outputs.queries.tokens),
+            ("virt", outputs.virt, outputs.queries.projections),
+        ):
+            if getattr(w, name):
+                terms[name] = _nothing(read) if made is None else made
+        accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
+        self._track({"group_ce": terms["accuracy_ce"], **accuracies}, training)
         return terms
 
     def _track(self, accuracies: dict[str, Tensor], training: bool) -> None:
@@ -213,12 +230,20 @@ class Objective:
                 before = self.running_accuracy.get(name, 0.0)
                 self.running_accuracy[name] = before + (1 - GATE_MOMENTUM) * (value - before)
 
-    def _gate(self, teacher: str, student: str) -> float:
-        """1 while the teacher's running accuracy exceeds the student's, else 0; always 1 without
-        the competence gate."""
+    def is_open(self, term: str) -> bool:
+        """Whether a distillation term counts: always without the competence gate; with it, while
+        the running accuracy of its teacher, over the steps before this one, exceeds that of its
+        student."""
+        teacher, student = GATES[term]
         running = self.running_accuracy
-        open_ = running.get(teacher, 0.0) > running.get(student, 0.0)
-        return float(open_ or not self.settings.competence_gate)
+        if not self.settings.competence_gate or teacher not in running:
+            return True
+        return running[teacher] > running.get(student, 0.0)
+
+
+def _nothing(rows: Tensor) -> Tensor:
+    """0, with a graph to ``rows`` through which nothing goes back."""
+    return rows.flatten()[:0].float().sum()
 
 
 def _at_temperature(logits: Tensor, tau: float, wanted: float | None) -> Tensor:

@@ -61,7 +61,7 @@ def cached_backward(
         terms = model.objective.terms(batch, outputs, model.training)
         (scale * spoil_nonfinite(terms["loss"])).backward()
         terms = {name: value.detach() for name, value in terms.items()}
-    num_masked = 0 if batch.mlm_labels is None else int((batch.mlm_labels != -100).sum())
+    num_masked = model.masked_words(batch) if model.weights.mlm else 0.0
     masked_lm = torch.zeros((), device=batch.query_ids.device)
     for number, chunk in enumerate(chunks):
         progress(f"chunk {number + 1} of {len(chunks)}, backward pass")
@@ -152,10 +152,10 @@ class _PairTerms:
 
     def __init__(self, model: JointModel, batch: Batch) -> None:
         self._model, self._batch = model, batch
-        w = model.weights
-        named = (("attention", w.attention, "tokens"), ("virt", w.virt, "projections"))
+        parts = {"attention": "tokens", "virt": "projections"}
         # The part of the student's outputs that a term reads.
-        self._reads = {name: Encoded._fields.index(part) for name, on, part in named if on}
+        named = model.open_pair_terms()
+        self._reads = {name: Encoded._fields.index(parts[name]) for name in named}
         self._values: dict[str, Tensor] = {}
         self._gradients: dict[str, tuple[Tensor, Tensor]] = {}
 

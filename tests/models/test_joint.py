@@ -6,15 +6,19 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import WITH_VIRT, ConfigMaker
+from torch import Tensor
 
+from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, StageConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
+from erniesearch.objectives import losses, scores
 from erniesearch.objectives.losses import contrastive_loss, kl_divergence
 from erniesearch.objectives.scores import candidate_mask, own_group
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
+from erniesearch.training.gradient_cache import cached_backward
 
 
 def build(make_config: ConfigMaker, **changes: Any) -> tuple[JointModel, Batch]:
@@ -148,6 +152,7 @@ def test_competence_gate_silences_a_teacher_below_its_student(make_config: Confi
         "group_ce": 0.5,
         "group_li": 2.0,
         "group_de": -1.0,
+        "li": 1.0,
         "de": 2.0,
     }
     terms = model(batch)
@@ -157,6 +162,63 @@ def test_competence_gate_silences_a_teacher_below_its_student(make_config: Confi
     assert terms["ce_to_de"] > 0
     assert terms["virt"] > 0
     assert terms["ce"] > 0
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_a_closed_gate_computes_nothing(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    """And leaves every other term's gradient as it is without these terms."""
+    weights = replace(WITH_VIRT, dual_reg=0.0)
+    model, batch = build(make_config, dropout=0.0, competence_gate=True, weights=weights)
+    model.train()
+    teachers, students = ("li", "group_ce"), ("de", "group_li", "group_de")
+    closed = dict.fromkeys(teachers, 0.1) | dict.fromkeys(students, 0.9) | {"li": 0.1}
+    for function in ("attention_kl", "attention_map_kl"):
+        monkeypatch.setattr(scores, function, None)
+    monkeypatch.setattr(losses, "kl_divergence", None)
+
+    def gradients(model: JointModel) -> dict[str, Any]:
+        model.zero_grad()
+        if size:
+            cached_backward(model, model, Tensor.backward, batch, size)
+        else:
+            model(batch)["loss"].backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    model.objective.running_accuracy = dict(closed)
+    ours = gradients(model)
+    cut = dict.fromkeys(("ce_to_li", "ce_to_de", "li_to_de", "attention", "virt"), 0.0)
+    plain, _ = build(make_config, dropout=0.0, weights=replace(weights, **cut))
+    wanted = gradients(plain.train())
+    assert ours.keys() >= wanted.keys()
+    for name, gradient in ours.items():
+        expected = wanted.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_terms_over_the_group_score_the_group_alone(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same terms as over all candidates, and no passage of another query is looked at."""
+    weights = LossWeights(ce=1.0, ce_to_li=1.0, ce_to_de=1.0)
+    model, batch = build(make_config, dropout=0.0, num_negatives=3, weights=weights)
+    ours = model(batch)
+    assert model.objective.candidates == "group"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.objective), "candidates", "cross_batch")
+        wanted = model(batch)
+    for name in ("ce_to_li", "ce_to_de", "ce", "loss"):
+        torch.testing.assert_close(ours[name], wanted[name])
+    shapes = []
+    real = scores.dual_encoder_scores
+    monkeypatch.setattr(
+        scores, "dual_encoder_scores",
+        lambda q, p, tau: shapes.append(p.shape) or real(q, p, tau),
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "gather_rows", None)
+    model(batch)
+    assert shapes == [(4, 4, 32)]
 
 
 def test_targets_are_detached_unless_configured(make_config: ConfigMaker) -> None:

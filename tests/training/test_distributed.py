@@ -177,3 +177,30 @@ def test_projections_have_their_parameters_in_the_backward_pass(
     assert last < first
     for zero in (1, 3):
         compare(alone[zero], alone[0])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_masked_words_weigh_the_same_on_every_rank(
+    make_config: ConfigMaker, tmp_path: Path, chunk_size: int | None
+) -> None:
+    """Ranks have different numbers of them: the term is the mean over all ranks' words."""
+    configs = {}
+    for ranks in (1, 2):
+        configs[ranks] = make_config(
+            stage="post_train", run_dir=tmp_path / f"on-{ranks}", steps=STEPS, dropout=0.0,
+            queries_per_rank=GLOBAL_BATCH // ranks, num_negatives=0, chunk_size=chunk_size,
+            weights=LossWeights(mlm=1.0, de=1.0),
+        )  # fmt: skip
+        file = tmp_path / f"{ranks}.json"
+        file.write_text(json.dumps([("post_train", asdict(configs[ranks]))]))
+        status, output = run_python(
+            "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0", str(SUPPORT / "distributed_worker.py"), str(file),
+        )  # fmt: skip
+        assert status == 0, output[-3000:]
+    one, two = (
+        losses_of(RunFolder(configs[ranks].run_dir).stage("post_train")) for ranks in (1, 2)
+    )
+    for own, expected in zip(two, one, strict=True):
+        for name in ("mlm", "de", "loss"):
+            assert own[name] == pytest.approx(expected[name], rel=1e-4), (name, own["step"])

@@ -23,6 +23,7 @@ from erniesearch.config.keys import (
     StageConfig,
     training_stages,
 )
+from erniesearch.config.terms import active, reads, settings_read
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
@@ -41,13 +42,12 @@ STUDENT_CHAIN = {
 
 def needs_student(weights: LossWeights) -> bool:
     """Whether any term of the objective runs the student."""
-    return any(value for key, value in asdict(weights).items() if key != "ce")
+    return reads(weights, "vectors", "tokens", "projections", "words")
 
 
 def needs_teacher(weights: LossWeights) -> bool:
     """Whether any term of the objective runs the cross-encoder."""
-    w = weights
-    return bool(w.ce or w.ce_to_li or w.ce_to_de or w.attention or w.virt)
+    return reads(weights, "teacher")
 
 
 def runs_teacher(stage: StageConfig) -> bool:
@@ -62,8 +62,8 @@ def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[i
 
 def distilled_from(weights: LossWeights) -> tuple[str, ...]:
     """The models whose scores or attention are a target of the objective."""
-    cross_encoder = weights.ce_to_li or weights.ce_to_de or weights.attention
-    return ("late_interaction",) * bool(weights.li_to_de) + ("cross_encoder",) * bool(cross_encoder)
+    teachers = {term.teacher for term in active(weights).values()}
+    return tuple(name for name in ("late_interaction", "cross_encoder") if name in teachers)
 
 
 def is_enabled(config: RunConfig, stage: str) -> bool:
@@ -114,8 +114,9 @@ def trains_late_interaction(config: RunConfig) -> bool:
     """Whether the final student's late-interaction head was trained at all."""
     final = final_student(config)
     chain = [final, *STUDENT_CHAIN[final]] if final else []
-    weights = [Stage(config, name).weights for name in chain if is_enabled(config, name)]
-    return any(w.li or w.ce_to_li or w.attention or w.li_to_de for w in weights)
+    return any(
+        reads(Stage(config, name).weights, "tokens") for name in chain if is_enabled(config, name)
+    )
 
 
 def final_teacher(config: RunConfig) -> str | None:
@@ -291,28 +292,13 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
 
 def _decisive_objective(stage: Stage) -> dict[str, Any]:
     """The objective's settings that a stage's terms read."""
-    w = stage.weights
-    distilled = bool(w.ce_to_li or w.ce_to_de or w.li_to_de)
-    read = {
-        "tau_de": w.de or w.ce_to_de or w.li_to_de or w.dual_reg,
-        "tau_li": w.li or w.ce_to_li or w.li_to_de,
-        "tau_att": w.attention,
-        "tau_ce": w.ce_to_li or w.ce_to_de,
-        "tau_de_kl": w.ce_to_de or w.li_to_de,
-        "tau_li_kl": w.ce_to_li,
-        "tau_li_target": w.li_to_de,
-        "detach_targets": distilled,
-        "competence_gate": distilled or w.attention or w.virt,
-        "virt_layers": w.virt,
-        "candidates": w.li or w.de or w.li_to_de or w.dual_reg,
-    }
+    read = settings_read(stage.weights)
     settings = _decisive(asdict(stage.config.objective))
-    assert settings.keys() == read.keys()
     if settings["candidates"] == "in_batch":
         # Here the ranks count: a query is compared with its own rank's passages.
         own = f"in_batch of {stage.queries_per_rank}"
         settings["candidates"] = own if stage.ranks > 1 else "cross_batch"
-    return {key: value for key, value in settings.items() if read[key]}
+    return {key: value for key, value in settings.items() if key in read}
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:

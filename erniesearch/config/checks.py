@@ -6,7 +6,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import MAX_TOKENS, RunConfig, StageConfig, training_stages
+from erniesearch.config.keys import (
+    MAX_TOKENS,
+    TRAINING_STAGES,
+    RunConfig,
+    StageConfig,
+    training_stages,
+)
+from erniesearch.config.terms import TERMS, comparing, settings_read
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 
@@ -24,6 +31,26 @@ def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
         raise UserError(f"{path}: {problem}")
 
 
+LEAST = {
+    "seed": 0, "student.late_interaction_dim": 1,
+    "training.log_every": 1, "training.threads_per_process": 1, "training.keep_checkpoints": 1,
+    "training.max_nonfinite": 1, "training.validation_queries": 1, "training.num_processes": 0,
+    "training.save_every": 0, "training.num_workers": 0, "training.max_grad_norm": 0,
+    "training.weight_decay": 0,
+    "evaluation.rerank_depth": 1, "evaluation.batch_size": 1, "evaluation.max_queries": 1,
+    "evaluation.num_distractors": 0,
+    "stages.mine.num_negatives": 1, "stages.mine.max_queries": 1, "stages.teacher_check.queries": 1,
+    "stages.teacher_check.depth": 1, "stages.teacher_check.num_distractors": 0,
+}  # fmt: skip
+"""Lower bounds of numbers; null passes where the type allows it."""
+STAGE_LEAST = {
+    "steps": 0, "num_negatives": 0, "easy_steps": 0, "seed": 0, "queries_per_rank": 1,
+    "accumulation_steps": 1, "batch_size": 1, "chunk_size": 1, "student_lr": 0, "head_lr": 0,
+    "teacher_lr": 0, "teacher_head_lr": 0, **{f"weights.{term}": 0 for term in TERMS},
+}  # fmt: skip
+"""The same for every training stage."""
+
+
 def validate(config: RunConfig) -> RunConfig:
     """Check what the types leave open; returns the config unchanged.
 
@@ -35,11 +62,18 @@ def validate(config: RunConfig) -> RunConfig:
         if not condition:
             raise UserError(f"config key '{key}' is {value!r}: must be {what}")
 
+    bounds = LEAST | {
+        f"stages.{stage}.{key}": least
+        for stage in TRAINING_STAGES
+        for key, least in STAGE_LEAST.items()
+    }
     for key, value in _numbers(asdict(config), ""):
         if isinstance(value, float):
             require(isfinite(value), key, value, "a finite number")
         else:
             require(key.endswith("seed") or abs(value) < 1 << 31, key, value, "below 2^31")
+        if (least := bounds.get(key)) is not None:
+            require(value >= least, key, value, f"{least} or more")
     for name, stage in training_stages(config).items():
         _check_stage(config, name, stage, require)
     _check_objective(config, require)
@@ -47,20 +81,10 @@ def validate(config: RunConfig) -> RunConfig:
         length = getattr(config.data, key)
         require(3 <= length <= MAX_TOKENS, f"data.{key}", length,
                 f"3 or more ([CLS], one word, [SEP]) and at most {MAX_TOKENS}")  # fmt: skip
-    require(config.seed >= 0, "seed", config.seed, "0 or more")
     _check_layers(config.student.layers, require)
-    require(config.student.late_interaction_dim >= 1, "student.late_interaction_dim",
-            config.student.late_interaction_dim, "1 or more")  # fmt: skip
-    for key in ("log_every", "threads_per_process", "keep_checkpoints", "max_nonfinite",
-                "validation_queries"):  # fmt: skip
-        require(getattr(config.training, key) >= 1, f"training.{key}",
-                getattr(config.training, key), "1 or more")  # fmt: skip
-    for key in ("num_processes", "save_every", "num_workers", "max_grad_norm", "weight_decay"):
-        require(getattr(config.training, key) >= 0, f"training.{key}",
-                getattr(config.training, key), "0 or more")  # fmt: skip
     require(config.training.timeout_minutes > 0, "training.timeout_minutes",
             config.training.timeout_minutes, "above 0")  # fmt: skip
-    _check_mining_and_evaluation(config, require)
+    _check_mining(config, require)
     for part, dropout in (("student", config.student.dropout), ("teacher", config.teacher.dropout)):
         require(
             dropout is None or 0 <= dropout < 1, f"{part}.dropout", dropout,
@@ -73,36 +97,21 @@ def validate(config: RunConfig) -> RunConfig:
 
 
 def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Require) -> None:
-    prefix = f"stages.{name}"
-    for key in ("steps", "num_negatives", "easy_steps"):
-        require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
-    require(stage.seed is None or stage.seed >= 0, f"{prefix}.seed", stage.seed, "0 or more")
-    for key in ("queries_per_rank", "accumulation_steps"):
-        require(getattr(stage, key) >= 1, f"{prefix}.{key}", getattr(stage, key), "1 or more")
-    for key in ("batch_size", "chunk_size"):
-        number = getattr(stage, key)
-        require(number is None or number >= 1, f"{prefix}.{key}", number, "1 or more, or null")
-    for key in ("student_lr", "head_lr", "teacher_lr"):
-        require(getattr(stage, key) >= 0, f"{prefix}.{key}", getattr(stage, key), "0 or more")
-    rate = stage.teacher_head_lr
-    require(rate is None or rate >= 0, f"{prefix}.teacher_head_lr", rate, "0 or more, or null")
+    prefix, weights = f"stages.{name}", asdict(stage.weights)
     require(0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1")
-    weights = asdict(stage.weights)
-    for key, value in weights.items():
-        require(value >= 0, f"{prefix}.weights.{key}", value, "0 or more")
     if stage.steps:
         require(
             any(weights.values()), f"{prefix}.weights", weights, "above 0 for one term at least"
         )
-        over_group = [k for k in ("ce", "ce_to_li", "ce_to_de") if weights[k]]
+        over_group = comparing(stage.weights, "group")
         require(
             stage.num_negatives > 0 or not over_group, f"{prefix}.num_negatives", 0,
             f"1 or more: the terms {over_group} compare the passages of a group",
         )  # fmt: skip
-    if stage.steps and stage.teacher_scores == "stored":
-        _check_stored_scores(config, name, stage, require)
+        if stage.teacher_scores == "stored":
+            _check_stored_scores(config, name, stage, require)
     if name == "post_train":
-        for key in ("ce", "ce_to_li", "ce_to_de", "attention", "virt"):
+        for key in (term for term in TERMS if "teacher" in TERMS[term].reads):
             require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
                     "0: post-training has no relevance labels for a teacher")  # fmt: skip
         require(stage.num_negatives == 0, f"{prefix}.num_negatives", stage.num_negatives,
@@ -127,11 +136,10 @@ def _check_stored_scores(
 ) -> None:
     """A cross-encoder that is not there can only give the scores that it left."""
     prefix, weights = f"stages.{name}", stage.weights
-    for key in ("ce", "attention", "virt"):
+    for key in ("ce", *comparing(weights, "pairs")):
         require(getattr(weights, key) == 0, f"{prefix}.weights.{key}", getattr(weights, key),
                 f"0 while {prefix}.teacher_scores is stored: it runs the teacher")  # fmt: skip
-    read = weights.ce_to_li or weights.ce_to_de
-    require(bool(read), f"{prefix}.teacher_scores", "stored",
+    require("tau_ce" in settings_read(weights), f"{prefix}.teacher_scores", "stored",
             "live while ce_to_li and ce_to_de are 0: nothing reads the scores")  # fmt: skip
     require(stage.negatives in ("mined", "given") and stage.num_negatives > 0,
             f"{prefix}.teacher_scores", "stored",
@@ -149,31 +157,16 @@ def _check_stored_scores(
             " stages.mine.denoise_margin a number (one far below 0 drops nothing)")  # fmt: skip
 
 
-def _check_mining_and_evaluation(config: RunConfig, require: Require) -> None:
-    mine, evaluation, check = config.stages.mine, config.evaluation, config.stages.teacher_check
-    for key in ("queries", "depth"):
-        require(getattr(check, key) >= 1, f"stages.teacher_check.{key}", getattr(check, key),
-                "1 or more")  # fmt: skip
+def _check_mining(config: RunConfig, require: Require) -> None:
+    mine, cascade = config.stages.mine, config.stages.cascade
     require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
             f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
-    require(mine.num_negatives >= 1, "stages.mine.num_negatives", mine.num_negatives, "1 or more")
-    cascade = config.stages.cascade
     mines = cascade.steps and cascade.num_negatives and cascade.negatives == "mined"
     require(
         mine.selection != "spread" or not mines or config.stages.teacher.steps > 0,
         "stages.mine.selection", "spread",
         "top or random while stages.teacher.steps is 0: it goes by the teacher's scores",
     )  # fmt: skip
-    for key in ("rerank_depth", "batch_size"):
-        require(getattr(evaluation, key) >= 1, f"evaluation.{key}", getattr(evaluation, key),
-                "1 or more")  # fmt: skip
-    for key, number in (("evaluation.max_queries", evaluation.max_queries),
-                        ("stages.mine.max_queries", mine.max_queries)):  # fmt: skip
-        require(number is None or number >= 1, key, number, "1 or more, or null")
-    for key, number in (("evaluation", evaluation.num_distractors),
-                        ("stages.teacher_check", check.num_distractors)):  # fmt: skip
-        require(number is None or number >= 0, f"{key}.num_distractors", number,
-                "0 or more, or null")  # fmt: skip
 
 
 def _check_objective(config: RunConfig, require: Require) -> None:
@@ -194,7 +187,7 @@ def _check_objective(config: RunConfig, require: Require) -> None:
         weights, prefix = stage.weights, f"stages.{name}"
         if not stage.steps:
             continue
-        compared = [k for k in ("li", "de", "li_to_de", "dual_reg") if getattr(weights, k)]
+        compared = comparing(weights, "candidates")
         require(
             objective.candidates != "group" or stage.num_negatives > 0 or not compared,
             "objective.candidates", "group", f"cross_batch or in_batch while {prefix}.num_negatives"

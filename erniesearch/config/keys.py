@@ -1,7 +1,7 @@
 """One YAML file describes a whole run; every field below is a key of it.
 
 The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``--help`` and the
-``--a.b value`` overrides from the attribute docstrings; ``config_checks`` holds what types cannot
+``--a.b value`` overrides from the attribute docstrings; ``checks`` holds what types cannot
 say.
 """
 

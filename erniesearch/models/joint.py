@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig, StageConfig
+from erniesearch.config.terms import comparing
 from erniesearch.data.batches import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder, content_mask
@@ -177,8 +178,8 @@ class JointModel(nn.Module):
 
     def open_pair_terms(self) -> list[str]:
         """The terms over the teacher's attention that count in this step."""
-        named = ("attention", "virt")
-        return [n for n in named if getattr(self.weights, n) and self.objective.is_open(n)]
+        over_pairs = comparing(self.weights, "pairs")
+        return [name for name in over_pairs if self.objective.is_open(name)]
 
     def pair_terms(
         self, batch: Batch, rows: slice, pairs: Pairs, queries: Encoded, passages: Encoded

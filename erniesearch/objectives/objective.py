@@ -13,17 +13,12 @@ from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, ObjectiveConfig
+from erniesearch.config.terms import TERMS, comparing, reads
 from erniesearch.data.batches import Batch
 from erniesearch.objectives import losses, scores
 from erniesearch.objectives.outputs import Outputs
 
 GATE_MOMENTUM = 0.9
-GATES = {
-    "li_to_de": ("li", "de"), "ce_to_li": ("group_ce", "group_li"),
-    "ce_to_de": ("group_ce", "group_de"), "attention": ("group_ce", "group_li"),
-    "virt": ("group_ce", "group_de"),
-}  # fmt: skip
-"""Whose running accuracies open a term to the student: its teacher's and its student's."""
 
 
 class StudentScores(NamedTuple):
@@ -51,19 +46,16 @@ class Objective:
         self.settings = settings
         # The competence gate's state, saved in checkpoints; a buffer would turn bf16 with the rest.
         self.running_accuracy: dict[str, float] = {}
-        w = weights
-        self.needs_vectors = any((w.de, w.ce_to_de, w.li_to_de, w.dual_reg))
-        self.needs_tokens = any((w.li, w.ce_to_li, w.li_to_de, w.attention))
-        self.needs_projections = bool(w.virt)
+        self.needs_vectors = reads(weights, "vectors")
+        self.needs_tokens = reads(weights, "tokens")
+        self.needs_projections = reads(weights, "projections")
         # A teacher that only gives targets needs no gradient.
-        self.trains_teacher = bool(w.ce) or not settings.detach_targets
+        self.trains_teacher = bool(weights.ce) or not settings.detach_targets
 
     @property
     def candidates(self) -> str:
         """``objective.candidates``, or the group where no term compares anything else."""
-        w = self.weights
-        beyond_group = any((w.li, w.de, w.li_to_de, w.dual_reg))
-        return self.settings.candidates if beyond_group else "group"
+        return self.settings.candidates if comparing(self.weights, "candidates") else "group"
 
     def terms(self, batch: Batch, outputs: Outputs, training: bool) -> dict[str, Tensor]:
         """Scalars by name: each term, ``accuracy_*`` and :func:`losses.kl_statistics` of each KL
@@ -234,7 +226,7 @@ class Objective:
         """Whether a distillation term counts: always without the competence gate; with it, while
         the running accuracy of its teacher, over the steps before this one, exceeds that of its
         student."""
-        teacher, student = GATES[term]
+        teacher, student = TERMS[term].gate
         running = self.running_accuracy
         if not self.settings.competence_gate or teacher not in running:
             return True

@@ -17,6 +17,7 @@ from erniesearch.config.keys import (
     TeacherConfig,
     training_stages,
 )
+from erniesearch.config.terms import settings_read
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.collection import (
     RetrievalData,
@@ -90,7 +91,7 @@ def assemble_model(
 
 def _teacher_temperature(stage: Stage, path: str) -> float:
     """What ``objective.tau_ce: auto`` stands for in a stage."""
-    needed = stage.weights.ce_to_li or stage.weights.ce_to_de
+    needed = "tau_ce" in settings_read(stage.weights)
     if not needed or not weights_wanted():
         return 1.0  # nothing depends on it
     temperature = stored_temperature(Path(resolve(path)))
@@ -165,7 +166,7 @@ def _check_temperature(config: RunConfig, teacher: TeacherConfig) -> None:
     if config.objective.tau_ce != "auto":
         return
     for name, stage in training_stages(config).items():
-        needed = stage.steps and (stage.weights.ce_to_li or stage.weights.ce_to_de)
+        needed = stage.steps and "tau_ce" in settings_read(stage.weights)
         if needed and not stages.teacher_source(config, name):
             folder = Path(resolve(teacher.path))
             if stored_temperature(folder) is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erniesearch import distributed
 from erniesearch.config.keys import LossWeights, StageConfig
+from erniesearch.config.terms import TERMS
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
@@ -29,7 +30,7 @@ def build(make_config: ConfigMaker, **changes: Any) -> tuple[JointModel, Batch]:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make_config: ConfigMaker) -> None:
-    weights = LossWeights(*[0.1 * (i + 1) for i in range(9)], mlm=0.0)
+    weights = LossWeights(**{n: 0.1 * (i + 1) for i, n in enumerate(TERMS) if n != "mlm"})
     model, batch = build(make_config, weights=weights)
     terms = model(batch)
     expected = sum(w * terms[name] for name, w in asdict(weights).items() if w)

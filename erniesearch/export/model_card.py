@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from erniesearch import __version__
 from erniesearch.config.keys import RunConfig, training_stages
@@ -148,12 +148,12 @@ def model_card(
         base = config.teacher.path or base
     origin = f"`{base}`{_kept_layers(cut)}"
     data = Path(config.data.path).name
-    front: dict[str, object] = {
-        "library_name": library, "pipeline_tag": pipeline,
-        "tags": ["erniesearch", "information-retrieval", kind.replace("_", "-")],
-    }  # fmt: skip
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        front["base_model"] = base  # a hub name; a folder's name would point nowhere
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    front = ModelCardData(
+        library_name=library, pipeline_tag=pipeline,
+        tags=["erniesearch", "information-retrieval", kind.replace("_", "-")],
+        base_model=base if on_hub else None,  # a folder's name would point nowhere
+    )  # fmt: skip
     tower = f", {suffix.removeprefix('_')} tower" if suffix else ""
     onnx_line = f"\n{_ONNX}\n" if onnx else ""
     pair = (
@@ -161,7 +161,7 @@ def model_card(
         if suffix else ""
     )  # fmt: skip
     return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False).rstrip(),
+        front=front.to_yaml(),
         title=f"{Path(config.run_dir).resolve().name}: {name}{tower}", version=__version__,
         origin=origin, data=data, split=config.data.train_split, stages=_stages(config),
         query_length=config.data.max_query_length, passage_length=config.data.max_passage_length,

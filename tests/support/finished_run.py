@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.tiny import ALL_TERMS, ConfigMaker
 from transformers import AutoModel, AutoTokenizer
 
 from erniesearch.config.keys import (
@@ -26,7 +27,6 @@ from erniesearch.retrieval.retriever import Retriever
 from erniesearch.retrieval.trained import make_retriever, trained_student
 from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.run_folder import RunFolder
-from support.tiny import ALL_TERMS, ConfigMaker
 
 
 def write_run(

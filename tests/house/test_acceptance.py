@@ -32,7 +32,7 @@ def run(
     path = [ROOT, ROOT / "kernels", ROOT / "benchmarks", ROOT / "tests"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, path)))
     found: list[dict[str, Any]] = []
-    runner = Runner("acceptance_fakes", CHECKS, "cpu", folder, time.monotonic() + seconds)
+    runner = Runner("support.acceptance_fakes", CHECKS, "cpu", folder, time.monotonic() + seconds)
     runner.run(names, 4, found.append)
     return {result["name"]: result for result in found}
 

@@ -232,7 +232,7 @@ def test_flops_and_traffic_of_a_stage_by_hand(make_config: ConfigMaker) -> None:
 
 def test_more_micro_steps_cost_more_time_and_no_more_memory(make_config: ConfigMaker) -> None:
     two, six = (
-        StageTracer(make_config(accumulation_steps=n), "cascade", "cuda", True).run(2, 4)
+        StageTracer(Stage(make_config(accumulation_steps=n), "cascade"), "cuda", True).run(2, 4)
         for n in (2, 6)
     )
     assert six.peak == two.peak
@@ -253,7 +253,7 @@ def test_the_ring_holds_two_blocks_however_many_ranks(make_config: ConfigMaker) 
 
 def test_gradient_caching_bounds_activations(make_config: ConfigMaker) -> None:
     plain, cached = (
-        StageTracer(make_config(chunk_size=size), "cascade", "cpu", False).run(2, 16)
+        StageTracer(Stage(make_config(chunk_size=size), "cascade"), "cpu", False).run(2, 16)
         for size in (None, 8)
     )
     assert cached.moving < 0.6 * plain.moving
@@ -283,7 +283,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(
 
 
 def test_the_largest_batch_of_a_stage(make_config: ConfigMaker) -> None:
-    estimate = Estimator(StageTracer(make_config(zero_stage=2), "cascade", "cpu", False))
+    estimate = Estimator(StageTracer(Stage(make_config(zero_stage=2), "cascade"), "cpu", False))
     limit = 40 << 20
     found = largest_fitting(estimate, 64, limit, 4)
     assert 4 < found < 1000
@@ -415,7 +415,7 @@ def test_planned_bytes_are_those_that_two_ranks_send(
     assert status == 0, output[-3000:]
     for config, sent in zip(configs, json.loads(out.read_text()), strict=True):
         tracer = StageTracer(Stage(config, "cascade"), "cpu", False)
-        steps = tracer.stage.accumulation_steps
+        steps = tracer.stage.settings.accumulation_steps
         planned = dict(tracer.run(2, config.stages.cascade.queries_per_rank).sent)
         for name, number in engine_traffic(tracer.layout, tracer.zero, 2, 4, steps).items():
             kind = next(k for k in ("all_reduce", "reduce_scatter", "all_gather")

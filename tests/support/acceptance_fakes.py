@@ -52,11 +52,13 @@ def succeed(context: Context) -> None:
 
 
 def fake(name: str, **options: Any) -> Check:
-    return Check(name, f"acceptance_fakes:{name}", 1, (options.pop("limit", 60), 60), **options)
+    return Check(
+        name, f"support.acceptance_fakes:{name}", 1, (options.pop("limit", 60), 60), **options
+    )
 
 
 CHECKS = (
     fake("succeed"), fake("hang", limit=6), fake("leave_behind"), fake("fail", alone=True),
     fake("stumble"), fake("die"), fake("skip"),
-    Check("needy", "acceptance_fakes:succeed", 1, (60, 60), ("torch", "no_such_module")),
+    Check("needy", "support.acceptance_fakes:succeed", 1, (60, 60), ("torch", "no_such_module")),
 )  # fmt: skip

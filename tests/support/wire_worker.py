@@ -49,7 +49,7 @@ def main(job_file: str, out: str) -> None:
         stage = config.stages.cascade
         with without_weights():
             model, tokenizer = assemble_model(
-                config, "cascade", config.student, base_teacher(config)
+                Stage(config, "cascade"), config.student, base_teacher(config)
             )
         engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, device)
         engine.train()

@@ -15,7 +15,7 @@ arms:
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ class Grid:
         folder = {"run_dir": str(self.run_dir / "arms" / arm.name / f"seed-{seed}")}
         content = merged(merged(merged(self.base, arm.overrides), seeds), folder)
         return config_from(content, f"{self.path}: arm {arm.name}")
+
+    def only(self, names: list[str]) -> "Grid":
+        """The grid of these arms and the controls that they are compared with.
+
+        Raises:
+            UserError: for an arm that the grid has not.
+        """
+        for name in names:
+            if name not in self.arms:
+                raise UserError(f"--arms {name}: this grid has {', '.join(self.arms)}")
+        wanted = {*names, *(self.arms[name].control for name in names)}
+        arms = {name: arm for name, arm in self.arms.items() if name in wanted}
+        return replace(self, arms=arms, primary=self.primary if self.primary in arms else None)
 
     def jobs(self) -> Iterator[tuple[Arm, int]]:
         """Every arm with every seed, the first seed of all arms first."""

@@ -27,13 +27,9 @@ def ablate_command(argv: list[str]) -> int:
 
     given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
     grid = read_grid(installation.grid_file(settings.grid), given)
-    jobs = list(grid.jobs())
     if settings.arms:
-        chosen = settings.arms.split(",")
-        for name in chosen:
-            if name not in grid.arms:
-                raise UserError(f"--arms {name}: this grid has {', '.join(grid.arms)}")
-        jobs = [(arm, seed) for arm, seed in jobs if arm.name in chosen]
+        grid = grid.only(settings.arms.split(","))
+    jobs = list(grid.jobs())
     if settings.task is not None:
         jobs = jobs[settings.task :: settings.tasks]
     try:
@@ -85,7 +81,12 @@ def _parser() -> ArgumentParser:
     add("--split", type=str | None, default=None,
         help="Qrels to measure on, e.g. dev while tuning; the grid's by default. Nothing is trained"
         " again for another split.")  # fmt: skip
-    add("--arms", type=str | None, default=None, help="Only these, separated by commas.")
+    add(
+        "--arms",
+        type=str | None,
+        default=None,
+        help="Only these and their controls, separated by commas.",
+    )
     add("--jobs", type=int, default=1,
         help="Arms trained at the same time on this machine; each takes training.num_processes"
         " processes.")  # fmt: skip

@@ -288,3 +288,13 @@ def test_killed_and_continued_gives_the_same_table(make_grid: GridMaker, tmp_pat
         tables.append({arm: facts["MRR@10"] for arm, facts in content["arms"].items()})
         assert len(list((folder / "results").glob("teacher-*"))) == 1
     assert tables[0] == tables[1]
+
+
+def test_chosen_arms_bring_their_controls(make_grid: Any) -> None:
+    grid = read_grid(make_grid(), {})
+    name = next(name for name, arm in grid.arms.items() if arm.control != name)
+    chosen = grid.only([name])
+    assert set(chosen.arms) == {name, grid.arms[name].control}
+    assert chosen.primary in (None, name)
+    with pytest.raises(UserError, match="--arms nobody: this grid has"):
+        grid.only(["nobody"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import name_accelerator
+from erniesearch.commands.parsing import name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 
@@ -37,8 +37,7 @@ def paddle_command(argv: list[str]) -> int:
     settings = parser.parse_args(argv)
     if settings.kind not in ("dual_encoder", "cross_encoder"):
         raise UserError(f"--kind {settings.kind}: dual_encoder or cross_encoder")
-    if settings.max_length < 3:
-        raise UserError(f"--max_length {settings.max_length}: must be 3 or more")
+    require_at_least(settings, {"max_length": 3})
     name_accelerator()
     from erniesearch.export.paddle import Overrides, convert_paddle
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import name_accelerator
+from erniesearch.commands.parsing import name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def search_command(argv: list[str]) -> int:
     settings = parser.parse_args(argv)
     if settings.rerank not in ("none", "late_interaction", "cross_encoder"):
         raise UserError(f"--rerank {settings.rerank}: none, late_interaction or cross_encoder")
-    for name in ("depth", "rerank_depth"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} {getattr(settings, name)}: must be 1 or more")
+    require_at_least(settings, {"depth": 1, "rerank_depth": 1})
     name_accelerator()
     from erniesearch.search.system import SearchSystem
 

@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import name_accelerator
+from erniesearch.commands.parsing import name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 
@@ -31,10 +31,7 @@ def serve_command(argv: list[str]) -> int:
     settings = parser.parse_args(argv)
     if not 0 <= settings.port <= 65535:
         raise UserError(f"--port {settings.port}: must be 0 to 65535")
-    for name in ("late_interaction_depth", "cross_encoder_depth"):
-        depth = getattr(settings, name)
-        if depth is not None and depth < 0:
-            raise UserError(f"--{name} {depth}: must be 0 or more")
+    require_at_least(settings, {"late_interaction_depth": 0, "cross_encoder_depth": 0})
     name_accelerator()
     from erniesearch.search.system import SearchSystem
 

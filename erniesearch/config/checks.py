@@ -148,9 +148,7 @@ def _check_stored_scores(
             f"0 while {prefix}.teacher_scores is stored: random negatives have none")  # fmt: skip
     require(config.objective.detach_targets, "objective.detach_targets", False,
             f"true while {prefix}.teacher_scores is stored: scores cannot be trained")  # fmt: skip
-    mine = config.stages.mine
-    limits = (mine.denoise_margin, mine.denoise_threshold)
-    asked = mine.selection == "spread" or any(limit is not None for limit in limits)
+    asked = config.stages.mine.asks_teacher
     require(stage.negatives == "given" or (asked and config.stages.teacher.steps > 0),
             f"{prefix}.teacher_scores", "stored",
             "live unless mining asks a teacher: stages.teacher.steps above 0 and"

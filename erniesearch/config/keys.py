@@ -1,8 +1,7 @@
 """One YAML file describes a whole run; every field below is a key of it.
 
 The dataclasses are frozen and nested as the YAML is. ``jsonargparse`` builds ``--help`` and the
-``--a.b value`` overrides from the attribute docstrings; ``checks`` holds what types cannot
-say.
+``--a.b value`` overrides from the attribute docstrings; ``checks`` holds what types cannot say.
 """
 
 from dataclasses import dataclass, field
@@ -239,6 +238,12 @@ class MineConfig:
     max_queries: int | None = None
     """Mine for this many training queries, drawn with the run's seed; the cascade trains on those
     alone. Null takes all."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether anything depends on the teacher's scores."""
+        limits = (self.denoise_margin, self.denoise_threshold)
+        return self.selection == "spread" or any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True)

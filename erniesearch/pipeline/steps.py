@@ -35,7 +35,6 @@ from erniesearch.export import export_all, write_cards
 from erniesearch.files import write_atomically
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.miner import (
-    asks_teacher,
     mine_negatives,
     mined_line,
     statistics,
@@ -98,7 +97,7 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     settings = config.stages.mine
     student, teacher = part_settings(config, "mine")
     scorer = None
-    if asks_teacher(settings) and stages.teacher_source(config, "mine"):
+    if settings.asks_teacher and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher)
     mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
     write_atomically(

@@ -127,12 +127,6 @@ def drawn_queries(data: RetrievalData, settings: MineConfig, seed: int) -> list[
     return qids
 
 
-def asks_teacher(settings: MineConfig) -> bool:
-    """Whether anything depends on the teacher's scores."""
-    limits = (settings.denoise_margin, settings.denoise_threshold)
-    return settings.selection == "spread" or any(limit is not None for limit in limits)
-
-
 def mine_negatives(
     data: RetrievalData,
     retriever: Retriever,
@@ -178,7 +172,7 @@ class Miner:
     ) -> None:
         self.data, self.retriever, self.index = data, retriever, index
         self.settings, self.seed = settings, seed
-        self.scorer = scorer if always_score or asks_teacher(settings) else None
+        self.scorer = scorer if always_score or settings.asks_teacher else None
         assert self.scorer is not None or settings.selection != "spread"
         self.relevant = data.relevant()
         most = max(len(pids) for pids in self.relevant.values())

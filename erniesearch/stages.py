@@ -15,14 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import (
-    TRAINING_STAGES,
-    LossWeights,
-    ObjectiveConfig,
-    RunConfig,
-    StageConfig,
-    training_stages,
-)
+from erniesearch.config.keys import TRAINING_STAGES, ObjectiveConfig, RunConfig, training_stages
+from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
 from erniesearch.config.terms import active, reads, settings_read
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
@@ -50,7 +44,7 @@ def needs_teacher(weights: LossWeights) -> bool:
     return reads(weights, "teacher")
 
 
-def runs_teacher(stage: StageConfig) -> bool:
+def runs_teacher(stage: TrainingStageConfig) -> bool:
     """Whether the stage runs the cross-encoder, rather than read scores that it has stored."""
     return needs_teacher(stage.weights) and stage.teacher_scores == "live"
 
@@ -137,7 +131,7 @@ class Stage:
     ranks: int = 1
 
     @property
-    def settings(self) -> StageConfig:
+    def settings(self) -> TrainingStageConfig:
         """``config.stages.NAME``."""
         return training_stages(self.config)[self.name]
 
@@ -269,15 +263,15 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         own = asdict(trained.settings)
         own["batch_size"] = trained.queries_per_rank * trained.ranks
         own.pop("queries_per_rank")
-        if own["teacher_scores"] == "live":
-            own.pop("teacher_scores")  # runs of before the option are still good
+        if trained.settings.teacher_scores == "live":
+            own.pop("teacher_scores", None)  # runs of before the option are still good
         settings["seed"] = trained.seed
         own.pop("seed")
         # A term that is not computed decides nothing, nor does one that this version does not know.
         own["weights"] = {term: weight for term, weight in own["weights"].items() if weight}
         settings["settings"] = own
         settings["objective"] = _decisive_objective(trained)
-        if own["negatives"] == "given":
+        if trained.settings.negatives == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
         training = _decisive(asdict(config.training))
         training["zero_stage"] = ZERO_FAMILY[config.training.zero_stage]

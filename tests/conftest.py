@@ -19,12 +19,11 @@ from erniesearch.config.keys import (
     EvaluationConfig,
     ObjectiveConfig,
     RunConfig,
-    StageConfig,
-    StagesConfig,
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
 )
+from erniesearch.config.stage_keys import PostTrainConfig, StageConfig, StagesConfig
 
 torch.set_num_threads(1)
 
@@ -89,11 +88,13 @@ def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMake
             own = {k: changes.pop(k) for k in list(changes) if hasattr(values, k)}
             config = replace(config, **{part: replace(values, **own)})
         settings = {
-            "steps": 4, "queries_per_rank": 4, "num_negatives": 2, "negatives": "random",
-            "warmup_ratio": 0.0, "schedule": "constant", "student_lr": 1e-3, "head_lr": 1e-3,
-            "teacher_lr": 1e-3, "weights": ALL_TERMS,
-        } | changes  # fmt: skip
-        stages = replace(config.stages, **{stage: StageConfig(**settings)})
+            "steps": 4, "queries_per_rank": 4, "warmup_ratio": 0.0, "schedule": "constant",
+            "student_lr": 1e-3, "head_lr": 1e-3, "weights": ALL_TERMS,
+        }  # fmt: skip
+        if stage != "post_train":
+            settings |= {"num_negatives": 2, "negatives": "random", "teacher_lr": 1e-3}
+        kind = PostTrainConfig if stage == "post_train" else StageConfig
+        stages = replace(config.stages, **{stage: kind(**(settings | changes))})
         return replace(config, stages=stages)
 
     return make

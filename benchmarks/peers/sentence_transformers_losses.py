@@ -28,14 +28,14 @@ from erniesearch.ablation.arms import evaluate_command, final_result, result_fol
 from erniesearch.ablation.grid import Grid, read_grid
 from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config.keys import RunConfig
-from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.data.collection import load_beir
+from erniesearch.data.negatives import read_scored_negatives
 from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine
-from erniesearch.files import write_atomically
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.pipeline import launcher
-from erniesearch.retrieval.trained import make_scorer, trained_teacher
+from erniesearch.retrieval.trained import trained_teacher
 from erniesearch.run_folder import RunFolder
 
 LOSSES = ("mnrl", "distil", "both")
@@ -47,9 +47,8 @@ def groups(grid: Grid, config: RunConfig, seed: int) -> list[tuple[str, list[str
     stage = config.stages.cascade
     data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
     folder = RunFolder(result_folder(grid, config, "mine"))
-    negatives = read_negatives(folder.negatives("mined"))
+    negatives, scores = read_scored_negatives(folder.negatives("mined"))
     relevant, texts = data.relevant(), dict(zip(data.pids, data.passages, strict=True))
-    scores = _teacher_scores(grid, config, data.queries, negatives, relevant, texts)
     rng = np.random.default_rng(seed)
     out: list[tuple[str, list[str], list[float]]] = []
     while len(out) < stage.steps * stage.queries_per_rank:
@@ -58,27 +57,9 @@ def groups(grid: Grid, config: RunConfig, seed: int) -> list[tuple[str, list[str
             if len(own) < stage.num_negatives:
                 continue  # ours fills the list up with random passages
             pids = [str(rng.choice(relevant[qid])), *own]
-            values = [scores[qid, pid] for pid in pids]
+            values = [scores[qid][pid] for pid in pids]
             out.append((data.queries[qid], [texts[pid] for pid in pids], values))
     return out[: stage.steps * stage.queries_per_rank]
-
-
-def _teacher_scores(
-    grid: Grid, config: RunConfig, queries: Any, negatives: Any, relevant: Any, texts: Any
-) -> dict[tuple[str, str], float]:
-    file = result_folder(grid, config, "mine") / "teacher-scores.json"
-    pairs = [(qid, pid) for qid in negatives for pid in [*relevant[qid], *negatives[qid]]]
-    if file.is_file():
-        values = json.loads(file.read_text())
-    else:
-        teacher = trained_teacher(config)
-        assert teacher is not None
-        scorer = make_scorer(config, teacher)
-        values = scorer.scores(
-            [queries[qid] for qid, _ in pairs], [texts[pid] for _, pid in pairs]
-        ).tolist()
-        write_atomically(file, json.dumps(values))
-    return dict(zip(pairs, values, strict=True))
 
 
 def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> None:

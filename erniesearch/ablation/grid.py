@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import installation, stages
-from erniesearch.config.keys import TRAINING_STAGES, LossWeights, RunConfig
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import launcher

@@ -5,8 +5,8 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from erniesearch.commands.parsing import name_accelerator, parse_options
-from erniesearch.config.keys import MineConfig
 from erniesearch.config.options import MineOptions
+from erniesearch.config.stage_keys import MineConfig
 from erniesearch.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TypeVar, get_type_hints
+from typing import TypeVar
 
 import jsonargparse
 from docstring_parser import parse_from_object
@@ -11,7 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from erniesearch.config.checks import check_yaml, validate
 from erniesearch.config.keys import RunConfig
-from erniesearch.config.yaml_file import from_dict
+from erniesearch.config.yaml_file import from_dict, types_of
 from erniesearch.errors import UserError, nearest
 from erniesearch.installation import config_file, config_names
 
@@ -120,7 +120,7 @@ def _file_first(argv: list[str]) -> list[str]:
 
 def _flat_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in types_of(cls).items():
         keys.append(prefix + name)
         if is_dataclass(kind):
             keys += _flat_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]

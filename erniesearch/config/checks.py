@@ -6,13 +6,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import (
-    MAX_TOKENS,
-    TRAINING_STAGES,
-    RunConfig,
-    StageConfig,
-    training_stages,
-)
+from erniesearch.config.keys import MAX_TOKENS, TRAINING_STAGES, RunConfig, training_stages
+from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
 from erniesearch.config.terms import TERMS, comparing, settings_read
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
@@ -96,7 +91,9 @@ def validate(config: RunConfig) -> RunConfig:
     return config
 
 
-def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Require) -> None:
+def _check_stage(
+    config: RunConfig, name: str, stage: TrainingStageConfig, require: Require
+) -> None:
     prefix, weights = f"stages.{name}", asdict(stage.weights)
     require(0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1")
     if stage.steps:
@@ -108,14 +105,12 @@ def _check_stage(config: RunConfig, name: str, stage: StageConfig, require: Requ
             stage.num_negatives > 0 or not over_group, f"{prefix}.num_negatives", 0,
             f"1 or more: the terms {over_group} compare the passages of a group",
         )  # fmt: skip
-        if stage.teacher_scores == "stored":
+        if isinstance(stage, StageConfig) and stage.teacher_scores == "stored":
             _check_stored_scores(config, name, stage, require)
     if name == "post_train":
         for key in (term for term in TERMS if "teacher" in TERMS[term].reads):
             require(weights[key] == 0, f"{prefix}.weights.{key}", weights[key],
                     "0: post-training has no relevance labels for a teacher")  # fmt: skip
-        require(stage.num_negatives == 0, f"{prefix}.num_negatives", stage.num_negatives,
-                "0: spans have no hard negatives")  # fmt: skip
     else:
         require(weights["mlm"] == 0, f"{prefix}.weights.mlm", weights["mlm"],
                 "0: only post_train masks words")  # fmt: skip
@@ -188,8 +183,8 @@ def _check_objective(config: RunConfig, require: Require) -> None:
         compared = comparing(weights, "candidates")
         require(
             objective.candidates != "group" or stage.num_negatives > 0 or not compared,
-            "objective.candidates", "group", f"cross_batch or in_batch while {prefix}.num_negatives"
-            f" is 0: the terms {compared} would compare a passage with none",
+            "objective.candidates", "group", f"cross_batch or in_batch: {prefix} has no hard"
+            f" negatives, and its terms {compared} would compare a passage with none",
         )  # fmt: skip
         require(
             not weights.dual_reg or config.student.dropout != 0, f"{prefix}.weights.dual_reg",

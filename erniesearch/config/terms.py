@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from erniesearch.config.keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights
 
 Read = Literal["vectors", "tokens", "projections", "teacher", "words"]
 

@@ -48,9 +48,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def types_of(cls: type) -> dict[str, type[Any]]:
+    """The keys of a config dataclass, with their types."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
 def unknown_key(content: dict[Any, Any], cls: type, prefix: str = "") -> str | None:
     """What is wrong with the first key that ``cls`` does not have, or that has no value."""
-    hints = get_type_hints(cls)
+    hints = types_of(cls)
     for key, value in content.items():
         if key not in hints:
             return f"unknown key '{prefix}{key}'{nearest(str(key), hints)}"
@@ -73,13 +79,10 @@ def to_yaml(config: Any) -> str:
 
 def from_dict(cls: type, content: dict[str, Any]) -> Any:
     """Rebuild a (nested) config dataclass from plain dictionaries (the inverse of ``asdict``)."""
-    hints = get_type_hints(cls)
     values = {
-        f.name: from_dict(hints[f.name], content[f.name])  # type: ignore[arg-type]
-        if is_dataclass(hints[f.name])
-        else content[f.name]
-        for f in fields(cls)
+        name: from_dict(kind, content[name]) if is_dataclass(kind) else content[name]  # type: ignore[arg-type]
+        for name, kind in types_of(cls).items()
         # A section that stands there empty is None, and has its defaults.
-        if f.name in content and not (is_dataclass(hints[f.name]) and content[f.name] is None)
+        if name in content and not (is_dataclass(kind) and content[name] is None)
     }
     return cls(**values)

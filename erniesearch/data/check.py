@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.data.collection import RetrievalData, load_beir, read_negatives, with_split
+from erniesearch.data.collection import RetrievalData, load_beir, with_split
 from erniesearch.data.corpus.texts import hash_text
 from erniesearch.data.corpus.tokens import open_tokens
+from erniesearch.data.negatives import read_negatives
 from erniesearch.errors import UserError
 
 PERCENTILES = (0, 50, 90, 95, 99, 100)

@@ -1,21 +1,18 @@
-"""BEIR layout in, TREC runs and negatives out; every odd line is named by file and line.
+"""BEIR layout; every odd line is named by file and line.
 
 corpus.jsonl    {"_id": str, "title": str, "text": str}
 queries.jsonl   {"_id": str, "text": str}
 qrels/SPLIT.tsv query-id <tab> corpus-id <tab> score, with that header
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
 
-from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus, rows_of
+from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus
 from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
-from erniesearch.files import write_atomically
 
 Run = dict[str, dict[str, float]]
 """Scores by query id and passage id."""
@@ -130,95 +127,3 @@ def with_split(data: RetrievalData, root: str | Path, split: str) -> RetrievalDa
     """
     path = Path(root) / "qrels" / f"{split}.tsv"
     return replace(data, qrels=read_qrels(path, data.queries, data.index_of))
-
-
-def write_trec_run(path: Path, run: Run, tag: str) -> None:
-    """``qid Q0 docid rank score tag``, rank from 1, scores not increasing, ties by docid."""
-    lines = []
-    for qid, scores in run.items():
-        ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
-        for position, (pid, score) in enumerate(ranked, 1):
-            lines.append(f"{qid} Q0 {pid} {position} {score:.9g} {tag}\n")
-    write_atomically(path, "".join(lines))
-
-
-def negatives_line(
-    qid: str,
-    positives: list[str],
-    negatives: list[str],
-    scores: tuple[list[float], list[float]] | None = None,
-) -> str:
-    """One query's hard negatives in a form that Tevatron reads too:
-    ``{"query_id", "positive_document_ids", "negative_document_ids"}``, with a teacher's scores of
-    both, in parallel lists, as ``positive_scores`` and ``negative_scores``."""
-    record: dict[str, object] = {
-        "query_id": qid, "positive_document_ids": positives, "negative_document_ids": negatives,
-    }  # fmt: skip
-    if scores is not None:
-        record |= {"positive_scores": scores[0], "negative_scores": scores[1]}
-    return json.dumps(record) + "\n"
-
-
-def write_negatives(
-    path: Path, negatives: dict[str, list[str]], positives: dict[str, list[str]]
-) -> None:
-    """Hard negatives as JSON lines (:func:`negatives_line`)."""
-    lines = (negatives_line(qid, positives[qid], pids) for qid, pids in negatives.items())
-    write_atomically(path, "".join(lines))
-
-
-def read_teacher_scores(path: Path) -> dict[str, dict[str, float]]:
-    """The teacher's scores that lie with hard negatives, by query and passage, relevant passages
-    and negatives together.
-
-    Raises:
-        UserError: for a line without them, or with another number of scores than of passages.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for number, record in read_jsonl(path):
-        own = found[str(record.get("query_id"))] = {}
-        for kind in ("positive", "negative"):
-            pids = record.get(f"{kind}_document_ids")
-            scores = record.get(f"{kind}_scores")
-            if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
-                raise UserError(
-                    f"{path}:{number}: no {kind}_scores, numbers that go with"
-                    f" {kind}_document_ids: mine with a teacher (`erniesearch mine --write_scores"
-                    " true`), or set teacher_scores: live"
-                )
-            if not isinstance(pids, list) or len(pids) != len(scores):
-                raise UserError(
-                    f"{path}:{number}: {len(scores)} {kind}_scores for"
-                    f" {len(pids) if isinstance(pids, list) else 'no'} {kind}_document_ids"
-                )
-            own |= {str(pid): float(score) for pid, score in zip(pids, scores, strict=True)}
-    return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def read_negatives(path: Path, data: RetrievalData | None = None) -> dict[str, list[str]]:
-    """Negative passage ids by query, hardest first.
-
-    Raises:
-        UserError: for an odd line; with ``data`` also for a query or passage that is not in it, or
-            a query with two lines.
-    """
-    negatives: dict[str, list[str]] = {}
-    for number, record in read_jsonl(path):
-        pids = record.get("negative_document_ids")
-        if not isinstance(pids, list) or "query_id" not in record:
-            raise UserError(f"{path}:{number}: expected query_id and negative_document_ids")
-        qid, pids = str(record["query_id"]), [str(pid) for pid in pids]
-        if data is not None:
-            if qid not in data.queries:
-                raise UserError(f"{path}:{number}: query '{qid}' is not in queries.jsonl")
-            if qid in negatives:
-                raise UserError(f"{path}:{number}: a second line for query '{qid}'; join them")
-            for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
-                if row < 0:
-                    raise UserError(f"{path}:{number}: passage '{pid}' is not in corpus.jsonl")
-        negatives[qid] = pids
-    return negatives

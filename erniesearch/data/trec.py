@@ -1,4 +1,4 @@
-"""TREC run files in: ``qid Q0 docid rank score tag``, strictly."""
+"""TREC run files, ``qid Q0 docid rank score tag``: written, and strictly read."""
 
 import math
 from collections.abc import Container
@@ -6,6 +6,17 @@ from pathlib import Path
 
 from erniesearch.data.collection import Run
 from erniesearch.errors import UserError
+from erniesearch.files import write_atomically
+
+
+def write_trec_run(path: Path, run: Run, tag: str) -> None:
+    """``qid Q0 docid rank score tag``, rank from 1, scores not increasing, ties by docid."""
+    lines = []
+    for qid, scores in run.items():
+        ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+        for position, (pid, score) in enumerate(ranked, 1):
+            lines.append(f"{qid} Q0 {pid} {position} {score:.9g} {tag}\n")
+    write_atomically(path, "".join(lines))
 
 
 def read_trec_run(

@@ -8,7 +8,8 @@ from typing import cast
 from rich.console import Console
 
 from erniesearch.config.options import EvaluateOptions
-from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
+from erniesearch.data.collection import RetrievalData, Run, load_beir
+from erniesearch.data.trec import write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation import systems
 from erniesearch.evaluation.answers import AnswerRecall, read_answers

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights, ObjectiveConfig, StageConfig
+from erniesearch.config.keys import ObjectiveConfig
+from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
 from erniesearch.config.terms import comparing
 from erniesearch.data.batches import Batch
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
@@ -293,7 +294,9 @@ class JointModel(nn.Module):
             towers.append(self.teacher.model)
         return towers
 
-    def parameter_groups(self, stage: StageConfig, weight_decay: float) -> Iterator[dict[str, Any]]:
+    def parameter_groups(
+        self, stage: TrainingStageConfig, weight_decay: float
+    ) -> Iterator[dict[str, Any]]:
         """AdamW groups per part; biases and norms do not decay, frozen parameters are left out.
         The cross-encoder's head is one group, biases included, where it has a rate of its own."""
         student = self.student

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights, ObjectiveConfig
+from erniesearch.config.keys import ObjectiveConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.terms import TERMS, comparing, reads
 from erniesearch.data.batches import Batch
 from erniesearch.objectives import losses, scores

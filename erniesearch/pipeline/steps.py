@@ -18,15 +18,10 @@ from rich.console import Console
 from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.bm25 import bm25_negatives
-from erniesearch.data.collection import (
-    RetrievalData,
-    Run,
-    load_beir,
-    with_split,
-    write_negatives,
-    write_trec_run,
-)
+from erniesearch.data.collection import RetrievalData, Run, load_beir, with_split
 from erniesearch.data.corpus.texts import rows_of
+from erniesearch.data.negatives import write_negatives
+from erniesearch.data.trec import write_trec_run
 from erniesearch.evaluation import measures
 from erniesearch.evaluation.fusion import reciprocal_rank_fusion
 from erniesearch.evaluation.table import Report, Row, describe_machine, stage_facts

@@ -19,7 +19,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from erniesearch.config.keys import StageConfig, TrainingConfig
+from erniesearch.config.keys import TrainingConfig
+from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.errors import UserError
 from erniesearch.models.joint import JointModel
 from erniesearch.planning.accounting import Tracker, bytes_sent
@@ -76,7 +77,7 @@ class Layout:
     frozen: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: JointModel, stage: StageConfig) -> "Layout":
+    def of(cls, model: JointModel, stage: TrainingStageConfig) -> "Layout":
         """Of a joint module, grouped as the stage's optimizer groups them."""
         return cls.of_parameters(
             [group["params"] for group in model.parameter_groups(stage, 0.0)],
@@ -199,7 +200,7 @@ class Reduction:
 
     def __init__(
         self, tracker: Tracker, layout: Layout, zero: Zero, ranks: int, width: int, gpu: bool,
-        stage: StageConfig,
+        stage: TrainingStageConfig,
     ) -> None:  # fmt: skip
         self.tracker, self.layout, self.zero = tracker, layout, zero
         self.ranks, self.width, self.gpu = ranks, width, gpu

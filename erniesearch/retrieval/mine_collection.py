@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from erniesearch import distributed
-from erniesearch.config.keys import MineConfig
 from erniesearch.config.options import MineOptions
+from erniesearch.config.stage_keys import MineConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files, write_atomically, written_aside

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from erniesearch.config.keys import MineConfig
-from erniesearch.data.collection import RetrievalData, negatives_line
+from erniesearch.config.stage_keys import MineConfig
+from erniesearch.data.collection import RetrievalData
 from erniesearch.data.corpus.texts import rows_of, take
+from erniesearch.data.negatives import negatives_line
 from erniesearch.errors import UserError
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.vector_index import VectorIndex

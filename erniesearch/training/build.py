@@ -9,22 +9,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
 from erniesearch.config.keys import (
-    LossWeights,
     ObjectiveConfig,
     RunConfig,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     training_stages,
 )
+from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
 from erniesearch.config.terms import settings_read
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
-from erniesearch.data.collection import (
-    RetrievalData,
-    read_negatives,
-    read_teacher_scores,
-    with_split,
-)
+from erniesearch.data.collection import RetrievalData, with_split
+from erniesearch.data.negatives import read_negatives, read_scored_negatives
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
@@ -235,13 +230,13 @@ def build_batches(
 def build_sampler(stage: Stage, data: RetrievalData) -> GroupSampler:
     """The stage's sampler over the whole global batch."""
     settings = stage.settings
-    negatives = scores = path = None
+    negatives = scores = None
     if settings.num_negatives and settings.negatives != "random":
-        path = _negatives_file(stage)
-        negatives = read_negatives(path, data if settings.negatives == "given" else None)
-    if settings.teacher_scores == "stored":
-        assert path is not None
-        scores = read_teacher_scores(path)
+        path, known = _negatives_file(stage), data if settings.negatives == "given" else None
+        if settings.teacher_scores == "stored":
+            negatives, scores = read_scored_negatives(path, known)
+        else:
+            negatives = read_negatives(path, known)
     return GroupSampler(
         data, negatives, settings.num_negatives, stage.global_batch, stage.seed,
         settings.easy_steps, scores,
@@ -271,7 +266,7 @@ def _tell_short_lists(stage: Stage, sampler: GroupSampler) -> None:
         )
 
 
-def learning_rate_factor(stage: StageConfig, step: int) -> float:
+def learning_rate_factor(stage: TrainingStageConfig, step: int) -> float:
     """Factor of the peak learning rate for the update after ``step`` updates.
 
     Linear warm-up over ``warmup_ratio · steps`` updates, then linear or cosine decay to 0.

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from erniesearch import distributed
-from erniesearch.config.keys import StageConfig
+from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.data.batches import StepBatches
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives.losses import contrastive_loss
@@ -74,7 +74,7 @@ def fit_temperature(scores: Tensor, mask: Tensor) -> float:
 
 @torch.no_grad()
 def calibrate(
-    engine: DeepSpeedEngine, stage: StageConfig, batches: StepBatches, device: torch.device
+    engine: DeepSpeedEngine, stage: TrainingStageConfig, batches: StepBatches, device: torch.device
 ) -> Calibration:
     """Fit the temperature of an engine's teacher, the same on every rank; every rank must call it.
 

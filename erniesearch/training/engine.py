@@ -11,7 +11,8 @@ import torch
 from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-from erniesearch.config.keys import StageConfig, TrainingConfig
+from erniesearch.config.keys import TrainingConfig
+from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.errors import UserError
 from erniesearch.installation import zero_file
 from erniesearch.models.joint import JointModel
@@ -63,7 +64,7 @@ def _keep_deepspeed_from_nvml() -> None:
 def build_engine(
     model: JointModel,
     training: TrainingConfig,
-    stage: StageConfig,
+    stage: TrainingStageConfig,
     queries_per_rank: int,
     device: torch.device,
     universal: bool = False,

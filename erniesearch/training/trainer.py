@@ -14,7 +14,8 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed
-from erniesearch.config.keys import RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
@@ -239,7 +240,7 @@ class Update(NamedTuple):
 def update(
     engine: DeepSpeedEngine,
     loader: Iterator[Batch],
-    stage: StageConfig,
+    stage: TrainingStageConfig,
     device: torch.device,
     progress: Callable[[str], Any],
 ) -> Update:

@@ -23,9 +23,11 @@ from erniesearch.ablation.plots import plot_curves, plot_differences
 from erniesearch.ablation.results import collect
 from erniesearch.ablation.statistics import clusters_of, difference, holm
 from erniesearch.cli import main
-from erniesearch.config.keys import TRAINING_STAGES, LossWeights, StageConfig
+from erniesearch.config.keys import TRAINING_STAGES
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.yaml_file import to_yaml
-from erniesearch.data.collection import load_beir, write_trec_run
+from erniesearch.data.collection import load_beir
+from erniesearch.data.trec import write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder, mark_done
 from erniesearch.stages import Stage

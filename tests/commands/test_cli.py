@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, FNetC
 
 from erniesearch import __version__, stages
 from erniesearch.cli import COMMANDS, main
-from erniesearch.config.keys import LossWeights, RunConfig, TeacherConfig
+from erniesearch.config.keys import RunConfig, TeacherConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.run_folder import RunFolder, claimed
 

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
@@ -16,10 +16,11 @@ from support.processes import ROOT
 from erniesearch import installation
 from erniesearch.cli import main
 from erniesearch.commands.parsing import config_parser, parse_config
-from erniesearch.config import keys as config_module
+from erniesearch.config import keys, stage_keys
 from erniesearch.config.checks import check_yaml, validate
-from erniesearch.config.keys import DataConfig, LossWeights, RunConfig, StudentConfig
-from erniesearch.config.yaml_file import from_dict, to_yaml
+from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
+from erniesearch.config.stage_keys import LossWeights
+from erniesearch.config.yaml_file import from_dict, to_yaml, types_of
 from erniesearch.errors import UserError
 
 DEFAULT = RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x"))
@@ -39,7 +40,7 @@ def changed(config: Any, key: str, value: object) -> Any:
 def leaves(cls: type, prefix: str = "") -> list[tuple[str, type, str]]:
     """(dotted key, class, field) of every config key that is not itself a mapping."""
     found = []
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in types_of(cls).items():
         if is_dataclass(kind):
             found += leaves(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
@@ -50,9 +51,15 @@ def leaves(cls: type, prefix: str = "") -> list[tuple[str, type, str]]:
 def docstrings() -> dict[tuple[str, str], str]:
     """The text below each field of each class of the config module."""
     found = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    modules = [inspect.getsource(module) for module in (stage_keys, keys)]
+    for node in [node for text in modules for node in ast.parse(text).body]:
         if not isinstance(node, ast.ClassDef):
             continue
+        for base in node.bases:
+            inherited = {
+                field: text for (cls, field), text in found.items() if cls == ast.unparse(base)
+            }
+            found |= {(node.name, field): text for field, text in inherited.items()}
         for field, text in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[node.name, ast.unparse(field.target)] = ast.literal_eval(text.value)
@@ -186,6 +193,10 @@ def test_shipped_zero_json_holds_only_the_zero_section(file: Path) -> None:
             MINIMAL + "stages:\n  cascade:\n    weights: {ce_to_dee: 1}\n",
             "unknown key 'stages.cascade.weights.ce_to_dee' (did you mean 'ce_to_de'?)",
         ),
+        (
+            MINIMAL + "stages: {post_train: {num_negatives: 1}}\n",
+            "unknown key 'stages.post_train.num_negatives'",
+        ),
         (MINIMAL + "zzzzzz: 1\n", "unknown key 'zzzzzz'"),
         (MINIMAL + "1: 1\n", "unknown key '1'"),
         (MINIMAL + "training: fast\n", "'training' must be a mapping, found 'fast'"),
@@ -282,7 +293,6 @@ IMPOSSIBLE = {
     "stages.interaction.negatives": "mined",
     "stages.post_train.weights.attention": 1.0,
     "stages.post_train.weights.ce_to_li": 1.0,
-    "stages.post_train.num_negatives": 2,
     "stages.mine.skip_top": 50,
     "stages.mine.num_negatives": 0,
     "stages.mine.max_queries": 0,
@@ -378,7 +388,7 @@ def test_groups_of_one_have_no_candidates() -> None:
     config = changed(DEFAULT, "objective.candidates", "group")
     validate(changed(config, "stages.contrastive.steps", 1))
     config = changed(config, "stages.post_train.steps", 1)
-    with pytest.raises(UserError, match=r"objective.candidates.*post_train.num_negatives is 0"):
+    with pytest.raises(UserError, match=r"objective.candidates.*post_train has no hard negatives"):
         validate(config)
 
 
@@ -426,7 +436,7 @@ def test_every_field_is_explained_in_help(capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_mapping_has_a_docstring() -> None:
     texts = docstrings()
-    for name, cls in vars(config_module).items():
+    for name, cls in (vars(stage_keys) | vars(keys)).items():
         if inspect.isclass(cls) and is_dataclass(cls):
             assert cls.__doc__, name
             assert all((name, field.name) in texts for field in fields(cls)), name

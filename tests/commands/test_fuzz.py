@@ -17,8 +17,9 @@ from support.tiny import ConfigMaker
 from erniesearch.cli import main
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.yaml_file import to_yaml
-from erniesearch.data.collection import load_beir, read_negatives, write_negatives, write_trec_run
-from erniesearch.data.trec import read_trec_run
+from erniesearch.data.collection import load_beir
+from erniesearch.data.negatives import read_negatives, write_negatives
+from erniesearch.data.trec import read_trec_run, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.pipeline import run as pipeline

@@ -13,13 +13,9 @@ from support.processes import ROOT, run_python
 from support.tiny import WORDS, ConfigMaker
 
 from erniesearch.data.bm25 import BM25, bm25_negatives, check_analyzer, split_identifiers
-from erniesearch.data.collection import (
-    RetrievalData,
-    load_beir,
-    read_negatives,
-    write_negatives,
-)
+from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.corpus.texts import open_corpus
+from erniesearch.data.negatives import read_negatives, write_negatives
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run, per_query_metrics
 from erniesearch.pipeline.run import run_pipeline

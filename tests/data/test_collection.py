@@ -8,13 +8,9 @@ import pytest
 from support.inputs import replace_line
 from support.tiny import write_beir
 
-from erniesearch.data.collection import (
-    RetrievalData,
-    load_beir,
-    read_negatives,
-    write_negatives,
-    write_trec_run,
-)
+from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.negatives import read_negatives, write_negatives
+from erniesearch.data.trec import write_trec_run
 from erniesearch.errors import UserError
 
 BAD_LINES = {

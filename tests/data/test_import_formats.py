@@ -12,9 +12,10 @@ from support.inputs import OLDER, lines, msmarco
 from support.tiny import write_beir
 
 from erniesearch.config.options import ImportOptions
-from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.data.collection import load_beir
 from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import content_id
+from erniesearch.data.negatives import read_negatives
 from erniesearch.errors import UserError
 
 

@@ -9,7 +9,7 @@ from support.tiny import write_beir
 
 from erniesearch.cli import main
 from erniesearch.config.options import ImportOptions
-from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.data.collection import load_beir
 from erniesearch.data.importers import import_data as module
 from erniesearch.data.importers.import_data import convert
 from erniesearch.data.importers.records import (
@@ -19,6 +19,7 @@ from erniesearch.data.importers.records import (
     Query,
     Record,
 )
+from erniesearch.data.negatives import read_negatives
 from erniesearch.errors import UserError
 
 

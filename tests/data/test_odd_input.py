@@ -10,7 +10,8 @@ from support.processes import run_python
 from support.tiny import WORDS, ConfigMaker, write_beir
 from transformers import AutoTokenizer
 
-from erniesearch.config.keys import MAX_TOKENS, LossWeights, RunConfig
+from erniesearch.config.keys import MAX_TOKENS, RunConfig
+from erniesearch.config.stage_keys import LossWeights, PostTrainConfig
 from erniesearch.data.bm25 import bm25_negatives
 from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.corpus import tokens
@@ -68,10 +69,8 @@ def test_odd_texts_arrive_unchanged(odd: tuple[RunConfig, RetrievalData]) -> Non
 def test_one_step_on_odd_texts_is_finite(stage: str, odd: tuple[RunConfig, RetrievalData]) -> None:
     config, data = odd
     if stage == "post_train":
-        settings = replace(
-            config.stages.cascade, num_negatives=0, queries_per_rank=len(data.pids),
-            weights=LossWeights(mlm=1.0, de=1.0, li=1.0),
-        )  # fmt: skip
+        weights = LossWeights(mlm=1.0, de=1.0, li=1.0)
+        settings = PostTrainConfig(steps=4, queries_per_rank=len(data.pids), weights=weights)
         config = replace(config, stages=replace(config.stages, post_train=settings))
     model, tokenizer = build_model(Stage(config, stage))
     batch = build_batches(Stage(config, stage), data, tokenizer)[0]

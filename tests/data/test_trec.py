@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rankings import random_run
 
-from erniesearch.data.collection import write_trec_run
-from erniesearch.data.trec import read_trec_run
+from erniesearch.data.trec import read_trec_run, write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.metrics import parse_metrics, per_query
 

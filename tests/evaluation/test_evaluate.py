@@ -12,8 +12,8 @@ from support.finished_run import finished_run
 from support.tiny import ConfigMaker, write_beir
 
 from erniesearch.cli import main
-from erniesearch.data.collection import load_beir, write_trec_run
-from erniesearch.data.trec import read_trec_run
+from erniesearch.data.collection import load_beir
+from erniesearch.data.trec import read_trec_run, write_trec_run
 from erniesearch.evaluation.measures import bm25_run, per_query_metrics
 from erniesearch.export import export_all
 from erniesearch.retrieval import ranking

@@ -12,7 +12,8 @@ from ir_measures import RR, R, nDCG
 from support.rankings import random_run
 
 from erniesearch.config.keys import EvaluationConfig, StudentConfig
-from erniesearch.data.collection import RetrievalData, Run, load_beir, write_trec_run
+from erniesearch.data.collection import RetrievalData, Run, load_beir
+from erniesearch.data.trec import write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import (
     bm25_run,

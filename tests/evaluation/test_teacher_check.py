@@ -14,7 +14,8 @@ from torch import Tensor
 
 from erniesearch import stages
 from erniesearch.cli import main
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import RetrievalData
 from erniesearch.evaluation.measures import Estimate

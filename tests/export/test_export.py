@@ -22,11 +22,8 @@ from support.tiny import ConfigMaker, write_model
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from erniesearch.config.keys import (
-    LossWeights,
-    StageConfig,
-    TeacherConfig,
-)
+from erniesearch.config.keys import TeacherConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.data.batches import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.export import export_all

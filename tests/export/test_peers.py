@@ -27,14 +27,12 @@ from erniesearch.cli import main
 from erniesearch.config.keys import (
     DataConfig,
     EvaluationConfig,
-    LossWeights,
     RunConfig,
-    StageConfig,
-    StagesConfig,
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
 )
+from erniesearch.config.stage_keys import LossWeights, StageConfig, StagesConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.export import export_all
 from erniesearch.models.backbone import load_tokenizer

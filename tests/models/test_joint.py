@@ -9,7 +9,7 @@ from support.tiny import WITH_VIRT, ConfigMaker
 from torch import Tensor
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights, StageConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.terms import TERMS
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir

@@ -8,7 +8,7 @@ import torch
 from support.tiny import WITH_VIRT, ConfigMaker
 from torch import Tensor
 
-from erniesearch.config.keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
 from erniesearch.stages import Stage

@@ -11,7 +11,8 @@ from support.tiny import WITH_VIRT, ConfigMaker, write_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
-from erniesearch.config.keys import LossWeights, TeacherConfig
+from erniesearch.config.keys import TeacherConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError

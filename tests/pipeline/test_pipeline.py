@@ -15,7 +15,8 @@ from support.processes import losses_of, orphans, run_python, start
 from support.tiny import ALL_TERMS, ConfigMaker, write_beir
 
 from erniesearch import stages
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights, PostTrainConfig, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.distributed import free_port
 from erniesearch.models.backbone import load_tokenizer
@@ -35,7 +36,9 @@ def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
     small = StageConfig(steps=4, queries_per_rank=2, num_negatives=2)
     settings = replace(
         config.stages,
-        post_train=replace(small, num_negatives=0, weights=LossWeights(mlm=1.0, de=1.0, li=1.0)),
+        post_train=PostTrainConfig(
+            steps=4, queries_per_rank=2, weights=LossWeights(mlm=1.0, de=1.0, li=1.0)
+        ),
         contrastive=replace(small, weights=LossWeights(de=1.0)),
         interaction=replace(small, weights=LossWeights(de=1.0, li=1.0, li_to_de=1.0)),
         teacher=replace(small, easy_steps=2, weights=LossWeights(ce=1.0)),

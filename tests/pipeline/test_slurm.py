@@ -12,7 +12,7 @@ from support.processes import ROOT, losses_of, run_python
 from support.slurm_cluster import Cluster, missing
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import LossWeights, StageConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.run_folder import RunFolder
 from erniesearch.training.checkpoints.checkpointer import find_checkpoints

@@ -8,7 +8,8 @@ import pytest
 from support.tiny import ConfigMaker
 
 from erniesearch import stages
-from erniesearch.config.keys import LossWeights, RunConfig, StageConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights, PostTrainConfig, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.retrieval.model_folder import read_folder
@@ -49,6 +50,7 @@ def config(make_config: ConfigMaker) -> RunConfig:
         name: StageConfig(steps=1, weights=weights, negatives="random")
         for name, weights in SETTINGS.items()
     }
+    own["post_train"] = PostTrainConfig(steps=1, weights=SETTINGS["post_train"])
     own["cascade"] = replace(own["cascade"], negatives="mined")
     return replace(config, stages=replace(config.stages, **own))
 
@@ -70,7 +72,7 @@ def test_ranks_count_with_in_batch_candidates(config: RunConfig) -> None:
 
     def made(queries_per_rank: int, ranks: int, candidates: str, stage: str = "contrastive") -> str:
         changed: dict[str, Any] = {
-            "post_train": StageConfig(),
+            "post_train": PostTrainConfig(),
             stage: replace(getattr(config.stages, stage), queries_per_rank=queries_per_rank),
         }
         objective = replace(config.objective, candidates=candidates)

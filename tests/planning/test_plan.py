@@ -18,7 +18,8 @@ from support.processes import ROOT, SUPPORT, run_python
 from support.tiny import ALL_TERMS, ConfigMaker, write_model
 
 from erniesearch import cli, distributed
-from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.planning.accounting import GpuKernels, Tracker, bytes_sent, fake_world
 from erniesearch.planning.estimate import (
@@ -390,7 +391,7 @@ def larger(tmp_path: Path, make_config: ConfigMaker) -> Callable[..., RunConfig]
 
 
 def test_the_planned_peak_is_the_measured_one(larger: Callable[..., RunConfig]) -> None:
-    config = larger("post_train", weights=LossWeights(mlm=1.0, de=1.0), num_negatives=0,
+    config = larger("post_train", weights=LossWeights(mlm=1.0, de=1.0),
                     dropout=0.0, zero_stage=1)  # fmt: skip
     planned, measured = compare(config, "post_train", 1, 48)
     assert planned.peak > 200 << 20

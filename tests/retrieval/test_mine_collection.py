@@ -11,9 +11,10 @@ from support.processes import run_python
 from support.tiny import ConfigMaker, write_beir
 
 from erniesearch.cli import main
-from erniesearch.config.keys import MineConfig
 from erniesearch.config.options import EncodeOptions, IndexOptions, MineOptions
-from erniesearch.data.collection import load_beir, read_negatives
+from erniesearch.config.stage_keys import MineConfig
+from erniesearch.data.collection import load_beir
+from erniesearch.data.negatives import read_negatives
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval import mine_collection

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erniesearch.config.keys import MineConfig
+from erniesearch.config.stage_keys import MineConfig
 from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.retrieval.miner import Mined, mine_negatives, spread, statistics
 from erniesearch.retrieval.retriever import PairScorer, Retriever

@@ -11,7 +11,7 @@ import pytest
 from support.finished_run import write_run
 from support.tiny import ALL_TERMS
 
-from erniesearch.config.keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import RetrievalData
 from erniesearch.errors import UserError
 from erniesearch.search.explain import match_tokens

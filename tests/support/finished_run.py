@@ -9,15 +9,8 @@ import torch
 from support.tiny import ALL_TERMS, ConfigMaker
 from transformers import AutoModel, AutoTokenizer
 
-from erniesearch.config.keys import (
-    DataConfig,
-    LossWeights,
-    RunConfig,
-    StageConfig,
-    StagesConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig, StagesConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.models.backbone import load_tokenizer

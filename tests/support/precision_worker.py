@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from erniesearch import distributed, exiting
-from erniesearch.config.keys import StageConfig, TrainingConfig
+from erniesearch.config.keys import TrainingConfig
+from erniesearch.config.stage_keys import StageConfig
 from erniesearch.training.checkpoints.weights import gathered_state
 from erniesearch.training.engine import build_engine
 from erniesearch.training.trainer import update

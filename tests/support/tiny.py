@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights
 
 WORDS = [a + b for a in ("ba", "de", "fi", "go", "ku", "la", "mi", "no") for b in
          ("ran", "sel", "tor", "vix", "wen", "zul", "pat", "hod")]  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 from support.processes import run_python
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig, StageConfig
+from erniesearch.config.keys import ObjectiveConfig, RunConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError

@@ -11,7 +11,7 @@ from support.pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
 from support.tiny import WITH_VIRT, ConfigMaker
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.planning.accounting import fake_world
 from erniesearch.stages import Stage
@@ -74,7 +74,7 @@ def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **ch
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-SPANS = {"num_negatives": 0, "weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
+SPANS = {"weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])

@@ -13,7 +13,7 @@ from support.processes import SUPPORT, losses_of, run_python
 from support.tiny import WITH_VIRT, ConfigMaker
 
 from erniesearch import distributed
-from erniesearch.config.keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.run_folder import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -188,7 +188,7 @@ def test_masked_words_weigh_the_same_on_every_rank(
     for ranks in (1, 2):
         configs[ranks] = make_config(
             stage="post_train", run_dir=tmp_path / f"on-{ranks}", steps=STEPS, dropout=0.0,
-            queries_per_rank=GLOBAL_BATCH // ranks, num_negatives=0, chunk_size=chunk_size,
+            queries_per_rank=GLOBAL_BATCH // ranks, chunk_size=chunk_size,
             weights=LossWeights(mlm=1.0, de=1.0),
         )  # fmt: skip
         file = tmp_path / f"{ranks}.json"

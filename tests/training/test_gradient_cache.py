@@ -10,7 +10,8 @@ import torch
 from support.tiny import ALL_TERMS, WITH_VIRT, ConfigMaker
 from torch import Tensor
 
-from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import Chunk, JointModel
@@ -93,7 +94,7 @@ def test_under_other_settings(make_config: ConfigMaker, changes: dict[str, Any])
 
 def test_post_training(make_config: ConfigMaker) -> None:
     config = make_config(
-        stage="post_train", dropout=0.0, num_negatives=0, queries_per_rank=7,
+        stage="post_train", dropout=0.0, queries_per_rank=7,
         weights=LossWeights(mlm=0.7, de=1.0, li=0.5),
     )  # fmt: skip
     model, batch = build(config, "post_train")

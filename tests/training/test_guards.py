@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from support.processes import SUPPORT, losses_of, run_python
 from support.tiny import ConfigMaker
 
-from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import RankFailed
 from erniesearch.run_folder import RunFolder

@@ -17,12 +17,11 @@ from erniesearch.config.keys import (
     DataConfig,
     ObjectiveConfig,
     RunConfig,
-    StageConfig,
-    StagesConfig,
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
 )
+from erniesearch.config.stage_keys import StageConfig, StagesConfig
 from erniesearch.evaluation.table import describe_machine
 
 pytestmark = [

@@ -15,13 +15,10 @@ from support.processes import SUPPORT, losses_of, run_python
 from support.tiny import ConfigMaker
 
 from erniesearch.config.checks import validate
-from erniesearch.config.keys import LossWeights, ObjectiveConfig, RunConfig
-from erniesearch.data.collection import (
-    RetrievalData,
-    load_beir,
-    negatives_line,
-    read_teacher_scores,
-)
+from erniesearch.config.keys import ObjectiveConfig, RunConfig
+from erniesearch.config.stage_keys import LossWeights
+from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.negatives import negatives_line, read_scored_negatives
 from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
 from erniesearch.retrieval.trained import make_scorer
@@ -201,10 +198,10 @@ def test_odd_scores_are_named(change: dict[str, Any], problem: str, tmp_path: Pa
             "positive_scores": [1], "negative_scores": [-2.5]}  # fmt: skip
     path = tmp_path / "negatives.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    assert read_teacher_scores(path) == {"q": {"a": 1.0, "b": -2.5}}
+    assert read_scored_negatives(path)[1] == {"q": {"a": 1.0, "b": -2.5}}
     path.write_text(json.dumps(line | change) + "\n")
     with pytest.raises(UserError, match=problem):
-        read_teacher_scores(path)
+        read_scored_negatives(path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from support.processes import losses_of, train_cascade
 from support.tiny import ALL_TERMS, ConfigMaker
 
 from erniesearch.cli import main
-from erniesearch.config.keys import LossWeights, RunConfig
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.stages import Stage
 from erniesearch.training.checkpoints.checkpointer import find_best, find_checkpoints, step_of

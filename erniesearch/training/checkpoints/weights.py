@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch import distributed
-from erniesearch.config.keys import StageConfig
+from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
 from erniesearch.models.joint import JointModel
@@ -120,7 +120,7 @@ def _best_whole(folder: Path) -> tuple[Path, Manifest]:
 
 
 def _trained_state(
-    checkpoint: Path, zero_stage: int, model: JointModel, stage: StageConfig
+    checkpoint: Path, zero_stage: int, model: JointModel, stage: TrainingStageConfig
 ) -> dict[str, Tensor]:
     """The checkpoint's fp32 weights by name. Frozen ones, which bf16 has rounded, are left out
     (without ZeRO and in fp32 they are as they were)."""

@@ -1,7 +1,6 @@
 """How far long work is: a bar on a terminal, a line every 20 seconds elsewhere."""
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -16,63 +15,57 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 20
 
 
-def progress_bar(console: Console) -> Progress:
-    """Description, bar, count, times and a note; nothing where the console is no terminal."""
-    return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-
-
 class Meter:
     """Counts ``unit`` up to ``total`` and says how many a second and how long it will take.
 
     Args:
         shown: False counts without a word (ranks other than 0).
         patience: seconds without a word; work that is done by then needs none.
+        done: units that an earlier process did.
     """
 
     def __init__(
-        self, name: str, unit: str, total: int, shown: bool = True, patience: float = 0.0
-    ) -> None:
+        self, name: str, unit: str, total: int, shown: bool = True, patience: float = 0.0,
+        done: int = 0,
+    ) -> None:  # fmt: skip
         self.name, self.unit, self.total, self.shown = name, unit, total, shown
-        self.patience, self.done = patience, 0
+        self.patience, self.first, self.done = patience, done, done
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar = progress_bar(self.console)
-        self.bar.disable = self.bar.disable or not shown
-        self.task = self.bar.add_task(name, total=total, note="", visible=not patience)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console,
+            disable=not (shown and self.console.is_terminal),
+        )  # fmt: skip
+        self.task = self.bar.add_task(
+            name, total=total, completed=done, note="", visible=not patience
+        )
         self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> "Meter":
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     @property
     def rate(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self.started, 1e-9)
+        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
 
     def advance(self, number: int) -> None:
         """Count ``number`` more."""
         self.reach(self.done + number)
 
-    def reach(self, done: int) -> None:
-        """``done`` are done by now."""
+    def reach(self, done: int, note: str = "") -> None:
+        """``done`` are done by now; ``note`` says how fast in other words than units a second."""
         self.done = done
         now = time.monotonic()
         if now - self.started < self.patience:
             return
         rate = self.rate
-        note = f"{rate:,.0f} {self.unit}/s"
+        note = note or f"{rate:,.0f} {self.unit}/s"
         self.bar.update(self.task, completed=done, note=note, visible=True)
         if (
             self.shown
@@ -82,6 +75,5 @@ class Meter:
             self.printed = now
             left = (self.total - self.done) / max(rate, 1e-9)
             self.console.print(
-                f"{self.name} {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f} {self.unit}/s"
-                f"  {left:,.0f} s left"
+                f"{self.name} {done:,}/{self.total:,} {self.unit}  {note}  {left:,.0f} s left"
             )

@@ -3,16 +3,13 @@
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from accelerate.tracking import GeneralTracker
-from rich.console import Console
 
 from erniesearch.files import write_atomically
-from erniesearch.progress import SECONDS_BETWEEN_LINES, progress_bar
+from erniesearch.progress import Meter
 
 
 class Monitor:
@@ -38,23 +35,14 @@ class Monitor:
             drop_lines_after(path, start_step)
         self.handle = self.path.open("a", encoding="utf-8")
         self.trackers = trackers
-        self.console = Console(stderr=True)
-        self.name, self.steps, self.start_step = name, steps, start_step
-        self.started = self.printed = time.monotonic()
-        self.progress = progress_bar(self.console)
-        self.task = self.progress.add_task(name, total=steps, completed=start_step, note="")
+        self.meter = Meter(name, "updates", steps, done=start_step)
 
     def __enter__(self) -> "Monitor":
-        self.progress.start()
+        self.meter.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.progress.stop()
+    def __exit__(self, *_: object) -> None:
+        self.meter.__exit__()
         self.handle.close()
         for tracker in self.trackers:
             tracker.finish()
@@ -73,18 +61,10 @@ class Monitor:
         self.handle.write(json.dumps(line) + "\n")
         self.handle.flush()
         self._track(step, {"loss": terms, "learning_rate": rates, "speed": speed})
-        note = f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
-        self.progress.update(self.task, completed=step, note=note)
-        now = time.monotonic()
-        due = now - self.printed > SECONDS_BETWEEN_LINES or step == self.steps
-        if not self.console.is_terminal and due:
-            self.printed = now
-            left = (now - self.started) / (step - self.start_step) * (self.steps - step)
-            self.console.print(
-                f"{self.name} {step}/{self.steps}  {note}"
-                f"  {speed['tokens_per_second']:.0f} tokens/s  {left:.0f} s left",
-                highlight=False,
-            )
+        self.meter.reach(
+            step, f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
+            f"  {speed['tokens_per_second']:.0f} tokens/s",
+        )  # fmt: skip
 
     def log_validation(self, step: int, figures: dict[str, float]) -> None:
         """Write a checkpoint's figures on the validation split."""
@@ -94,9 +74,8 @@ class Monitor:
             handle.flush()
             os.fsync(handle.fileno())
         self._track(step, {"validation": figures})
-        self.console.print(
-            f"{self.name} {step}/{self.steps}  validation loss {figures['loss']:.4f}",
-            highlight=False,
+        self.meter.console.print(
+            f"{self.meter.name} {step}/{self.meter.total}  validation loss {figures['loss']:.4f}"
         )
 
     def _track(self, step: int, groups: dict[str, dict[str, float]]) -> None:

@@ -1,7 +1,6 @@
 """Arrow files written block by block and read memory-mapped: rows are found by their block."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,7 @@ class BlockWriter:
     def __enter__(self) -> "BlockWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if error is None:
             self._flush()
         self.writer.close()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 RESAMPLES = 9_999
 _BLOCK = 20_000_000
@@ -31,23 +33,15 @@ class Difference:
 def clusters_of(qrels: dict[str, dict[str, int]]) -> np.ndarray:
     """The cluster of each query of the qrels, ``[num_queries]`` in their order: queries that share
     a relevant passage, directly or through others, have the same number."""
-    parent: dict[str, str] = {}
-
-    def root(pid: str) -> str:
-        parent.setdefault(pid, pid)
-        while parent[pid] != pid:
-            parent[pid] = parent[parent[pid]]
-            pid = parent[pid]
-        return pid
-
-    firsts = []
-    for qid, grades in qrels.items():
-        relevant = [pid for pid, grade in grades.items() if grade > 0] or [f"no passage: {qid}"]
-        firsts.append(relevant[0])
-        for pid in relevant:
-            parent[root(pid)] = root(relevant[0])
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(root(pid), len(numbers)) for pid in firsts])
+    nodes: dict[str, int] = {}  # passages, after the queries
+    edges = [
+        (query, nodes.setdefault(pid, len(qrels) + len(nodes)))
+        for query, grades in enumerate(qrels.values()) for pid, grade in grades.items() if grade > 0
+    ]  # fmt: skip
+    size = len(qrels) + len(nodes)
+    pairs = np.array(edges, dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(pairs)), pairs.T), (size, size))
+    return connected_components(graph, directed=False)[1][: len(qrels)]
 
 
 def difference(

@@ -5,7 +5,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from erniesearch.commands.parsing import name_accelerator, require_at_least
+from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
 from erniesearch.errors import UserError
 from erniesearch.training.faults import preemption
 
@@ -64,9 +64,8 @@ def ablate_command(argv: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="erniesearch ablate", exit_on_error=False,
-        description="Train every arm of a grid with every seed, measure each arm's last"
+    parser = command_parser(
+        "ablate", "Train every arm of a grid with every seed, measure each arm's last"
         " dual-encoder, and compare it with its control on the same queries. Stages that arms share"
         " are trained once; the same command continues after an interruption.",
     )  # fmt: skip

@@ -3,18 +3,15 @@
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, require_at_least
+from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 
 def paddle_command(argv: list[str]) -> int:
     """``erniesearch convert paddle SOURCE --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch convert paddle", exit_on_error=False,
-        description="Convert ERNIE weights of PaddleNLP (model_state.pdparams) into a folder for"
-        " transformers and sentence-transformers. Nothing in the file is executed.",
+    parser = command_parser(
+        "convert paddle", "Convert ERNIE weights of PaddleNLP (model_state.pdparams) into a folder"
+        " for transformers and sentence-transformers. Nothing in the file is executed.",
     )  # fmt: skip
     parser.add_argument(
         "source", type=str,

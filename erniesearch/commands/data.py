@@ -2,63 +2,50 @@
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
-
-from erniesearch.commands.parsing import parse_options
+from erniesearch.commands.parsing import command_parser, parse_options
 from erniesearch.config.options import ImportOptions
 from erniesearch.errors import UserError
 
 
 def pydocs_command(argv: list[str]) -> int:
     """``erniesearch data pydocs --out DIR``."""
-    settings = _embedded(
+    return _embedded(
         "pydocs", "Build a retrieval set from the docstrings on this machine: summary lines are"
         " queries, the rest of each docstring is its passage; split by module.", argv,
     )  # fmt: skip
-    from erniesearch.data.importers import pydocs
-
-    facts = pydocs.build(Path(settings.out), settings.max_pairs)
-    splits = ", ".join(f"{name} {count}" for name, count in facts["qrels"].items())  # type: ignore[attr-defined]
-    sys.stdout.write(
-        f"{settings.out}: {facts['passages']} passages, {facts['queries']} queries ({splits})\n"
-    )
-    return 0
 
 
 def pycode_command(argv: list[str]) -> int:
     """``erniesearch data pycode --out DIR``."""
-    settings = _embedded(
+    return _embedded(
         "pycode", "Build a code-search set from the functions of the standard library and of"
         " installed packages: a docstring's first sentence is the query, the code without"
         " docstrings and comments its passage; split by module.", argv,
     )  # fmt: skip
-    from erniesearch.data.importers import pycode
-
-    facts = pycode.build(Path(settings.out), settings.max_pairs)
-    splits = ", ".join(f"{name} {count}" for name, count in facts["splits"].items())
-    sys.stdout.write(f"{settings.out}: {facts['pairs']} pairs ({splits})\n")
-    return 0
 
 
-def _embedded(name: str, description: str, argv: list[str]) -> Namespace:
-    """The options of a set made from what is installed here."""
-    parser = ArgumentParser(
-        prog=f"erniesearch data {name}", exit_on_error=False, description=description
-    )
+def _embedded(name: str, description: str, argv: list[str]) -> int:
+    """A set made from what is installed here."""
+    parser = command_parser(f"data {name}", description)
     parser.add_argument("--out", type=str, required=True, help="Folder to write, BEIR layout.")
     parser.add_argument(
         "--max_pairs", type=int | None, default=None, help="Keep at most this many queries."
     )
-    return parser.parse_args(argv)
+    settings = parser.parse_args(argv)
+    build = import_module(f"erniesearch.data.importers.{name}").build
+    splits = build(Path(settings.out), settings.max_pairs)["splits"]
+    told = ", ".join(f"{split} {count}" for split, count in splits.items())
+    sys.stdout.write(f"{settings.out}: {sum(splits.values())} queries ({told})\n")
+    return 0
 
 
 def import_command(argv: list[str]) -> int:
     """``erniesearch data import FORMAT SOURCE... --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch data import", exit_on_error=False,
-        description="Convert a retrieval set to BEIR layout, with its hard negatives in"
+    parser = command_parser(
+        "data import", "Convert a retrieval set to BEIR layout, with its hard negatives in"
         " negatives.jsonl and a report in import.json. Texts are streamed; the folder is written"
         " whole or not at all.",
     )  # fmt: skip
@@ -97,9 +84,8 @@ def import_command(argv: list[str]) -> int:
 
 def check_command(argv: list[str]) -> int:
     """``erniesearch data check DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch data check", exit_on_error=False,
-        description="Read every file of a data set in BEIR layout and print, as JSON, lengths,"
+    parser = command_parser(
+        "data check", "Read every file of a data set in BEIR layout and print, as JSON, lengths,"
         " passages with one text, judgements by split, and queries that splits share.",
     )  # fmt: skip
     parser.add_argument("data", type=str, help="Folder in BEIR layout.")

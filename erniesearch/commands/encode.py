@@ -1,16 +1,13 @@
 """``encode``: a collection to embeddings on disk."""
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, parse_options
+from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
 from erniesearch.config.options import EncodeOptions
 
 
 def encode_command(argv: list[str]) -> int:
     """``deepspeed launch/encode.py --model DIR --data DIR --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch encode", exit_on_error=False,
-        description="Encode the passages (or queries) of a BEIR folder on the ranks this process"
+    parser = command_parser(
+        "encode", "Encode the passages (or queries) of a BEIR folder on the ranks this process"
         " belongs to (deepspeed, torchrun, srun, or none for one process). Shards that are already"
         " there are skipped: run the same command again after an interrupt, with any number of"
         " ranks.",

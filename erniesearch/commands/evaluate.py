@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, parse_options
+from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
 from erniesearch.config.options import EvaluateOptions
 from erniesearch.errors import UserError
 
@@ -14,9 +12,8 @@ KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
 
 def evaluate_command(argv: list[str]) -> int:
     """``erniesearch evaluate --data DIR --model EXPORT`` or ``--run FILE …``."""
-    parser = ArgumentParser(
-        prog="erniesearch evaluate", exit_on_error=False,
-        description="Evaluate models (sentence-transformers or PyLate folders, such as those in"
+    parser = command_parser(
+        "evaluate", "Evaluate models (sentence-transformers or PyLate folders, such as those in"
         " exports/) and TREC runs on a set in BEIR layout. With two or more systems, each is"
         " tested against the first.",
     )  # fmt: skip

@@ -2,16 +2,13 @@
 
 import sys
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator
+from erniesearch.commands.parsing import command_parser, name_accelerator
 
 
 def export_command(argv: list[str]) -> int:
     """``erniesearch export --run DIR [--onnx]``."""
-    parser = ArgumentParser(
-        prog="erniesearch export", exit_on_error=False,
-        description="Write a run's models to its exports/ again, with model cards; `erniesearch"
+    parser = command_parser(
+        "export", "Write a run's models to its exports/ again, with model cards; `erniesearch"
         " run` has done so already, without ONNX.",
     )  # fmt: skip
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")

@@ -1,16 +1,13 @@
 """``index``: embeddings to a FAISS folder."""
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import parse_options
+from erniesearch.commands.parsing import command_parser, parse_options
 from erniesearch.config.options import IndexOptions
 
 
 def index_command(argv: list[str]) -> int:
     """``erniesearch index --embeddings DIR --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch index", exit_on_error=False,
-        description="Build a FAISS index, readable by Pyserini, from what `erniesearch encode`"
+    parser = command_parser(
+        "index", "Build a FAISS index, readable by Pyserini, from what `erniesearch encode`"
         " wrote. States memory and disk before it starts. OMP_NUM_THREADS bounds the cores; HNSW"
         " gives the same bytes again with one thread only.",
     )  # fmt: skip

@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator
+from erniesearch.commands.parsing import command_parser, name_accelerator
 from erniesearch.errors import UserError
 from erniesearch.installation import config_names, shipped_config
 
@@ -13,9 +11,8 @@ from erniesearch.installation import config_names, shipped_config
 def config_command(argv: list[str]) -> int:
     """``erniesearch init config NAME --out FILE``."""
     names = ", ".join(config_names())
-    parser = ArgumentParser(
-        prog="erniesearch init config", exit_on_error=False,
-        description=f"Copy a configuration that comes with the package, to be edited: {names}.",
+    parser = command_parser(
+        "init config", f"Copy a configuration that comes with the package, to be edited: {names}.",
     )  # fmt: skip
     parser.add_argument("name", type=str, help=f"One of {names}.")
     parser.add_argument("--out", type=str, required=True, help="File to write; must not exist.")
@@ -34,10 +31,9 @@ def config_command(argv: list[str]) -> int:
 
 def encoder_command(argv: list[str]) -> int:
     """``erniesearch init encoder --data DIR --out DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch init encoder", exit_on_error=False,
-        description="Write a small BERT with random weights and a WordPiece vocabulary trained on"
-        " the corpus, as student.path of a run whose post_train stage is its pretraining.",
+    parser = command_parser(
+        "init encoder", "Write a small BERT with random weights and a WordPiece vocabulary trained"
+        " on the corpus, as student.path of a run whose post_train stage is its pretraining.",
     )  # fmt: skip
     parser.add_argument("--data", type=str, required=True,
                         help="Folder with corpus.jsonl, BEIR layout.")  # fmt: skip

@@ -2,9 +2,7 @@
 
 from dataclasses import fields
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, parse_options
+from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
 from erniesearch.config.options import MineOptions
 from erniesearch.config.stage_keys import MineConfig
 from erniesearch.errors import UserError
@@ -12,9 +10,8 @@ from erniesearch.errors import UserError
 
 def mine_command(argv: list[str]) -> int:
     """``erniesearch mine --model DIR --index DIR --data DIR --out FILE``."""
-    parser = ArgumentParser(
-        prog="erniesearch mine", exit_on_error=False,
-        description="Hard negatives for the queries of a split, in a form that Tevatron reads too,"
+    parser = command_parser(
+        "mine", "Hard negatives for the queries of a split, in a form that Tevatron reads too,"
         " and statistics in mine.json beside them. Runs on the ranks this process belongs to"
         " (torchrun -m erniesearch.cli mine …, srun, or none for one process); run the same command"
         " again after an interrupt.",

@@ -20,11 +20,16 @@ Options = TypeVar("Options")
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def config_parser(command: str, description: str) -> ArgumentParser:
-    """A parser with ``--config`` and one option per config key."""
-    parser = ArgumentParser(
+def command_parser(command: str, description: str) -> ArgumentParser:
+    """A parser of ``erniesearch COMMAND``."""
+    return ArgumentParser(
         prog=f"erniesearch {command}", description=description, exit_on_error=False
     )
+
+
+def config_parser(command: str, description: str) -> ArgumentParser:
+    """A parser with ``--config`` and one option per config key."""
+    parser = command_parser(command, description)
     parser.add_argument(
         "--config",
         action=ActionConfigFile,

@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, require_at_least
+from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,10 +13,7 @@ if TYPE_CHECKING:
 
 def search_command(argv: list[str]) -> int:
     """``erniesearch search --run DIR QUERY``."""
-    parser = ArgumentParser(
-        prog="erniesearch search", description="Search the corpus of a finished run.",
-        exit_on_error=False,
-    )  # fmt: skip
+    parser = command_parser("search", "Search the corpus of a finished run.")
     parser.add_argument("query", type=str, help="The query text.")
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     parser.add_argument("--depth", type=int, default=5, help="Passages shown.")
@@ -73,9 +68,7 @@ def _show(result: "SearchResult") -> None:
 
 def report_command(argv: list[str]) -> int:
     """``erniesearch report --run DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch report", description="Print a run's table.", exit_on_error=False
-    )
+    parser = command_parser("report", "Print a run's table.")
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     settings = parser.parse_args(argv)
     from erniesearch.evaluation.table import Report, table_console

@@ -1,18 +1,14 @@
 """``serve``: a finished run as an HTTP service."""
 
-from jsonargparse import ArgumentParser
-
-from erniesearch.commands.parsing import name_accelerator, require_at_least
+from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
 from erniesearch.errors import UserError
 
 
 def serve_command(argv: list[str]) -> int:
     """``erniesearch serve --run DIR``."""
-    parser = ArgumentParser(
-        prog="erniesearch serve",
-        description="Answer queries over HTTP: /search, /explain, /health, and a page at /.",
-        exit_on_error=False,
-    )
+    parser = command_parser(
+        "serve", "Answer queries over HTTP: /search, /explain, /health, and a page at /.",
+    )  # fmt: skip
     parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     parser.add_argument(
         "--host", type=str, default="127.0.0.1",

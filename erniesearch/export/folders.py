@@ -64,9 +64,7 @@ def write_cards(config: RunConfig, results: str) -> None:
         folder = RunFolder(config.run_dir).export(target.kind + target.suffix)
         if folder.is_dir():
             onnx = (folder / "onnx" / "model.onnx").is_file()
-            card = model_card(
-                target.kind, target.suffix, config, results, onnx, cut_of(folder)
-            )  # fmt: skip
+            card = model_card(target.kind, target.suffix, config, results, onnx, cut_of(folder))
             write_atomically(folder / "README.md", card)
 
 

@@ -1,7 +1,7 @@
 """What each training stage needs on each number of ranks, and what to change where that is more
 than there is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,10 @@ class Machine:
         peak = self.gpu_tflops or (989.0 if bf16 else 67.0)
         bandwidth = self.node_bandwidth if ranks <= self.gpus_per_node else self.network_bandwidth
         return flops / (peak * 1e12 * self.utilization), sent / (bandwidth * 1e9)
+
+
+Variant = tuple[str, Callable[[RunConfig], RunConfig], Zero | None]
+"""A change as it is shown, what it does to a config, and ZeRO settings that no config says."""
 
 
 @dataclass(frozen=True)
@@ -179,15 +183,15 @@ class Planner:
                 "fewer cross-batch negatives: they come from one micro-step",
             )  # fmt: skip
         everything, small_bucket, helping = self.config, False, 0
-        for setting, config, zero in self._variants(name, ranks):
+        for setting, change, zero in self._variants(name, ranks):
             try:
-                peak = self._estimator_of(config, name, zero)(ranks, queries).peak
+                peak = self._estimator_of(change(self.config), name, zero)(ranks, queries).peak
             except UserError as error:
                 yield Change(setting, trace.peak, False, str(error))
                 continue
             if peak < trace.peak:
                 yield Change(setting, peak, peak <= limit)
-                everything = _merged(everything, config, name)
+                everything = change(everything)
                 small_bucket, helping = small_bucket or zero is not None, helping + 1
         if helping > 1:
             zero = Zero.of(everything.training)
@@ -196,60 +200,49 @@ class Planner:
             peak = self._estimator_of(everything, name, zero)(ranks, queries).peak
             yield Change("all of these but the smaller batch", peak, peak <= limit)
 
-    def _variants(self, name: str, ranks: int) -> Iterator[tuple[str, RunConfig, Zero | None]]:
-        config, training = self.config, self.config.training
-        zero = self.estimator(name).tracer.zero
+    def _variants(self, name: str, ranks: int) -> Iterator[Variant]:
+        training, objective = self.config.training, self.config.objective
+        tracer = self.estimator(name).tracer
         if not training.activation_checkpointing:
-            changed = replace(training, activation_checkpointing=True)
-            yield ("training.activation_checkpointing: true",
-                   replace(config, training=changed), None)  # fmt: skip
-        stage = Stage(config, name).settings
-        if not stage.chunk_size or stage.chunk_size > SMALL_CHUNK:
-            smaller = replace(stage, chunk_size=SMALL_CHUNK)
-            changed_stage: dict[str, Any] = {name: smaller}
-            changed_stages = replace(config.stages, **changed_stage)
-            yield (f"stages.{name}.chunk_size: {SMALL_CHUNK}",
-                   replace(config, stages=changed_stages), None)  # fmt: skip
-        objective = config.objective
+            yield _variant("training", "activation_checkpointing", True)
+        chunk_size = Stage(self.config, name).settings.chunk_size
+        if not chunk_size or chunk_size > SMALL_CHUNK:
+            yield _variant(f"stages.{name}", "chunk_size", SMALL_CHUNK)
         if (
             ranks > 1
             and objective.late_interaction_exchange == "all_gather"
             and objective.candidates == "cross_batch"
-            and (self.estimator(name).tracer.model.objective.needs_tokens)
+            and tracer.model.objective.needs_tokens
         ):
-            changed_objective = replace(objective, late_interaction_exchange="ring")
-            yield ("objective.late_interaction_exchange: ring",
-                   replace(config, objective=changed_objective), None)  # fmt: skip
-        if not self._bf16(config):
-            changed = replace(training, precision="bf16")
-            yield "training.precision: bf16", replace(config, training=changed), None
+            yield _variant("objective", "late_interaction_exchange", "ring")
+        if not self._bf16(self.config):
+            yield _variant("training", "precision", "bf16")
+        zero = tracer.zero
         if self.device == "cuda" and zero.stage and zero.reduce_bucket > SMALL_BUCKET:
-            yield (f"reduce_bucket_size {SMALL_BUCKET} in training.zero_json, as in"
-                   f" the shipped zero{zero.stage}", config,
-                   replace(zero, reduce_bucket=SMALL_BUCKET))  # fmt: skip
+            text = f"reduce_bucket_size {SMALL_BUCKET} in training.zero_json, as in the shipped"
+            smaller = replace(zero, reduce_bucket=SMALL_BUCKET)
+            yield f"{text} zero{zero.stage}", lambda config: config, smaller
         if ranks > 1:
             for number in range(zero.stage + 1, 4):
-                changed = replace(training, zero_stage=number, zero_json=None)  # type: ignore[arg-type]
-                yield f"training.zero_stage: {number}", replace(config, training=changed), None
+                yield _variant("training", "zero_stage", number, zero_json=None)
 
 
-def _merged(config: RunConfig, other: RunConfig, name: str) -> RunConfig:
-    """``config`` with what a variant changed."""
-    training, objective = config.training, config.objective
-    if other.training.activation_checkpointing:
-        training = replace(training, activation_checkpointing=True)
-    if other.training.precision == "bf16":
-        training = replace(training, precision="bf16")
-    if other.training.zero_stage != training.zero_stage:
-        training = replace(training, zero_stage=other.training.zero_stage, zero_json=None)
-    if other.objective.late_interaction_exchange == "ring":
-        objective = replace(objective, late_interaction_exchange="ring")
-    stage = Stage(config, name).settings
-    chunk_size = Stage(other, name).settings.chunk_size or stage.chunk_size
-    changed: dict[str, Any] = {name: replace(stage, chunk_size=chunk_size)}
-    return replace(
-        config, objective=objective, training=training, stages=replace(config.stages, **changed)
-    )
+def _variant(section: str, key: str, value: object, **besides: object) -> Variant:
+    """One key of a section changed; ``besides``, what goes with it."""
+
+    def change(config: RunConfig) -> RunConfig:
+        return replaced(config, section.split("."), {key: value, **besides})
+
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return f"{section}.{key}: {shown}", change, None
+
+
+def replaced(config: Any, path: list[str], changes: dict[str, Any]) -> Any:
+    """A frozen dataclass with a nested one's fields replaced."""
+    if not path:
+        return replace(config, **changes)
+    inner = replaced(getattr(config, path[0]), path[1:], changes)
+    return replace(config, **{path[0]: inner})
 
 
 def _notes(zero: Zero) -> tuple[str, ...]:

@@ -117,10 +117,7 @@ class Layout:
             own = 0
             for edges, size in bounds:
                 begin, end = rank * size, (rank + 1) * size
-                inside = [
-                    high - low for low, high in pairwise(edges)
-                    if low < end and high > begin
-                ]  # fmt: skip
+                inside = [high - low for low, high in pairwise(edges) if low < end and high > begin]
                 own += sum(inside)
             most = max(most, own)
         return most

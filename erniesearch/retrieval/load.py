@@ -10,7 +10,7 @@ from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side
 from erniesearch.retrieval.model_folder import ModelFolder, read_folder
-from erniesearch.retrieval.retriever import Extras, PairScorer, Retriever, default_device
+from erniesearch.retrieval.retriever import PairScorer, Retriever, default_device
 
 Precision = Literal["auto", "fp32", "bf16"]
 LONGEST_DEFAULT = 512
@@ -45,10 +45,7 @@ def load_retriever(
     lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
     return Retriever(
         found.settings, lengths["query"], lengths["passage"], batch_size, device,
-        precision=precision,
-        extras=Extras(
-            found.prompts, found.head, found.passage_path, found.only, found.dense
-        ),
+        precision=precision, extras=found,
     )  # fmt: skip
 
 

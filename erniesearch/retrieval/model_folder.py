@@ -22,27 +22,22 @@ from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.models.backbone import resolve
 from erniesearch.models.encoder import HEAD_FILE, Side
+from erniesearch.retrieval.retriever import Extras
 
 Kind = Literal["dual_encoder", "late_interaction", "cross_encoder", "student"]
 
 
 @dataclass(frozen=True)
-class ModelFolder:
+class ModelFolder(Extras):
     """What a model folder says about itself.
 
     ``kind`` ``student`` has both a dual-encoder and a late-interaction head; ``lengths`` are the
-    longest texts in tokens by side, empty where the folder names none; ``dense`` is the folder of
-    a linear layer after pooling.
+    longest texts in tokens by side, empty where the folder names none.
     """
 
     kind: Kind
     settings: StudentConfig
     lengths: dict[Side, int] = field(default_factory=dict)
-    prompts: dict[Side, str] = field(default_factory=dict)
-    head: Path | None = None
-    passage_path: Path | None = None
-    only: Side | None = None
-    dense: Path | None = None
 
     @property
     def has_vectors(self) -> bool:
@@ -127,9 +122,7 @@ def _read_one(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFold
                 lengths[side] = int(config["erniesearch"][key])
         return ModelFolder("cross_encoder", settings, lengths)  # type: ignore[arg-type]
     if run and (folder / HEAD_FILE).is_file():
-        student = replace(
-            run.student, path=str(folder), revision=None, dropout=None, layers=None
-        )  # fmt: skip
+        student = replace(run.student, path=str(folder), revision=None, dropout=None, layers=None)
         return ModelFolder("student", student, lengths)  # type: ignore[arg-type]
     if pooling is None:
         raise UserError(

@@ -52,7 +52,7 @@ class StoredTokens:
         return self.end - self.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extras:
     """What an exported folder may hold beside its encoder.
 

@@ -161,7 +161,7 @@ def test_every_split_loads_and_none_shares_a_query(many_modules: Path, tmp_path:
     facts = pydocs.build(tmp_path / "out")
     splits = {name: load_beir(tmp_path / "out", name) for name in ("train", "dev", "test")}
     sizes = {name: sum(map(len, data.qrels.values())) for name, data in splits.items()}
-    assert sizes == facts["qrels"]
+    assert sizes == facts["splits"]
     assert sum(sizes.values()) == facts["passages"] == 202
     queries = [set(data.qrels) for data in splits.values()]
     assert sum(map(len, queries)) == len(set.union(*queries)) == facts["queries"] == 201

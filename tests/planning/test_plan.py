@@ -382,7 +382,8 @@ def larger(tmp_path: Path, make_config: ConfigMaker) -> Callable[..., RunConfig]
             tmp_path / "larger", hidden_size=256, num_hidden_layers=4, num_attention_heads=8,
             intermediate_size=1024, max_position_embeddings=256,
         )  # fmt: skip
-        sizes = {"max_query_length": 32, "max_passage_length": length, "num_negatives": 3}
+        sizes = {"max_query_length": 32, "max_passage_length": length}
+        sizes |= {} if stage == "post_train" else {"num_negatives": 3}
         return make_config(
             stage=stage, path=str(model), late_interaction_dim=128, **(sizes | changes)
         )

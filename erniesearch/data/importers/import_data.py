@@ -39,9 +39,7 @@ def convert(
         UserError: naming file, line and remedy.
     """
     if name not in FORMATS:
-        raise UserError(
-            f"format '{name}': one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
-        )  # fmt: skip
+        raise UserError(f"format '{name}': one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
     held_out = _hold_out(options.hold_out)
     if out.exists() and not options.overwrite:
         raise UserError(f"{out}: is there already; choose another --out, or --overwrite")

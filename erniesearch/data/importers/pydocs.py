@@ -99,6 +99,6 @@ def build(out: Path, max_pairs: int | None = None) -> dict[str, object]:
         "python": sys.version.split()[0],
         "passages": len(corpus),
         "queries": len(queries),
-        "qrels": {split: len(pairs) for split, pairs in relevant.items()},
+        "splits": {split: len(pairs) for split, pairs in relevant.items()},
         "docstrings": packages,
     }

@@ -77,7 +77,7 @@ def make_config(tmp_path: Path, tiny_data: Path, tiny_model: Path) -> ConfigMake
             data=DataConfig(str(tiny_data), max_query_length=8, max_passage_length=16),
             student=StudentConfig(str(tiny_model), late_interaction_dim=16),
             objective=ObjectiveConfig(tau_de=1.0),
-            training=TrainingConfig(save_every=0),
+            training=TrainingConfig(save_every=0, precision="fp32"),  # on any processor
             stages=StagesConfig(),
             evaluation=EvaluationConfig(rerank_depth=10),
         )

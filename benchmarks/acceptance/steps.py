@@ -86,6 +86,7 @@ def main(job_file: str, result_file: str) -> None:
     from erniesearch.config.keys import RunConfig
     from erniesearch.config.yaml_file import from_dict
     from erniesearch.models.backbone import without_weights
+    from erniesearch.models.precision import use_bf16
     from erniesearch.planning.trial import full_batches
     from erniesearch.stages import Stage
     from erniesearch.training.build import assemble_model, base_teacher
@@ -96,12 +97,12 @@ def main(job_file: str, result_file: str) -> None:
     config: RunConfig = from_dict(RunConfig, job["config"])
     stage = config.stages.cascade
     device = distributed.initialize()
-    gpu = device.type == "cuda"
+    gpu, bf16 = device.type == "cuda", use_bf16(config.training.precision, device)
     with without_weights():
         model, tokenizer = assemble_model(
             Stage(config, STAGE), config.student, base_teacher(config)
         )
-    engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, device)
+    engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, bf16)
     engine.train()
     batches = full_batches(Stage(config, STAGE), stage.queries_per_rank, tokenizer)
     told: list[Any] = []

@@ -120,6 +120,7 @@ def evaluate_command(grid: Grid, config: RunConfig, model: Path, out: Path) -> l
         "--model", str(model), "--kind", "dual_encoder", "--metrics", grid.metric,
         "--use_titles", str(config.data.use_titles).lower(),
         "--batch_size", str(config.evaluation.batch_size), "--run_out", str(out),
+        "--precision", "fp32",  # whatever the machine, one measure
     ]  # fmt: skip
 
 

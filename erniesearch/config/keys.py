@@ -124,7 +124,9 @@ class TrainingConfig:
     threads_per_process: int = 1
     """CPU threads per process; more than the cores allow makes everything slower."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on a GPU and fp32 on a CPU."""
+    """Of training, and of encoding and scoring with its models. auto is bf16 on GPUs and on CPUs
+    with AVX512-BF16 or AMX, fp32 elsewhere; bf16 has fp32 master weights. A stage that continues
+    from a checkpoint goes on in the checkpoint's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; null means 1, or the stage in zero_json."""
     zero_json: str | None = None

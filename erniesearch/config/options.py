@@ -32,7 +32,7 @@ class EncodeOptions:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Stored as."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Computed in; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Computed in; auto is bf16 on GPUs and on CPUs with AVX512-BF16 or AMX, fp32 elsewhere."""
     batch_size: int = 64
     """Texts per forward pass."""
     shard_size: int | None = None
@@ -97,6 +97,8 @@ class MineOptions:
     """Breadth of an HNSW search."""
     batch_size: int = 64
     """Texts per forward pass."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Computed in, as in `erniesearch encode`."""
     gpu: bool = False
     """Search on all GPUs (start one process)."""
     seed: int = 42
@@ -148,6 +150,8 @@ class EvaluateOptions:
     """Of the bootstrap and the randomisation test."""
     batch_size: int = 32
     """Texts per forward pass."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Computed in, as in `erniesearch encode`."""
     max_query_length: int | None = None
     """Longest query in tokens; the folder's own by default."""
     max_passage_length: int | None = None

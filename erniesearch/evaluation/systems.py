@@ -41,7 +41,7 @@ def names(options: EvaluateOptions) -> dict[str, str]:
 
 def _loading(options: EvaluateOptions) -> dict[str, Any]:
     """Options of load_retriever and load_scorer."""
-    kept = ("batch_size", "max_query_length", "max_passage_length")
+    kept = ("batch_size", "max_query_length", "max_passage_length", "precision")
     return {name: getattr(options, name) for name in kept}
 
 

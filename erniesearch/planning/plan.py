@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
+from erniesearch.models.precision import use_bf16
 from erniesearch.planning.estimate import Estimator, largest_fitting
 from erniesearch.planning.states import Zero, engine_traffic
 from erniesearch.planning.trace import StageTracer, Trace
@@ -161,9 +164,10 @@ class Planner:
         return Estimator(StageTracer(Stage(config, name), self.device, self._bf16(config), zero))
 
     def _bf16(self, config: RunConfig) -> bool:
-        if config.training.precision == "auto":
-            return self.device == "cuda"
-        return config.training.precision == "bf16"
+        precision = config.training.precision
+        if precision == "auto" and self.device == "cuda":
+            return True  # this machine need not have the GPU
+        return use_bf16(precision, torch.device(self.device))
 
     def _changes(
         self, name: str, ranks: int, queries: int, trace: Trace, largest: int

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from erniesearch.models.backbone import without_weights
+from erniesearch.models.precision import tune_for_device
 from erniesearch.planning.accounting import GpuKernels, Tracker, fake_world
 from erniesearch.planning.full_batch import full_batch
 from erniesearch.planning.states import Layout, Reduction, Zero, resident
@@ -14,7 +15,6 @@ from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.faults import guards
 from erniesearch.training.gradient_cache import cached_backward
-from erniesearch.training.precision import tune_for_device
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StageTracer:
             if bf16:
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
-        tune_for_device(self.model, config, torch.device(device))
+        tune_for_device(self.model, config, torch.device(device), bf16)
         self.layout = Layout.of(self.model, self.stage.settings)
         self.tracker.exclude(self.model.parameters())
         self.model.train()

@@ -108,9 +108,9 @@ def main(job_file: str) -> None:
 
     from erniesearch import distributed
     from erniesearch.models.backbone import without_weights
+    from erniesearch.models.precision import tune_for_device, use_bf16
     from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine, zero_section
-    from erniesearch.training.precision import tune_for_device
     from erniesearch.training.trainer import update
 
     job = json.loads(Path(job_file).read_text())
@@ -127,8 +127,9 @@ def main(job_file: str) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model, tokenizer = assemble_model(stage, config.student, base_teacher(config))
-    tune_for_device(model, config, device)
-    engine, _ = build_engine(model, config.training, stage.settings, num_queries, device)
+    bf16 = use_bf16(config.training.precision, device)
+    tune_for_device(model, config, device, bf16)
+    engine, _ = build_engine(model, config.training, stage.settings, num_queries, bf16)
     engine.train()
     updates = UPDATES.get(zero_section(config.training).get("stage", 0), 2)
     batches = full_batches(stage, num_queries, tokenizer)
@@ -160,8 +161,8 @@ def _warm_up(training: TrainingConfig, device: Any) -> None:
     import deepspeed
     import torch
 
+    from erniesearch.models.precision import use_bf16
     from erniesearch.training.engine import zero_section
-    from erniesearch.training.precision import use_bf16
 
     layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, 0.0, "gelu")
     engine, *_ = deepspeed.initialize(

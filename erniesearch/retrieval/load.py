@@ -9,10 +9,10 @@ from erniesearch.config.keys import MAX_TOKENS, TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side
+from erniesearch.models.precision import Precision
 from erniesearch.retrieval.model_folder import ModelFolder, read_folder
-from erniesearch.retrieval.retriever import PairScorer, Retriever, default_device
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 
-Precision = Literal["auto", "fp32", "bf16"]
 LONGEST_DEFAULT = 512
 """Tokens of a text where neither folder nor caller sets a limit and the model reads more."""
 
@@ -29,7 +29,7 @@ def load_retriever(
 ) -> Retriever:
     """A dual-encoder or late-interaction model ready to encode (see :func:`read_folder`).
 
-    ``precision`` auto is bf16 on a GPU and fp32 on a CPU.
+    ``precision`` auto is bf16 where the device has it (:func:`use_bf16`).
 
     Raises:
         UserError: also for a cross-encoder, and for lengths that the model cannot read.
@@ -39,9 +39,6 @@ def load_retriever(
         raise UserError(
             f"model '{path}' is a cross-encoder: give a dual_encoder or late_interaction folder"
         )
-    device = device or default_device()
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
     lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
     return Retriever(
         found.settings, lengths["query"], lengths["passage"], batch_size, device,
@@ -56,6 +53,7 @@ def load_scorer(
     device: torch.device | None = None,
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
+    precision: Precision = "fp32",
 ) -> PairScorer:
     """A cross-encoder ready to score pairs.
 
@@ -77,7 +75,7 @@ def load_scorer(
             f"model '{path}' reads {positions} tokens, query and passage may have {query} +"
             f" {passage}: lower max_passage_length"
         )
-    return PairScorer(settings, query, passage, batch_size, device)
+    return PairScorer(settings, query, passage, batch_size, device, precision)
 
 
 def _lengths(found: ModelFolder, asked: dict[Side, int | None]) -> dict[Side, int]:

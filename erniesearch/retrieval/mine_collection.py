@@ -52,7 +52,9 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     if distributed.world_size() > 1:
         distributed.initialize(PATIENCE, backend="gloo")
     collection = load_beir(options.data, options.split, options.use_titles)
-    loading: dict[str, Any] = {"batch_size": options.batch_size, "device": device}
+    loading: dict[str, Any] = {
+        "batch_size": options.batch_size, "device": device, "precision": options.precision,
+    }  # fmt: skip
     retriever = load_retriever(options.model, **loading)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
     found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)

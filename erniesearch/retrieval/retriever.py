@@ -19,6 +19,7 @@ from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
+from erniesearch.models.precision import Precision, convert, use_bf16
 
 
 def default_device() -> torch.device:
@@ -75,7 +76,7 @@ class Retriever:
 
     Args:
         settings: ``settings.path`` is a pretrained encoder or a stage's student.
-        precision: ``bf16`` computes in bfloat16; what is returned is fp32 (vectors) or fp16.
+        precision: computed in (:func:`use_bf16`); returned are fp32 (vectors) or fp16 (tokens).
     """
 
     def __init__(
@@ -86,16 +87,17 @@ class Retriever:
         batch_size: int = 32,
         device: torch.device | None = None,
         seed: int = 0,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         extras: Extras = Extras(),
     ) -> None:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
         student = StudentEncoder(settings, head=extras.head, passage_path=extras.passage_path)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.student = student.to(self.device, dtype).eval()
-        self.precision: Literal["fp32", "bf16"] = precision
+        self.student = student.to(self.device).eval()
+        bf16 = use_bf16(precision, self.device)
+        convert(self.student, bf16)
+        self.precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"
         self.lengths = {"query": max_query_length, "passage": max_passage_length}
         self.prompts = extras.prompts
         self.only = extras.only
@@ -188,11 +190,13 @@ class PairScorer:
         max_passage_length: int,
         batch_size: int = 32,
         device: torch.device | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self.device = device or default_device()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings)
         self.layout = PairLayout.of(self.tokenizer)
         self.model = CrossEncoder(settings).to(self.device).eval()
+        convert(self.model, use_bf16(precision, self.device))
         self.lengths = (max_query_length, max_passage_length)
         self.batch_size = batch_size
 

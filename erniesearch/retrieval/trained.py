@@ -74,7 +74,7 @@ def make_retriever(config: RunConfig, settings: StudentConfig) -> Retriever:
     """A student with the run's lengths and batch size."""
     return Retriever(
         settings, config.data.max_query_length, config.data.max_passage_length,
-        config.evaluation.batch_size, seed=config.seed,
+        config.evaluation.batch_size, seed=config.seed, precision=config.training.precision,
     )  # fmt: skip
 
 
@@ -82,5 +82,5 @@ def make_scorer(config: RunConfig, settings: TeacherConfig) -> PairScorer:
     """A cross-encoder with the run's lengths and batch size."""
     return PairScorer(
         settings, config.data.max_query_length, config.data.max_passage_length,
-        config.evaluation.batch_size,
+        config.evaluation.batch_size, precision=config.training.precision,
     )  # fmt: skip

@@ -16,7 +16,6 @@ from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.errors import UserError
 from erniesearch.installation import zero_file
 from erniesearch.models.joint import JointModel
-from erniesearch.training.precision import use_bf16
 
 # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a minute, and
 # a compiler); gloo does without.
@@ -66,10 +65,10 @@ def build_engine(
     training: TrainingConfig,
     stage: TrainingStageConfig,
     queries_per_rank: int,
-    device: torch.device,
+    bf16: bool,
     universal: bool = False,
 ) -> tuple["deepspeed.DeepSpeedEngine", dict[str, float]]:
-    """Optimizer (AdamW, parameter groups per part) and engine; parameters move to ``device``.
+    """Optimizer (AdamW, parameter groups per part) and engine; parameters move to its device.
 
     ``universal`` says that checkpoints will be loaded in DeepSpeed's universal form.
     Also returns the peak learning rate of each parameter group by name.
@@ -91,7 +90,7 @@ def build_engine(
             "gradient_clipping": training.max_grad_norm,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": use_bf16(training.precision, device)},
+            "bf16": {"enabled": bf16},
             "steps_per_print": 1 << 31,
             "checkpoint": {"load_universal": universal},
         },

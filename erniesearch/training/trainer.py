@@ -19,12 +19,13 @@ from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
+from erniesearch.models.precision import Precision, tune_for_device, use_bf16
 from erniesearch.run_folder import claimed, is_done, mark_done
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor
 from erniesearch.training.calibration import calibrate
 from erniesearch.training.checkpoints.checkpointer import Checkpointer
-from erniesearch.training.checkpoints.resume import find_resume, load_checkpoint
+from erniesearch.training.checkpoints.resume import Resume, find_resume, load_checkpoint
 from erniesearch.training.checkpoints.weights import frozen_state, save_model
 from erniesearch.training.engine import build_engine, zero_section
 from erniesearch.training.faults import guards, preemption
@@ -32,7 +33,6 @@ from erniesearch.training.faults.process import exit_with_pipeline, failures_tol
 from erniesearch.training.faults.watchdog import Watchdog
 from erniesearch.training.gradient_cache import cached_backward, one_reduction
 from erniesearch.training.monitor import Monitor
-from erniesearch.training.precision import tune_for_device
 from erniesearch.training.trackers import open_trackers
 from erniesearch.training.validation import Validation, is_validated
 
@@ -83,12 +83,13 @@ class Trainer:
         data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
         self.model, self.tokenizer = build_model(stage)
         self.batches = build_batches(stage, data, self.tokenizer)
-        tune_for_device(self.model, config, device)
-        self._frozen = frozen_state(self.model)
         zero_stage = zero_section(config.training).get("stage", 0)
         resume = find_resume(folder / "checkpoints", zero_stage)
+        bf16 = goes_on_in_bf16(config.training.precision, resume, device)
+        tune_for_device(self.model, config, device, bf16)
+        self._frozen = frozen_state(self.model)
         self.engine, self.peaks = build_engine(
-            self.model, config.training, stage.settings, stage.queries_per_rank, device,
+            self.model, config.training, stage.settings, stage.queries_per_rank, bf16,
             universal=resume is not None and resume.universal,
         )  # fmt: skip
         self.start_step, state = load_checkpoint(self.engine, resume)
@@ -273,3 +274,10 @@ def update(
     }
     losses = [own["loss"] for own in micro_steps]
     return Update(means, losses, num_tokens, held or not engine.was_step_applied())
+
+
+def goes_on_in_bf16(precision: Precision, resume: Resume | None, device: torch.device) -> bool:
+    """``auto`` is what a checkpoint was written in, else what every rank's device is fast in."""
+    if precision == "auto" and resume is not None and resume.bf16 is not None:
+        return resume.bf16
+    return not distributed.any_rank(not use_bf16(precision, device), device)

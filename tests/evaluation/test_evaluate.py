@@ -33,7 +33,8 @@ def exports(make_config: ConfigMaker, tmp_path: Path) -> Path:
 
 def run(data: Path, *arguments: str, out: Path) -> dict[str, Any]:
     """The JSON of a run that must succeed."""
-    status = main(["evaluate", "--data", str(data), *arguments, "--json", str(out / "out.json")])
+    fixed = ("--precision", "fp32", "--json", str(out / "out.json"))
+    status = main(["evaluate", "--data", str(data), *arguments, *fixed])
     assert status == 0
     content: dict[str, Any] = json.loads((out / "out.json").read_text())
     return content

@@ -317,7 +317,7 @@ def test_evaluate_equals_the_information_retrieval_evaluator(
     out = tmp_path / "figures.json"
     status = main(["evaluate", "--data", str(SQUAD), "--split", "dev", "--model", export,
                    "--metrics", "MRR@10,nDCG@10,R@10,R@100,success@5,MAP@100",
-                   "--json", str(out)])  # fmt: skip
+                   "--precision", "fp32", "--json", str(out)])  # fmt: skip
     assert status == 0
     row = json.loads(out.read_text())["rows"][0]["metrics"]
     theirs = peer(ST_6, EVALUATOR, folder=export, data=str(SQUAD))

@@ -11,9 +11,9 @@ from torch import Tensor
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import load_beir
 from erniesearch.models import cross_encoder, encoder, lengths
+from erniesearch.models.precision import tune_for_device
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
-from erniesearch.training.precision import tune_for_device
 
 
 def ragged(number: int, longest: int) -> Tensor:
@@ -89,7 +89,7 @@ def test_attention_on_a_cpu(
     batch = build_batches(Stage(config, "cascade"), data, tokenizer)[0]
     before = model(batch)
     long = replace(config, data=replace(config.data, max_passage_length=tokens))
-    tune_for_device(model, long, torch.device("cpu"))
+    tune_for_device(model, long, torch.device("cpu"), precision == "bf16")
     assert {tower.config._attn_implementation for tower in model.towers()} == {wanted}
     for name, value in model(batch).items():
         torch.testing.assert_close(value, before[name], msg=lambda m, n=name: f"{n}: {m}")

@@ -33,7 +33,7 @@ def exports(make_config: ConfigMaker) -> Path:
 def encode(
     exports: Path, data: Path, out: Path, kind: str = "dual_encoder", **options: Any
 ) -> Path:
-    options = {"shard_size": 13, "batch_size": 4, "dtype": "fp32"} | options
+    options = {"shard_size": 13, "batch_size": 4, "dtype": "fp32", "precision": "fp32"} | options
     encode_collection(EncodeOptions(str(exports / kind), str(data), str(out), **options))
     return out
 

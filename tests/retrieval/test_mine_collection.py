@@ -43,13 +43,17 @@ def root(make_config: ConfigMaker, tiny_data: Path) -> Path:
     export_all(config)
     root = RunFolder(config.run_dir).root
     model = str(root / "exports" / "dual_encoder")
-    encode_collection(EncodeOptions(model, str(tiny_data), str(root / "e"), dtype="fp32"))
+    options = {"dtype": "fp32", "precision": "fp32"}
+    encode_collection(EncodeOptions(model, str(tiny_data), str(root / "e"), **options))
     build_index(IndexOptions(str(root / "e"), str(root / "index"), shards=2))
     return root
 
 
 def mine(root: Path, data: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    options = {"teacher": str(root / "exports" / "cross_encoder"), "settings": SETTINGS} | options
+    options = {
+        "teacher": str(root / "exports" / "cross_encoder"), "settings": SETTINGS,
+        "precision": "fp32",
+    } | options  # fmt: skip
     settings = options.pop("settings")
     paths = (str(root / "exports" / "dual_encoder"), str(root / "index"), str(data), str(out))
     mine_collection.mine_collection(MineOptions(*paths, **options), settings)

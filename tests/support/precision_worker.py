@@ -51,7 +51,7 @@ def main() -> None:
     stage = StageConfig(accumulation_steps=MICRO_STEPS)
     for zero_stage in range(4):
         training = TrainingConfig(precision="bf16", zero_stage=zero_stage, max_grad_norm=0.0)  # type: ignore[arg-type]
-        engine, _ = build_engine(JointWeight(), training, stage, 1, device)  # type: ignore[arg-type]
+        engine, _ = build_engine(JointWeight(), training, stage, 1, True)  # type: ignore[arg-type]
         # Averaged: 1, and 63 times 1/256.
         batches = iter([Slope(MICRO_STEPS), *[Slope(MICRO_STEPS / 256)] * (MICRO_STEPS - 1)])
         update(engine, batches, stage, device, lambda what: None)  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ def main(job_file: str, out: str) -> None:
             model, tokenizer = assemble_model(
                 Stage(config, "cascade"), config.student, base_teacher(config)
             )
-        engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, device)
+        engine, _ = build_engine(model, config.training, stage, stage.queries_per_rank, False)
         engine.train()
         batches = full_batches(Stage(config, "cascade"), stage.queries_per_rank, tokenizer)
         for _ in range(3):  # ZeRO-3 gathers more often until it has recorded what is used when

@@ -307,7 +307,10 @@ def test_exported_checkpoint_equals_the_finished_model(
         capsys.readouterr()
         assert main(command) == 0, capsys.readouterr().err
         assert capsys.readouterr().out == f"{out}: stage {stage} after 2 updates\n"
-        model = RunFolder(config.run_dir).stage(stage) / "model"
+        folder = RunFolder(config.run_dir).stage(stage)
+        written = manifest.read_manifest(find_checkpoints(folder / "checkpoints")[-1])
+        assert written.bf16 is (config.training.precision == "bf16")
+        model = folder / "model"
         assert same_models(out, model), name
         # Neither the trained weights nor the frozen ones are rounded.
         for weights in model.glob("*/model.safetensors"):

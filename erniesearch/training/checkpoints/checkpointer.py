@@ -127,7 +127,8 @@ class Checkpointer:
                 if path.is_file() and name not in files:
                     files[name] = FileFacts(path.stat().st_size, hash_file(path))
             stage = self.engine.zero_optimization_stage()
-            Manifest(step, distributed.world_size(), int(stage), files, loss).write(aside)
+            bf16 = bool(self.engine.bfloat16_enabled())
+            Manifest(step, distributed.world_size(), int(stage), files, loss, bf16).write(aside)
             sync(aside)
             os.rename(aside, self.folder / _name(step))
             sync(self.folder)

@@ -25,14 +25,15 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files, and its
-    validation loss if it was measured."""
+    """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files, its
+    validation loss if it was measured, and whether it is of weights in bf16 (None: unrecorded)."""
 
     step: int
     world_size: int
     zero_stage: int
     files: dict[str, FileFacts]
     validation_loss: float | None = None
+    bf16: bool | None = None
 
     def write(self, checkpoint: Path) -> None:
         """Write ``manifest.json`` into the checkpoint's folder."""

@@ -29,12 +29,14 @@ UNIVERSAL = "universal.tmp"
 
 @dataclass(frozen=True)
 class Resume:
-    """Where the engine's state lies: ``folder / tag``, after ``step`` updates."""
+    """Where the engine's state lies: ``folder / tag``, after ``step`` updates; ``bf16`` says
+    whether it is of weights in bf16, None if that was not recorded."""
 
     folder: Path
     tag: str
     step: int
     universal: bool
+    bf16: bool | None = None
 
 
 def find_resume(folder: Path, zero_stage: int) -> Resume | None:
@@ -50,7 +52,7 @@ def find_resume(folder: Path, zero_stage: int) -> Resume | None:
     checkpoint, manifest = found
     same = (manifest.world_size, manifest.zero_stage) == (distributed.world_size(), zero_stage)
     if same or zero_stage == 0:  # without ZeRO every rank's state is whole
-        return Resume(folder, checkpoint.name, step_of(checkpoint), universal=False)
+        return Resume(folder, checkpoint.name, step_of(checkpoint), False, manifest.bf16)
     error = None
     if distributed.is_main():
         error = _convert(checkpoint, folder / UNIVERSAL / checkpoint.name)
@@ -60,7 +62,7 @@ def find_resume(folder: Path, zero_stage: int) -> Resume | None:
             f"checkpoint {checkpoint} of {manifest.world_size} ranks could not be converted for"
             f" {distributed.world_size()}: {error}"
         )
-    return Resume(folder / UNIVERSAL, checkpoint.name, step_of(checkpoint), universal=True)
+    return Resume(folder / UNIVERSAL, checkpoint.name, step_of(checkpoint), True, manifest.bf16)
 
 
 def load_checkpoint(

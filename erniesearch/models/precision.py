@@ -1,0 +1,49 @@
+"""How a device computes: in which precision, and by which of several equal ways."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from erniesearch.config.keys import RunConfig
+from erniesearch.models.joint import JointModel
+
+Precision = Literal["auto", "fp32", "bf16"]
+PLAIN_ATTENTION_TOKENS = 256
+"""Longest pair for which plain attention's maps are kept."""
+
+
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """``auto`` is bf16 where the device multiplies matrices in it, fp32 elsewhere: on a CPU, bf16
+    without AVX512-BF16 or AMX is slower than fp32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def convert(model: nn.Module, bf16: bool) -> None:
+    """For inference: to bf16, or as it is. A score head stays in fp32: scores in bf16 would fall on
+    few values, and many passages on the same."""
+    if not bf16:
+        return
+    model.bfloat16()
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    if last.out_features == 1:
+        last.float().register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.float() for part in inputs)
+
+
+def tune_for_device(model: JointModel, config: RunConfig, device: torch.device, bf16: bool) -> None:
+    """Ways to compute the same that differ in speed and memory."""
+    if config.training.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    longest = config.data.max_query_length + config.data.max_passage_length
+    if device.type == "cpu" and bf16 and longest <= PLAIN_ATTENTION_TOKENS:
+        # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
+        for tower in model.towers():
+            tower.set_attn_implementation("eager")

@@ -16,6 +16,11 @@ from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.run_folder import RunFolder
 
 
+FORMER_POST_TRAIN = ("num_negatives", "negatives", "teacher_scores", "easy_steps", "teacher_lr",
+                     "teacher_head_lr")  # fmt: skip
+"""Keys of ``stages.post_train`` in the records of older runs; they did nothing."""
+
+
 def load_run_config(run_dir: str | Path) -> RunConfig:
     """The config that a run recorded; ``run_dir`` is the folder as it is named now.
 
@@ -25,7 +30,12 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; --run names the folder of a finished run")
-    return config_from(read_yaml(path) | {"run_dir": str(run_dir)}, str(path))
+    content = read_yaml(path)
+    former = (content.get("stages") or {}).get("post_train")
+    if isinstance(former, dict):
+        for key in FORMER_POST_TRAIN:
+            former.pop(key, None)
+    return config_from(content | {"run_dir": str(run_dir)}, str(path))
 
 
 def config_from(content: dict[str, Any], source: str) -> RunConfig:

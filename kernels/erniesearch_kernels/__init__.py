@@ -46,18 +46,17 @@ def triton_available() -> bool:
     return False
 
 
-# Decided outside of torch.compile's sight: the answer is constant in a process.
-@torch.compiler.assume_constant_result
-def _triton_installed() -> bool:
-    return triton_available()
+# Asked here, out of torch.compile's sight, which could not follow the question.
+# (torch.compiler.assume_constant_result would say so too, and import the compiler for it.)
+_TRITON_INSTALLED = triton_available()
 
 
 def _resolve(backend: str, queries: Tensor) -> str:
     if backend not in arguments.BACKENDS:
         raise ValueError(f"backend={backend!r}, expected one of {list(arguments.BACKENDS)}")
     if backend == "auto":
-        return "triton" if queries.is_cuda and _triton_installed() else "torch"
-    if backend == "triton" and not _triton_installed():
+        return "triton" if queries.is_cuda and _TRITON_INSTALLED else "torch"
+    if backend == "triton" and not _TRITON_INSTALLED:
         raise ValueError('backend="triton" needs Triton >= 3.6, which is not installed')
     if backend == "triton" and queries.dtype == torch.float64:
         raise ValueError('backend="triton" has no float64; use backend="torch"')

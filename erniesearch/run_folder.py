@@ -14,7 +14,8 @@ class RunFolder:
     """Paths inside ``run_dir``.
 
     ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
-    ``exports/``, ``index/``, ``runs/*.trec`` and ``summary.md`` are for the user.
+    ``exports/``, ``index/``, ``token_vectors/``, ``runs/*.trec`` and ``summary.md`` are for the
+    user.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -40,6 +41,11 @@ class RunFolder:
     def index(self) -> Path:
         """The FAISS folder of the final dual-encoder."""
         return self.root / "index"
+
+    @property
+    def token_vectors(self) -> Path:
+        """The final late interaction's vectors of the whole corpus."""
+        return self.root / "token_vectors"
 
     @property
     def runs(self) -> Path:

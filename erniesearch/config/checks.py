@@ -33,7 +33,7 @@ LEAST = {
     "training.save_every": 0, "training.num_workers": 0, "training.max_grad_norm": 0,
     "training.weight_decay": 0,
     "evaluation.rerank_depth": 1, "evaluation.batch_size": 1, "evaluation.max_queries": 1,
-    "evaluation.num_distractors": 0,
+    "evaluation.num_distractors": 0, "evaluation.token_vectors_gib": 0,
     "stages.mine.num_negatives": 1, "stages.mine.max_queries": 1, "stages.teacher_check.queries": 1,
     "stages.teacher_check.depth": 1, "stages.teacher_check.num_distractors": 0,
 }  # fmt: skip

@@ -184,6 +184,9 @@ class EvaluationConfig:
     """Candidates of the dual-encoder that late interaction and cross-encoder rerank."""
     batch_size: int = 32
     """Texts per forward pass."""
+    token_vectors_gib: float = 2.0
+    """Keep late interaction's vectors of the whole corpus in run_dir, in fp16, if they take at most
+    so many GiB: reranking, `search` and `serve` then encode no passage. 0 keeps none."""
     bm25_stemmer: str | None = "english"
     """Snowball stemmer of the BM25 row, or null for none."""
     bm25_tokenizer: Literal["words", "code", "jieba"] = "words"

@@ -36,6 +36,7 @@ from erniesearch.retrieval.miner import (
     told,
 )
 from erniesearch.retrieval.retriever import Retriever
+from erniesearch.retrieval.token_vectors import TokenVectors, store_token_vectors
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -236,9 +237,24 @@ class _TableMaker:
             return
         data, depth = self.data, self.config.evaluation.rerank_depth
         if stages.trains_late_interaction(self.config):
-            run = ranking.rerank_late_interaction(self.final_retriever, data, self.final_run, depth)
+            run = ranking.rerank_late_interaction(
+                self.final_retriever, data, self.final_run, depth, self._token_vectors()
+            )
             self.add("late interaction, reranking", "late_interaction", run)
         if teacher := trained_teacher(self.config):
             scorer = make_scorer(self.config, teacher)
             run = ranking.rerank_cross_encoder(scorer, data, self.final_run, depth)
             self.add("cross-encoder, reranking", "cross_encoder", run)
+
+    def _token_vectors(self) -> TokenVectors | None:
+        """Late interaction's vectors of the corpus, stored for searches, if they are to be."""
+        assert self.final_retriever is not None
+        most = self.config.evaluation.token_vectors_gib * (1 << 30)
+        reason = store_token_vectors(
+            self.final_retriever, Path(self.config.data.path), self.config.data.use_titles,
+            self.folder.token_vectors, most,
+        )  # fmt: skip
+        if reason:
+            console.print(f"late interaction's token vectors are not stored: {reason}")
+            return None
+        return TokenVectors(self.folder.token_vectors, self.held_out.index_of)

@@ -103,12 +103,17 @@ def encode_collection(options: EncodeOptions) -> None:
         source={name: str(Path(getattr(options, name)).absolute()) for name in ("model", "data")},
     )  # fmt: skip
     claim(out, manifest)
-    _encode_shards(retriever, collection, out, manifest)
+    encode_shards(retriever, collection, out, manifest)
 
 
-def _encode_shards(
+def encode_shards(
     retriever: Retriever, collection: Collection, folder: Path, manifest: Manifest
 ) -> None:
+    """This rank's shards of a folder that is claimed.
+
+    Raises:
+        UserError: for values that the manifest's dtype cannot hold, and a full disk.
+    """
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = range(rank, manifest.num_shards, world_size)
     todo = [k for k in mine if not is_whole(folder, manifest, k)]

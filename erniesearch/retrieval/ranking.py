@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.token_vectors import TokenVectors
 from erniesearch.retrieval.vector_index import VectorIndex
 
 
@@ -33,11 +34,16 @@ def late_interaction_scores(
     data: RetrievalData,
     queries: dict[str, str],
     candidates: dict[str, list[str]],
+    stored: TokenVectors | None = None,
 ) -> Run:
-    """MaxSim of each query with its candidates' pids; every passage is encoded once."""
+    """MaxSim of each query with its candidates' pids; every passage is encoded once, or not at all
+    where its vectors are ``stored``."""
     needed = sorted({pid for pids in candidates.values() for pid in pids})
-    index_of = data.index_of
-    encoded = retriever.tokens([data.passages[index_of[pid]] for pid in needed], "passage")
+    if stored is not None:
+        encoded = stored(needed)
+    else:
+        index_of = data.index_of
+        encoded = retriever.tokens([data.passages[index_of[pid]] for pid in needed], "passage")
     tokens_of = dict(zip(needed, encoded, strict=True))
     query_tokens = retriever.tokens([queries[qid] for qid in candidates], "query")
     scores: Run = {}
@@ -66,10 +72,13 @@ def cross_encoder_scores(
     return scores
 
 
-def rerank_late_interaction(retriever: Retriever, data: RetrievalData, run: Run, depth: int) -> Run:
+def rerank_late_interaction(
+    retriever: Retriever, data: RetrievalData, run: Run, depth: int,
+    stored: TokenVectors | None = None,
+) -> Run:  # fmt: skip
     """Re-score the top ``depth`` of each query by MaxSim; the rest follows in the old order."""
     candidates = {qid: top(scores, depth) for qid, scores in run.items()}
-    return _merge(run, late_interaction_scores(retriever, data, data.queries, candidates))
+    return _merge(run, late_interaction_scores(retriever, data, data.queries, candidates, stored))
 
 
 def rerank_cross_encoder(scorer: PairScorer, data: RetrievalData, run: Run, depth: int) -> Run:

@@ -15,7 +15,6 @@ from erniesearch.errors import UserError
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.run_folder import RunFolder
 
-
 FORMER_POST_TRAIN = ("num_negatives", "negatives", "teacher_scores", "easy_steps", "teacher_lr",
                      "teacher_head_lr")  # fmt: skip
 """Keys of ``stages.post_train`` in the records of older runs; they did nothing."""

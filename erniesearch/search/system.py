@@ -11,6 +11,7 @@ from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.token_vectors import TokenVectors
 from erniesearch.retrieval.trained import (
     load_run_config,
     make_retriever,
@@ -48,6 +49,7 @@ class SearchSystem:
         data: has a text for every pid of ``index``; queries and qrels are not used.
         scorer: the cross-encoder; None leaves it out.
         late_interaction: whether the retriever's late-interaction head was trained.
+        token_vectors: its vectors of all passages; None encodes them when they are needed.
 
     Raises:
         UserError: if the index holds a passage that ``data`` does not have.
@@ -60,8 +62,10 @@ class SearchSystem:
         data: RetrievalData,
         scorer: PairScorer | None = None,
         late_interaction: bool = True,
+        token_vectors: TokenVectors | None = None,
     ) -> None:
         self.retriever, self.index, self.data, self.scorer = retriever, index, data, scorer
+        self.token_vectors = token_vectors
         self.models = tuple(
             name
             for name, there in zip(
@@ -106,10 +110,12 @@ class SearchSystem:
         index = VectorIndex.load(folder.index)
         data = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
         teacher = trained_teacher(config) if cross_encoder else None
+        stored = folder.token_vectors
         return cls(
             make_retriever(config, trained_student(config, final)), index, data,
             make_scorer(config, teacher) if teacher else None,
             stages.trains_late_interaction(config),
+            TokenVectors(stored, data.index_of) if stored.is_dir() else None,
         )  # fmt: skip
 
     def rerank_depth(self, model: Model, wanted: int | None = None) -> int:
@@ -196,7 +202,9 @@ class SearchSystem:
         cross = late
         if late_depth:
             best = {qid: pids[:late_depth] for qid, pids in order.items()}
-            late = ranking.late_interaction_scores(self.retriever, self.data, texts, best)
+            late = ranking.late_interaction_scores(
+                self.retriever, self.data, texts, best, self.token_vectors
+            )
             order = _reordered(order, late)
         if cross_depth and self.scorer is not None:
             best = {qid: pids[:cross_depth] for qid, pids in order.items()}

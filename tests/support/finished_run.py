@@ -9,7 +9,13 @@ import torch
 from support.tiny import ALL_TERMS, ConfigMaker
 from transformers import AutoModel, AutoTokenizer
 
-from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from erniesearch.config.keys import (
+    DataConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from erniesearch.config.stage_keys import LossWeights, StageConfig, StagesConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.collection import load_beir
@@ -30,6 +36,7 @@ def write_run(
         run_dir=str(run_dir),
         data=DataConfig(str(data), max_query_length=8, max_passage_length=max_passage_length),
         student=StudentConfig(str(model), pooling="mean", late_interaction_dim=16),
+        training=TrainingConfig(precision="fp32"),
         stages=StagesConfig(cascade=StageConfig(steps=1, negatives="random", weights=weights)),
     )
     folder = RunFolder(run_dir)

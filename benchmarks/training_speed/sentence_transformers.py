@@ -1,0 +1,132 @@
+"""sentence-transformers: its trainers' step, with the losses that compute what ours computes."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    __version__,
+)
+from sentence_transformers.cross_encoder.losses import ListNetLoss
+from sentence_transformers.multi_vector_encoder import (
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+)
+from sentence_transformers.multi_vector_encoder.losses import (
+    MultiVectorMultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesRankingLoss,
+)
+
+from training_speed.material import TAU_DE, TAU_LI, Job, batches_of, read_job
+from training_speed.work import serve
+
+ONE_HOT = 100.0
+"""A label whose softmax beside zeros is 1: ListNet is the cross-entropy then."""
+
+
+def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str) -> Any:
+    """A trainer of ``kind`` over all batches' rows."""
+    exports, gpu = Path(job.run_dir) / "exports", torch.cuda.is_available()
+    shared: dict[str, Any] = {
+        "output_dir": folder, "per_device_train_batch_size": job.queries, "use_cpu": not gpu,
+        "bf16": job.precision == "bf16", "report_to": "none", "save_strategy": "no",
+        "learning_rate": 1e-5, "lr_scheduler_type": "constant", "disable_tqdm": True,
+    }  # fmt: skip
+    texts = {"anchor": [row[0] for row in rows], "positive": [row[1] for row in rows]}
+    for n in range(job.num_negatives):
+        texts[f"negative_{n}"] = [row[2 + n] for row in rows]
+    if kind == "dual_encoder":
+        dense = SentenceTransformer(str(exports / "dual_encoder"))
+        dense.max_seq_length = job.max_passage_length
+        return SentenceTransformerTrainer(
+            dense, args=SentenceTransformerTrainingArguments(**shared),
+            train_dataset=Dataset.from_dict(texts),
+            loss=MultipleNegativesRankingLoss(dense, scale=1 / TAU_DE),
+        )  # fmt: skip
+    if kind == "late_interaction":
+        multi = MultiVectorEncoder(str(exports / "late_interaction"))
+        return MultiVectorEncoderTrainer(
+            multi, args=MultiVectorEncoderTrainingArguments(**shared),
+            train_dataset=Dataset.from_dict(texts),
+            loss=MultiVectorMultipleNegativesRankingLoss(multi, scale=1 / TAU_LI),
+        )  # fmt: skip
+    pairs = CrossEncoder(
+        str(exports / "cross_encoder"), max_length=job.max_query_length + job.max_passage_length
+    )
+    lists = {
+        "query": texts["anchor"], "docs": [row[1:] for row in rows],
+        "labels": [[ONE_HOT] + [0.0] * job.num_negatives] * len(rows),
+    }  # fmt: skip
+    return CrossEncoderTrainer(
+        pairs, args=CrossEncoderTrainingArguments(**shared),
+        train_dataset=Dataset.from_dict(lists),
+        loss=ListNetLoss(pairs, activation_fn=torch.nn.Identity()),
+    )  # fmt: skip
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """As the other systems."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def main(kind: str, job_file: str) -> None:
+    """Serve one kind; ``scoring`` is the cross-encoder's predict on a batch's pairs."""
+    job = read_job(job_file)
+    batches = batches_of(job)
+    folder = tempfile.mkdtemp()
+    trainer = make_trainer(kind, job, [row for batch in batches for row in batch], folder)
+    model, steps = trainer.model, iter(range(len(batches)))
+    without_dropout(model)
+
+    def inputs(number: int) -> Any:
+        first = number * job.queries
+        rows = [trainer.train_dataset[i] for i in range(first, first + job.queries)]
+        return trainer._prepare_inputs(trainer.data_collator(rows))
+
+    def bf16() -> Any:  # as the trainer's accelerator wraps a model
+        return torch.autocast(model.device.type, torch.bfloat16, job.precision == "bf16")
+
+    def loss() -> float:
+        model.train()
+        with torch.no_grad(), bf16():
+            return float(trainer.compute_loss(model, inputs(0)))
+
+    def train() -> None:
+        if trainer.optimizer is None:
+            trainer.create_optimizer()
+        model.train()
+        with bf16():
+            found = trainer.compute_loss(model, inputs(next(steps)))
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def score() -> None:
+        rows = batches[next(steps)]
+        with bf16():
+            model.predict([(row[0], text) for row in rows for text in row[1:]],
+                          batch_size=len(rows) * (1 + job.num_negatives))  # fmt: skip
+
+    serve(loss, score if kind == "scoring" else train,
+          lambda: {"sentence-transformers": __version__})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

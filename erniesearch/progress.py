@@ -43,7 +43,8 @@ class Meter:
         self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> "Meter":
-        self.bar.start()
+        if not self.patience:
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,6 +65,7 @@ class Meter:
         now = time.monotonic()
         if now - self.started < self.patience:
             return
+        self.bar.start()
         rate = self.rate
         note = note or f"{rate:,.0f} {self.unit}/s"
         self.bar.update(self.task, completed=done, note=note, visible=True)

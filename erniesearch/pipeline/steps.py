@@ -94,8 +94,10 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     student, teacher = part_settings(config, "mine")
     scorer = None
     if settings.asks_teacher and stages.teacher_source(config, "mine"):
-        scorer = make_scorer(config, teacher)
-    mined = mine_negatives(data, make_retriever(config, student), scorer, settings, config.seed)
+        scorer = make_scorer(config, teacher, told=True)
+    mined = mine_negatives(
+        data, make_retriever(config, student, told=True), scorer, settings, config.seed
+    )
     write_atomically(
         RunFolder(config.run_dir).negatives("mined"),
         "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
@@ -113,8 +115,8 @@ def make_teacher_check(config: RunConfig) -> dict[str, Any]:
     teachers = stages.distilled_from(config.stages.cascade.weights)
     student, teacher = part_settings(config, "teacher_check")
     facts = check_teachers(
-        data, make_retriever(config, student),
-        make_scorer(config, teacher) if "cross_encoder" in teachers else None,
+        data, make_retriever(config, student, told=True),
+        make_scorer(config, teacher, told=True) if "cross_encoder" in teachers else None,
         "late_interaction" in teachers, settings.depth, config.seed,
     )  # fmt: skip
     check = TeacherCheck(split=split, trained_on=split == config.data.train_split, **facts)
@@ -213,7 +215,7 @@ class _TableMaker:
 
     def add_student(self, stage: str | None, label: str) -> None:
         final = stage is not None and stage == stages.final_student(self.config)
-        retriever = make_retriever(self.config, trained_student(self.config, stage))
+        retriever = make_retriever(self.config, trained_student(self.config, stage), told=True)
         if final:
             vectors = retriever.vectors(self.held_out.passages, "passage")
             VectorIndex.build(vectors, self.held_out.pids).save(self.folder.index)
@@ -242,7 +244,7 @@ class _TableMaker:
             )
             self.add("late interaction, reranking", "late_interaction", run)
         if teacher := trained_teacher(self.config):
-            scorer = make_scorer(self.config, teacher)
+            scorer = make_scorer(self.config, teacher, told=True)
             run = ranking.rerank_cross_encoder(scorer, data, self.final_run, depth)
             self.add("cross-encoder, reranking", "cross_encoder", run)
 

@@ -20,6 +20,10 @@ from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
 from erniesearch.models.precision import Precision, convert, use_bf16
+from erniesearch.progress import Meter
+
+PATIENCE = 10.0
+"""Seconds of encoding or scoring without a word of progress."""
 
 
 def default_device() -> torch.device:
@@ -77,7 +81,12 @@ class Retriever:
     Args:
         settings: ``settings.path`` is a pretrained encoder or a stage's student.
         precision: computed in (:func:`use_bf16`); returned are fp32 (vectors) or fp16 (tokens).
+
+    Attributes:
+        told: whether work of more than a few seconds says how far it is.
     """
+
+    told = False
 
     def __init__(
         self,
@@ -113,16 +122,20 @@ class Retriever:
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), dim]``, fp32."""
         out = np.empty((len(texts), self.dim), dtype=np.float32)
-        for positions, batch in self.vector_batches(texts, side):
-            out[positions] = batch.cpu().numpy()
+        with Meter("encoding", f"{side}s", len(texts), self.told, PATIENCE) as meter:
+            for positions, batch in self.vector_batches(texts, side):
+                out[positions] = batch.cpu().numpy()
+                meter.advance(len(positions))
         return out
 
     def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
         """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
         out: list[Tensor] = [torch.empty(0)] * len(texts)
-        for positions, batch in self.token_batches(texts, side):
-            for position, row in zip(positions, batch, strict=True):
-                out[position] = row.half().cpu()
+        with Meter("encoding tokens", f"{side}s", len(texts), self.told, PATIENCE) as meter:
+            for positions, batch in self.token_batches(texts, side):
+                for position, row in zip(positions, batch, strict=True):
+                    out[position] = row.half().cpu()
+                meter.advance(len(positions))
         return out
 
     @torch.inference_mode()
@@ -181,7 +194,9 @@ def _load_linear(module: Path) -> torch.nn.Linear:
 
 
 class PairScorer:
-    """A cross-encoder ready to score (query, passage) pairs."""
+    """A cross-encoder ready to score (query, passage) pairs; ``told`` as in :class:`Retriever`."""
+
+    told = False
 
     def __init__(
         self,
@@ -205,20 +220,21 @@ class PairScorer:
         """Scores ``[len(queries)]`` of the pairs (queries[i], passages[i])."""
         assert len(queries) == len(passages)
         out = np.empty(len(queries), dtype=np.float32)
-        joined = [
-            f"{q} {p}" for q, p in zip(queries, passages, strict=True)
-        ]  # only its length is used
-        for positions, _ in length_sorted_batches(joined, self.batch_size):
-            query = encode_texts(self.tokenizer, [queries[i] for i in positions], self.lengths[0])
-            passage = encode_texts(
-                self.tokenizer, [passages[i] for i in positions], self.lengths[1]
-            )
-            query_ids, query_mask, passage_ids, passage_mask = (
-                tensor.to(self.device) for tensor in (*query, *passage)
-            )
-            pairs = assemble_pairs(
-                query_ids, query_mask, passage_ids, passage_mask,
-                self.layout, int(self.tokenizer.pad_token_id),
-            )  # fmt: skip
-            out[positions] = self.model(pairs).cpu().numpy()
+        # Only their lengths are used.
+        joined = [f"{q} {p}" for q, p in zip(queries, passages, strict=True)]
+        with Meter("scoring", "pairs", len(queries), self.told, PATIENCE) as meter:
+            for positions, _ in length_sorted_batches(joined, self.batch_size):
+                sides = (
+                    encode_texts(self.tokenizer, [texts[i] for i in positions], length)
+                    for texts, length in zip((queries, passages), self.lengths, strict=True)
+                )
+                (query, query_mask), (passage, passage_mask) = (
+                    (ids.to(self.device), mask.to(self.device)) for ids, mask in sides
+                )
+                pairs = assemble_pairs(
+                    query, query_mask, passage, passage_mask,
+                    self.layout, int(self.tokenizer.pad_token_id),
+                )  # fmt: skip
+                out[positions] = self.model(pairs).cpu().numpy()
+                meter.advance(len(positions))
         return out

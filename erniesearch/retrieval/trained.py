@@ -79,17 +79,21 @@ def trained_teacher(config: RunConfig) -> TeacherConfig | None:
     return replace(config.teacher, path=str(path), revision=None)
 
 
-def make_retriever(config: RunConfig, settings: StudentConfig) -> Retriever:
-    """A student with the run's lengths and batch size."""
-    return Retriever(
+def make_retriever(config: RunConfig, settings: StudentConfig, told: bool = False) -> Retriever:
+    """A student with the run's lengths, precision and batch size."""
+    retriever = Retriever(
         settings, config.data.max_query_length, config.data.max_passage_length,
         config.evaluation.batch_size, seed=config.seed, precision=config.training.precision,
     )  # fmt: skip
+    retriever.told = told
+    return retriever
 
 
-def make_scorer(config: RunConfig, settings: TeacherConfig) -> PairScorer:
-    """A cross-encoder with the run's lengths and batch size."""
-    return PairScorer(
+def make_scorer(config: RunConfig, settings: TeacherConfig, told: bool = False) -> PairScorer:
+    """A cross-encoder with the run's lengths, precision and batch size."""
+    scorer = PairScorer(
         settings, config.data.max_query_length, config.data.max_passage_length,
         config.evaluation.batch_size, precision=config.training.precision,
     )  # fmt: skip
+    scorer.told = told
+    return scorer

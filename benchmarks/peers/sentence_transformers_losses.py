@@ -7,7 +7,7 @@
 ``mnrl``: MultipleNegativesRankingLoss with the mined negatives. ``distil``: DistillKLDivLoss from
 the teacher's scores of the same groups, at the teacher's fitted temperature. ``both``: one batch of
 each in turn. Updates, batch, group, learning rate, schedule, warm-up, weight decay and the scale of
-cosines are those of the grid's control; bf16 where there is a GPU. Compared with the grid's control
+cosines are those of the grid's control, and so is the precision. Compared with the grid's control
 and its primary arm on the same queries.
 """
 
@@ -34,7 +34,9 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine
 from erniesearch.models.cross_encoder import stored_temperature
+from erniesearch.models.precision import use_bf16
 from erniesearch.pipeline import launcher
+from erniesearch.retrieval.retriever import default_device
 from erniesearch.retrieval.trained import trained_teacher
 from erniesearch.run_folder import RunFolder
 
@@ -108,7 +110,8 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
         per_device_train_batch_size=stage.queries_per_rank, learning_rate=stage.student_lr,
         warmup_steps=round(stage.steps * stage.warmup_ratio), lr_scheduler_type=stage.schedule,
         weight_decay=config.training.weight_decay, max_grad_norm=config.training.max_grad_norm,
-        bf16=torch.cuda.is_available(), save_strategy="no", report_to="none", logging_steps=50,
+        bf16=use_bf16(config.training.precision, default_device()),
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", logging_steps=50,
         disable_tqdm=True, dataloader_num_workers=2,
     )  # fmt: skip
     SentenceTransformerTrainer(model, args=arguments, train_dataset=data, loss=used).train()

@@ -111,7 +111,8 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
         warmup_steps=round(stage.steps * stage.warmup_ratio), lr_scheduler_type=stage.schedule,
         weight_decay=config.training.weight_decay, max_grad_norm=config.training.max_grad_norm,
         bf16=use_bf16(config.training.precision, default_device()),
-        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", logging_steps=50,
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
+        logging_steps=50,
         disable_tqdm=True, dataloader_num_workers=2,
     )  # fmt: skip
     SentenceTransformerTrainer(model, args=arguments, train_dataset=data, loss=used).train()

@@ -145,12 +145,20 @@ class StudentEncoder(nn.Module):
         return F.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     def masked_lm_loss(self, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the masked words' cross-entropies, ``labels`` -100 where nothing is predicted."""
+        """Sum of the masked words' cross-entropies, ``labels`` -100 where nothing is predicted.
+
+        The vocabulary's scores are of the masked words alone where the family has one module for
+        them (BERT, RoBERTa and their kin): they cost as much as the layers of a small encoder.
+        """
         assert self.masked_lm is not None
-        logits = self.masked_lm(input_ids=input_ids, attention_mask=mask.long()).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        words = (labels != -100).flatten().nonzero().squeeze(1)
+        inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
+        head, *more = (m for m in self.masked_lm.children() if m is not self.passage_tower)
+        if more:
+            logits = self.masked_lm(**inputs).logits.flatten(0, 1)[words]
+        else:
+            logits = head(self.passage_tower(**inputs).last_hidden_state.flatten(0, 1)[words])
+        return F.cross_entropy(logits.float(), labels.flatten()[words], reduction="sum")
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write ``state`` (this module's, gathered) as safetensors that :meth:`__init__` reads."""

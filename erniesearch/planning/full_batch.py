@@ -25,7 +25,8 @@ def full_batch(
     )
     extra: dict[str, torch.Tensor] = {}
     if stage.weights.mlm:
-        chosen = passage_mask & (torch.rand(passage_ids.shape, generator=generator) < 0.15)
+        # By integers: how many words there are decides shapes, and a tracker imagines floats.
+        chosen = passage_mask & (torch.randint(20, passage_ids.shape, generator=generator) < 3)
         chosen[:, 1] = True
         extra |= {
             "mlm_ids": passage_ids.masked_fill(chosen, tokenizer.mask_token_id),

@@ -92,6 +92,7 @@ def build_engine(
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 1 << 31,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU every time
             "checkpoint": {"load_universal": universal},
         },
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -67,6 +68,28 @@ def test_family_loads_encodes_and_survives_saving(
     again = StudentEncoder(StudentConfig(str(tmp_path / "saved"), late_interaction_dim=16)).eval()
     for ours, theirs in zip(again(IDS, MASK, "passage"), encoded, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_words_are_the_models(family: str, tmp_path: Path) -> None:
+    """Loss and gradients as by the logits of every token; of no word, nothing."""
+    student = StudentEncoder(checkpoint(tmp_path / "base", family), True).eval()
+    assert student.masked_lm is not None
+    labels = torch.where((IDS == 6) | (IDS == 7), IDS, -100)
+    logits = student.masked_lm(input_ids=IDS, attention_mask=MASK.long()).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    found = student.masked_lm_loss(IDS, MASK, labels)
+    torch.testing.assert_close(found, expected)
+    parameters = dict(student.masked_lm.named_parameters())
+    ours, theirs = (
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for loss in (found, expected)
+    )
+    for name, own, other in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, msg=lambda m, n=name: f"{n}: {m}")
+    nothing = student.masked_lm_loss(IDS, MASK, torch.full_like(IDS, -100))
+    assert nothing == 0
+    nothing.backward()
 
 
 def test_untied_towers_are_saved_apart(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How the pipeline starts its steps: a training stage's ranks by ``srun`` in a Slurm job, else by
-DeepSpeed's launcher if there are several; any other step as one process of its own."""
+DeepSpeed's launcher if there are several; those steps that encode and score a lot likewise, where
+there are several GPUs or nodes; any other step as one process of its own."""
 
 import base64
 import json
@@ -21,6 +22,8 @@ from erniesearch.training.faults import preemption
 from erniesearch.training.faults.process import pipeline_token
 
 DEEPSPEED = "deepspeed.launcher.launch"
+SHARED_STEPS = ("teacher_check", "mine", "evaluate")
+"""Steps whose encoding and scoring is dealt out among ranks."""
 ONE_PROCESS = "ERNIESEARCH_ONE_PROCESS"
 """Set by an ablation, which gives every step a process: work on one rank is done in that."""
 _running: subprocess.Popen[bytes] | None = None
@@ -78,9 +81,16 @@ def check_devices(config: RunConfig) -> None:
         )
 
 
+def on_ranks(name: str, world_size: int) -> bool:
+    """Whether a step is done by all ranks: training is; encoding and scoring where each has a GPU
+    or there are several nodes, since on one CPU a single process uses all cores as well."""
+    several = torch.cuda.device_count() > 1 or num_nodes() > 1
+    return name in TRAINING_STAGES or (name in SHARED_STEPS and world_size > 1 and several)
+
+
 def launch(config: RunConfig, name: str, world_size: int) -> None:
-    """Run a step and wait for it: a training stage on ``world_size`` ranks, any other in one
-    process on this node.
+    """Run a step and wait for it: on ``world_size`` ranks, or in one process on this node
+    (:func:`on_ranks`).
 
     Raises:
         StageFailed: if a process fails.
@@ -89,18 +99,19 @@ def launch(config: RunConfig, name: str, world_size: int) -> None:
     global _running
     environment = dict(os.environ)
     file = str(Path(config.run_dir) / "config.yaml")
-    srun = name in TRAINING_STAGES and in_slurm_job()
+    srun = on_ranks(name, world_size) and in_slurm_job()
+    if srun:
+        command = _srun(world_size, environment)
+    elif world_size > 1 and on_ranks(name, world_size):
+        command = _deepspeed(world_size)
+    else:
+        command = _alone(environment)
     if name in TRAINING_STAGES:
         environment["OMP_NUM_THREADS"] = str(config.training.threads_per_process)
         environment["TOKENIZERS_PARALLELISM"] = "false"
-        if srun:
-            command = _srun(world_size, environment)
-        else:
-            command = _deepspeed(world_size) if world_size > 1 else _alone(environment)
         command += ["train", "--config", file, "--stage", name]
     else:
-        command = [sys.executable, "-m", "erniesearch.cli", "step", "--config", file,
-                   "--name", name, "--world_size", str(world_size)]  # fmt: skip
+        command += ["step", "--config", file, "--name", name, "--world_size", str(world_size)]
     if not srun:  # Slurm itself ends what srun leaves behind, on other nodes too
         environment["ERNIESEARCH_PIPELINE"] = pipeline_token()
     _running = subprocess.Popen(command, env=environment)

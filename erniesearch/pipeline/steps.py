@@ -1,8 +1,8 @@
 """What the pipeline does beside training: BM25, measuring teachers, mining, export, evaluation.
 
-Each step runs in a process of its own, which a pipeline starts (``launcher``): a process that has
-worked on a GPU keeps its context and cache there until it ends, and the next stage's ranks need the
-room.
+Each step runs in a process of its own, or in several, which a pipeline starts (``launcher``): one
+that has worked on a GPU keeps its context and cache there until it ends, and the next stage's ranks
+need the room.
 """
 
 import json
@@ -28,7 +28,7 @@ from erniesearch.evaluation.table import Report, Row, describe_machine, stage_fa
 from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
 from erniesearch.files import write_atomically
-from erniesearch.retrieval import ranking
+from erniesearch.retrieval import crew, ranking
 from erniesearch.retrieval.miner import (
     mine_negatives,
     mined_line,
@@ -53,7 +53,8 @@ console = Console(stderr=True, highlight=False)
 
 
 def run_step(config: RunConfig, name: str, world_size: int) -> None:
-    """Run one step of :data:`STEPS` in this process and mark it done, unless it is.
+    """Run one step of :data:`STEPS` and mark it done, unless it is: in this process, or on the
+    ranks that it belongs to (:mod:`erniesearch.retrieval.crew`).
 
     Args:
         world_size: ranks of the run's training stages.
@@ -63,10 +64,17 @@ def run_step(config: RunConfig, name: str, world_size: int) -> None:
         RankFailed: for a full disk.
     """
     exit_with_pipeline()
-    # Every core, unless the user says how many.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    # Ranking needs no more than TF32, and a GPU does it several times faster than fp32.
-    torch.backends.cuda.matmul.allow_tf32 = True
+    # Every core, or this rank's share of them, unless the user says how many.
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores))
+    with crew.assembled() as leads:
+        # Ranking needs no more than TF32, and a GPU does it several times faster than fp32.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if leads:
+            _run_alone(config, name, world_size)
+
+
+def _run_alone(config: RunConfig, name: str, world_size: int) -> None:
     folder = RunFolder(config.run_dir).stage(name)
     expected = stages.fingerprint(config, name, world_size)
     if is_done(folder, expected):

@@ -22,6 +22,7 @@ from erniesearch.distributed import free_port
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
+from erniesearch.pipeline import launcher
 from erniesearch.pipeline.launcher import StageFailed, num_processes
 from erniesearch.pipeline.run import run_pipeline
 from erniesearch.retrieval.retriever import Retriever
@@ -166,6 +167,23 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "ranks", "shared"),
+    [(0, 1, 2, False), (1, 1, 1, False), (8, 1, 8, True), (0, 2, 4, True), (1, 2, 2, True)],
+)
+def test_steps_that_ranks_share(
+    gpus: int, nodes: int, ranks: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each rank has a GPU, or there are several nodes."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(launcher, "num_nodes", lambda: nodes)
+    for name in ("teacher_check", "mine", "evaluate"):
+        assert launcher.on_ranks(name, ranks) is shared
+    assert launcher.on_ranks("cascade", ranks)
+    assert not launcher.on_ranks("export", ranks)
+    assert not launcher.on_ranks("bm25", ranks)
+
+
 def test_step_ends_with_its_pipeline(
     make_config: ConfigMaker, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -1,0 +1,257 @@
+"""A step of the pipeline on several ranks: rank 0 does it, the others encode and score for it.
+
+Rank 0 runs the step's code as if it were alone. What is large, texts to encode and pairs to score,
+it deals out, a share to each rank and one to itself; the other ranks load the same models and wait
+for work until it is over. So no step knows how many ranks there are, and nothing but models has to
+fit on each.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from multiprocessing.connection import Client, Connection, Listener
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from erniesearch import distributed
+from erniesearch.config.keys import StudentConfig, TeacherConfig
+from erniesearch.data.corpus.texts import take
+from erniesearch.errors import RankFailed
+from erniesearch.models.encoder import Side
+from erniesearch.models.precision import Precision
+from erniesearch.retrieval.retriever import PairScorer, Retriever
+
+PATIENCE = timedelta(minutes=30)
+"""Ranks wait this long for one another's start."""
+SHARE = 4096
+"""Texts that a rank gets at a time, and at least two batches."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a rank loads a model."""
+
+    settings: StudentConfig | TeacherConfig
+    lengths: tuple[int, int]
+    batch_size: int
+    seed: int
+    precision: Precision
+
+    def load(self) -> Retriever | PairScorer:
+        """The model alone, as a single process has it."""
+        rest = (*self.lengths, self.batch_size)
+        if isinstance(self.settings, StudentConfig):
+            return Retriever(self.settings, *rest, seed=self.seed, precision=self.precision)
+        return PairScorer(self.settings, *rest, precision=self.precision)
+
+
+class Job(NamedTuple):
+    """A rank's share: the method of the model, and its arguments."""
+
+    model: Model
+    method: Literal["vectors", "tokens", "scores"]
+    arguments: tuple[Any, ...]
+
+
+class _Crew:
+    """Rank 0's connections to the other ranks, in their order."""
+
+    def __init__(self, connections: list[Connection]) -> None:
+        self.connections = connections
+
+    def share(self, jobs: Sequence[Job], own: Callable[..., Any]) -> list[Any]:
+        """What all ranks make of their jobs; ``own`` is this rank's, the first.
+
+        Raises:
+            RankFailed: if a rank is gone. What a job raises is raised.
+        """
+        try:
+            for connection, job in zip(self.connections, jobs[1:], strict=True):
+                _send(connection, job)
+            made = [own(*jobs[0].arguments)]
+            made += [_receive(connection) for connection in self.connections]
+        except (EOFError, ConnectionError) as error:
+            raise RankFailed("a rank that encodes and scores for this step has ended") from error
+        for result in made:
+            if isinstance(result, Exception):
+                raise result
+        return made
+
+
+def _send(connection: Connection, value: object) -> None:
+    # Not Connection.send: PyTorch has taught that to share tensors' memory on one machine.
+    connection.send_bytes(pickle.dumps(value))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
+
+
+_crew: _Crew | None = None
+
+
+def leads() -> bool:
+    """Whether this process is rank 0 of a step on several ranks, and its crew waits."""
+    return _crew is not None
+
+
+@contextmanager
+def assembled() -> Iterator[bool]:
+    """Around a step: True where the step is to be done, on rank 0; on the others False, once rank 0
+    needs them no more.
+
+    Within, rank 0 is told that it is alone. The ranks have no process group, whose collectives a
+    step's code would take for its own, but a connection each to rank 0, authenticated by a key that
+    the launcher's store hands over.
+    """
+    global _crew
+    distributed.read_launcher()
+    rank, size = distributed.rank(), distributed.world_size()
+    if size == 1:
+        yield True
+        return
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+    if rank:
+        _work(store)
+        yield False
+        return
+    here = os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
+    key = os.urandom(32)
+    with Listener(("127.0.0.1" if here else "", 0), backlog=size, authkey=key) as listener:
+        store.set("crew", f"{listener.address[1]} {key.hex()}")
+        arrived = [listener.accept() for _ in range(size - 1)]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    _crew = _Crew(
+        [
+            connection
+            for _, connection in sorted(((_receive(c), c) for c in arrived), key=itemgetter(0))
+        ]
+    )
+    try:
+        yield True
+    finally:
+        for connection in _crew.connections:
+            connection.close()
+        _crew = None
+
+
+def _work(store: dist.Store) -> None:
+    """Do what rank 0 asks for until it closes the connection; an error is rank 0's to raise."""
+    port, key = store.get("crew").decode().split()
+    address = (os.environ["MASTER_ADDR"], int(port))
+    load = lru_cache(maxsize=2)(Model.load)
+    with Client(address, authkey=bytes.fromhex(key)) as connection:
+        _send(connection, distributed.rank())
+        while True:
+            try:
+                job = _receive(connection)
+            except EOFError:
+                return
+            try:
+                made: Any = getattr(load(job.model), job.method)(*job.arguments)
+            except Exception as error:
+                made = error
+            _send(connection, made)
+
+
+def _shared(
+    model: Model,
+    method: Literal["vectors", "tokens", "scores"],
+    lengths: np.ndarray,
+    arguments: Callable[[np.ndarray], tuple[Any, ...]],
+    own: Callable[..., Any],
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Positions and what was made of them, part by part. Every rank gets texts of all lengths.
+
+    Args:
+        lengths: of each item, in characters.
+        arguments: the method's, of the items at some positions.
+        own: the method, on this rank.
+    """
+    assert _crew is not None
+    order, ranks = np.argsort(-lengths, kind="stable"), 1 + len(_crew.connections)
+    for start in range(0, len(order), SHARE * ranks):
+        block = order[start : start + SHARE * ranks]
+        parts = [np.sort(block[rank::ranks]) for rank in range(ranks)]
+        made = _crew.share([Job(model, method, arguments(part)) for part in parts], own)
+        yield from zip(parts, made, strict=True)
+
+
+def _too_few(number: int, batch_size: int) -> bool:
+    """Whether dealing out is not worth it."""
+    return _crew is None or number < 2 * batch_size * (1 + len(_crew.connections))
+
+
+class CrewRetriever(Retriever):
+    """A :class:`Retriever` of rank 0 whose passages all ranks encode."""
+
+    def __init__(self, model: Model) -> None:
+        assert isinstance(model.settings, StudentConfig)
+        self._shared_as = model
+        super().__init__(
+            model.settings, *model.lengths, model.batch_size, seed=model.seed,
+            precision=model.precision,
+        )  # fmt: skip
+
+    def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
+        """As of a process alone, up to rounding: batches are others."""
+        if _too_few(len(texts), self.batch_size):
+            return super().vectors(texts, side)
+        out = np.empty((len(texts), self.dim), dtype=np.float32)
+        for positions, made in self._made("vectors", texts, side, super().vectors):
+            out[positions] = made
+        return out
+
+    def tokens(self, texts: Sequence[str], side: Side) -> list[Any]:
+        """As of a process alone, up to rounding."""
+        if _too_few(len(texts), self.batch_size):
+            return super().tokens(texts, side)
+        out: list[Any] = [None] * len(texts)
+        for positions, made in self._made("tokens", texts, side, super().tokens):
+            for position, row in zip(positions, made, strict=True):
+                out[position] = row
+        return out
+
+    def _made(
+        self,
+        method: Literal["vectors", "tokens"],
+        texts: Sequence[str],
+        side: Side,
+        own: Callable[..., Any],
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        yield from _shared(
+            self._shared_as, method, lengths, lambda part: (take(texts, part), side), own
+        )
+
+
+class CrewScorer(PairScorer):
+    """A :class:`PairScorer` of rank 0 whose pairs all ranks score."""
+
+    def __init__(self, model: Model) -> None:
+        assert isinstance(model.settings, TeacherConfig)
+        self._shared_as = model
+        super().__init__(
+            model.settings, *model.lengths, model.batch_size, precision=model.precision
+        )
+
+    def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
+        """As of a process alone, up to rounding."""
+        if _too_few(len(queries), self.batch_size):
+            return super().scores(queries, passages)
+        lengths = np.array([len(q) + len(p) for q, p in zip(queries, passages, strict=True)])
+
+        def pairs(part: np.ndarray) -> tuple[list[str], list[str]]:
+            return take(queries, part), take(passages, part)
+
+        out = np.empty(len(queries), dtype=np.float32)
+        for positions, made in _shared(self._shared_as, "scores", lengths, pairs, super().scores):
+            out[positions] = made
+        return out

@@ -1,0 +1,105 @@
+"""Steps on two ranks: what they make is what one process makes, and errors reach rank 0."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.finished_run import write_student, write_teacher
+from support.processes import SUPPORT, run_python
+from support.tiny import ALL_TERMS, ConfigMaker
+
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.stage_keys import LossWeights, StageConfig
+from erniesearch.config.yaml_file import to_yaml
+from erniesearch.run_folder import RunFolder
+
+pytestmark = pytest.mark.distributed
+TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+             "--rdzv_endpoint=localhost:0")  # fmt: skip
+STEPS = ("teacher_check", "mine", "evaluate")
+
+
+def trained(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
+    """A run whose stages have left their models, with everything that steps read."""
+    config = make_config(run_dir=run_dir, weights=ALL_TERMS, negatives="mined", batch_size=4)
+    one = StageConfig(steps=1, negatives="random")
+    stages = replace(
+        config.stages, interaction=replace(one, weights=LossWeights(li=1.0, de=1.0)),
+        teacher=replace(one, weights=LossWeights(ce=1.0)),
+        cascade=replace(config.stages.cascade, batch_size=None),
+        mine=replace(config.stages.mine, depth=8, num_negatives=4),
+        teacher_check=replace(config.stages.teacher_check, depth=6),
+    )  # fmt: skip
+    config = replace(
+        config, stages=stages, evaluation=replace(config.evaluation, batch_size=4, rerank_depth=8)
+    )
+    folder = RunFolder(run_dir)
+    for stage in ("interaction", "cascade"):
+        write_student(folder.model(stage, "student"), config.student)
+    for stage in ("teacher", "cascade"):
+        write_teacher(folder.model(stage, "teacher"), Path(config.student.path))
+    for stage in ("interaction", "teacher", "cascade"):
+        line = {"step": 1, "loss": 1.0, "speed": {"seconds": 1.0}}
+        (folder.stage(stage) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (folder.root / "config.yaml").write_text(to_yaml(config))
+    return config
+
+
+def do_steps(config: RunConfig, *launcher: str) -> None:
+    for step in STEPS:
+        status, output = run_python(
+            *launcher, "-m", "erniesearch.cli", "step", "--config",
+            str(Path(config.run_dir) / "config.yaml"), "--name", step, "--world_size", "1",
+        )  # fmt: skip
+        assert status == 0, output[-6000:]
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Equal, numbers up to rounding."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            close(ours[key], theirs[key])
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for own, other in zip(ours, theirs, strict=True):
+            close(own, other)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    else:
+        assert ours == theirs
+
+
+def made(config: RunConfig) -> dict[str, Any]:
+    folder = RunFolder(config.run_dir)
+    marks = {step: json.loads((folder.stage(step) / "done.json").read_text()) for step in STEPS}
+    for mark in marks.values():
+        mark.pop("fingerprint")
+    lines = folder.negatives("mined").read_text().splitlines()
+    report = json.loads((folder.root / "evaluation.json").read_text())
+    return {
+        "marks": marks, "negatives": [json.loads(line) for line in lines], "rows": report["rows"],
+        "index": (folder.index / "docid").read_text(),
+    }  # fmt: skip
+
+
+def test_two_ranks_make_what_one_process_makes(make_config: ConfigMaker, tmp_path: Path) -> None:
+    alone, together = (trained(make_config, tmp_path / name) for name in ("alone", "together"))
+    do_steps(alone)
+    do_steps(together, *TWO_RANKS)
+    ours, theirs = made(together), made(alone)
+    assert theirs["negatives"]
+    assert "positive_scores" in theirs["negatives"][0]
+    close(ours, theirs)
+
+
+def test_an_error_of_any_rank_reaches_the_first(make_config: ConfigMaker, tmp_path: Path) -> None:
+    config = make_config(run_dir=tmp_path / "run")
+    config = replace(config, evaluation=replace(config.evaluation, batch_size=4))
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    status, output = run_python(*TWO_RANKS, str(SUPPORT / "crew_worker.py"), str(file))
+    assert status == 0, output[-6000:]
+    assert (tmp_path / "run" / "told").read_text() == "no room on rank 1"

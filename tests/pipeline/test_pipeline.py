@@ -166,7 +166,6 @@ def test_gpu_work_is_not_done_in_the_pipelines_process(
     assert not (folder.stage("evaluate") / "done.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
     ("gpus", "nodes", "ranks", "shared"),
     [(0, 1, 2, False), (1, 1, 1, False), (8, 1, 8, True), (0, 2, 4, True), (1, 2, 2, True)],
@@ -184,6 +183,7 @@ def test_steps_that_ranks_share(
     assert not launcher.on_ranks("bm25", ranks)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_step_ends_with_its_pipeline(
     make_config: ConfigMaker, tmp_path: Path, number: signal.Signals
 ) -> None:

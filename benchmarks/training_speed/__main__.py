@@ -4,15 +4,15 @@
 
 Each system is a process of its own with the same weights, the same batches (queries with one
 relevant and some random passages, of natural length) and the same number of threads. Before
-anything is timed, every peer's loss on the first batch must be ours. Then they take turns, a step
-each, in an order that is drawn anew every round; a ratio is the median over rounds of ours by
-theirs in the same round. A step is whatever a training does with a batch: texts to tokens, forward,
-backward, clipping, optimizer.
+anything is timed, every peer's loss on the first batch must be ours. Then those of one kind take
+turns, a step each, in an order that is drawn anew every round; a ratio is the median over rounds of
+ours by theirs in the same round. A step is whatever a training does with a batch: texts to tokens,
+forward, backward, clipping, optimizer.
 
 ``floor`` is the model alone, forward and backward over the same texts in groups of equal length, so
-without any padding. ``joint`` is one step here of all three models with every term but dual_reg;
-``separate`` is the sum of the fastest peer's three steps and of scoring the batch's pairs with its
-cross-encoder, which distillation from stored scores needs.
+without any padding. ``joint`` is one step here of all three models with every term but dual_reg, by
+the sum of the fastest peer's three steps and of scoring the batch's pairs with its cross-encoder,
+which distillation from stored scores needs.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,11 +70,12 @@ class Worker:
         self._process.wait()
 
 
-def measure(
-    workers: list[Worker], rounds: int, warm_up: int
-) -> dict[System, list[dict[str, float]]]:
+Taken = dict[System, list[dict[str, float]]]
+
+
+def measure(workers: list[Worker], rounds: int, warm_up: int) -> Taken:
     """Every system's steps, round by round."""
-    taken: dict[System, list[dict[str, float]]] = {worker.system: [] for worker in workers}
+    taken: Taken = {worker.system: [] for worker in workers}
     order = random.Random(0)
     for number in range(warm_up + rounds):
         for worker in order.sample(workers, len(workers)):
@@ -84,21 +86,15 @@ def measure(
     return taken
 
 
-def check_losses(workers: list[Worker], precision: str) -> dict[str, dict[str, float]]:
-    """Every system's loss on the first batch, by kind; an AssertionError where they differ."""
-    losses: dict[str, dict[str, float]] = {}
-    for worker in workers:
-        if worker.system.kind in KINDS and worker.system.who != "floor":
-            losses.setdefault(worker.system.kind, {})[worker.system.who] = worker.ask("loss")[
-                "loss"
-            ]
-    for kind, of in losses.items():
-        for who, loss in of.items():
-            assert abs(loss - of["ours"]) < LOSSES_AGREE[precision], (kind, who, of)
+def check_losses(workers: list[Worker], precision: str) -> dict[str, float]:
+    """Every system's loss on the first batch; an AssertionError where a peer's is not ours."""
+    losses = {w.system.who: w.ask("loss")["loss"] for w in workers if w.system.who != "floor"}
+    for who, loss in losses.items():
+        assert abs(loss - losses["ours"]) < LOSSES_AGREE[precision], (who, losses)
     return losses
 
 
-def ratio(taken: dict[System, list[dict[str, float]]], ours: System, theirs: list[System]) -> float:
+def ratio(taken: Taken, ours: System, theirs: list[System]) -> float:
     """Median over rounds of ours by the sum of theirs."""
     sums = [sum(of["seconds"] for of in found)
             for found in zip(*(taken[system] for system in theirs), strict=True)]  # fmt: skip
@@ -106,29 +102,50 @@ def ratio(taken: dict[System, list[dict[str, float]]], ours: System, theirs: lis
     return statistics.median(a / b for a, b in zip(own, sums, strict=True))
 
 
-def summary(taken: dict[System, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians by kind and system, and the ratios."""
-    found: dict[str, Any] = {}
-    for system, steps in taken.items():
-        middle = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
-        found.setdefault(system.kind, {})[system.who] = middle
-    fastest = {
-        kind: min(
-            (system for system in taken if system.kind == kind and system.who in PEERS),
-            key=lambda system: found[system.kind][system.who]["seconds"],
-        )
-        for kind in (*KINDS, "scoring")
-    }
-    ratios = {kind: ratio(taken, System("ours", kind), [fastest[kind]]) for kind in KINDS}
-    ratios |= {
-        f"{kind}, floor": ratio(taken, System("floor", kind), [System("ours", kind)])
-        for kind in KINDS
-    }
-    ratios["joint"] = ratio(taken, System("ours", "joint"), list(fastest.values()))
+def medians(taken: Taken) -> dict[str, dict[str, float]]:
+    """Of every figure, by system."""
     return {
-        "steps": found, "ratios": ratios,
-        "fastest_peer": {kind: system.who for kind, system in fastest.items()},
+        f"{system.who}, {system.kind}": {
+            key: statistics.median(step[key] for step in steps) for key in steps[0]
+        }
+        for system, steps in taken.items()
+    }
+
+
+def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> dict[str, Any]:
+    """Ours, the peers' and the floor's step of one kind."""
+    workers = [start(System(who, kind)) for who in ("ours", "floor", *PEERS)]
+    try:
+        losses = check_losses(workers, given.precision)
+        taken = measure(workers, given.rounds, given.warm_up)
+        peers = {w.system.who: w.ask("versions") for w in workers if w.system.who in PEERS}
+    finally:
+        for worker in workers:
+            worker.close()
+    found = medians(taken)
+    fastest = min(PEERS, key=lambda who: found[f"{who}, {kind}"]["seconds"])
+    ours = System("ours", kind)
+    return {
+        "medians": found, "losses": losses, "peers": peers, "fastest_peer": fastest,
+        "by_fastest_peer": ratio(taken, ours, [System(fastest, kind)]),
+        "by_floor": ratio(taken, ours, [System("floor", kind)]),
     }  # fmt: skip
+
+
+def compare_joint(
+    fastest: dict[str, str], start: Callable[[System], Worker], given: Any
+) -> dict[str, Any]:
+    """One step of everything here, by the peers' steps and scoring apart."""
+    theirs = [System(fastest[kind], kind) for kind in KINDS]
+    theirs.append(System(fastest["cross_encoder"], "scoring"))
+    ours = System("ours", "joint")
+    workers = [start(system) for system in (ours, *theirs)]
+    try:
+        taken = measure(workers, given.rounds, given.warm_up)
+    finally:
+        for worker in workers:
+            worker.close()
+    return {"medians": medians(taken), "by_separate": ratio(taken, ours, theirs)}
 
 
 def main() -> None:
@@ -155,23 +172,17 @@ def main() -> None:
         facts = write_material(job)
         job_file = Path(aside) / "job.json"
         job_file.write_text(json.dumps(job._asdict()))
-        systems = [System("ours", kind) for kind in (*KINDS, "joint")]
-        systems += [System("floor", kind) for kind in KINDS]
-        systems += [System(who, kind) for who in PEERS for kind in (*KINDS, "scoring")]
-        workers = [
-            Worker(s, job_file, given.peer_python if s.who in PEERS else sys.executable)
-            for s in systems
-        ]
-        try:
-            losses = check_losses(workers, given.precision)
-            found = summary(measure(workers, given.rounds, given.warm_up))
-            versions = next(w for w in workers if w.system.who in PEERS).ask("versions")
-        finally:
-            for worker in workers:
-                worker.close()
+
+        def start(system: System) -> Worker:
+            python = given.peer_python if system.who in PEERS else sys.executable
+            return Worker(system, job_file, python)
+
+        found = {kind: compare_kind(kind, start, given) for kind in KINDS}
+        fastest = {kind: found[kind]["fastest_peer"] for kind in KINDS}
+        found["joint"] = compare_joint(fastest, start, given)
     results = found | {
-        "batch": facts, "precision": given.precision, "rounds": given.rounds, "losses": losses,
-        "peers": versions, "machine": describe_machine(), "commit": installation.commit(),
+        "batch": facts, "precision": given.precision, "rounds": given.rounds,
+        "machine": describe_machine(), "commit": installation.commit(),
         "command": " ".join(["bash launch/training_speed.sh", *sys.argv[1:]]),
     }  # fmt: skip
     text = json.dumps(results, indent=1) + "\n"

@@ -7,7 +7,6 @@ fit on each.
 """
 
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from erniesearch import distributed
 from erniesearch.config.keys import StudentConfig, TeacherConfig
@@ -26,6 +27,8 @@ from erniesearch.data.corpus.texts import take
 from erniesearch.errors import RankFailed
 from erniesearch.models.encoder import Side
 from erniesearch.models.precision import Precision
+from erniesearch.progress import Meter
+from erniesearch.retrieval.retriever import PATIENCE as MOMENT
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 
 PATIENCE = timedelta(minutes=30)
@@ -74,24 +77,15 @@ class _Crew:
         """
         try:
             for connection, job in zip(self.connections, jobs[1:], strict=True):
-                _send(connection, job)
+                connection.send(job)
             made = [own(*jobs[0].arguments)]
-            made += [_receive(connection) for connection in self.connections]
+            made += [connection.recv() for connection in self.connections]
         except (EOFError, ConnectionError) as error:
             raise RankFailed("a rank that encodes and scores for this step has ended") from error
         for result in made:
             if isinstance(result, Exception):
                 raise result
         return made
-
-
-def _send(connection: Connection, value: object) -> None:
-    # Not Connection.send: PyTorch has taught that to share tensors' memory on one machine.
-    connection.send_bytes(pickle.dumps(value))
-
-
-def _receive(connection: Connection) -> Any:
-    return pickle.loads(connection.recv_bytes())
 
 
 _crew: _Crew | None = None
@@ -131,7 +125,7 @@ def assembled() -> Iterator[bool]:
     _crew = _Crew(
         [
             connection
-            for _, connection in sorted(((_receive(c), c) for c in arrived), key=itemgetter(0))
+            for _, connection in sorted(((c.recv(), c) for c in arrived), key=itemgetter(0))
         ]
     )
     try:
@@ -148,21 +142,33 @@ def _work(store: dist.Store) -> None:
     address = (os.environ["MASTER_ADDR"], int(port))
     load = lru_cache(maxsize=2)(Model.load)
     with Client(address, authkey=bytes.fromhex(key)) as connection:
-        _send(connection, distributed.rank())
+        connection.send(distributed.rank())
         while True:
             try:
-                job = _receive(connection)
+                job = connection.recv()
             except EOFError:
                 return
             try:
                 made: Any = getattr(load(job.model), job.method)(*job.arguments)
+                if job.method == "tokens":  # a tensor's memory cannot be sent, an array can
+                    made = [row.numpy() for row in made]
             except Exception as error:
                 made = error
-            _send(connection, made)
+            connection.send(made)
+
+
+@contextmanager
+def _untold(who: Retriever | PairScorer) -> Iterator[bool]:
+    """Its own share says nothing; the block does, if ``who`` was to."""
+    told, who.told = who.told, False
+    try:
+        yield told
+    finally:
+        who.told = told
 
 
 def _shared(
-    model: Model,
+    who: "CrewRetriever | CrewScorer",
     method: Literal["vectors", "tokens", "scores"],
     lengths: np.ndarray,
     arguments: Callable[[np.ndarray], tuple[Any, ...]],
@@ -177,11 +183,14 @@ def _shared(
     """
     assert _crew is not None
     order, ranks = np.argsort(-lengths, kind="stable"), 1 + len(_crew.connections)
-    for start in range(0, len(order), SHARE * ranks):
-        block = order[start : start + SHARE * ranks]
-        parts = [np.sort(block[rank::ranks]) for rank in range(ranks)]
-        made = _crew.share([Job(model, method, arguments(part)) for part in parts], own)
-        yield from zip(parts, made, strict=True)
+    name = f"{method} on {ranks} ranks"
+    with _untold(who) as told, Meter(name, "texts", len(order), told, MOMENT) as meter:
+        for start in range(0, len(order), SHARE * ranks):
+            block = order[start : start + SHARE * ranks]
+            parts = [np.sort(block[rank::ranks]) for rank in range(ranks)]
+            made = _crew.share([Job(who.shared_as, method, arguments(part)) for part in parts], own)
+            yield from zip(parts, made, strict=True)
+            meter.advance(len(block))
 
 
 def _too_few(number: int, batch_size: int) -> bool:
@@ -194,7 +203,7 @@ class CrewRetriever(Retriever):
 
     def __init__(self, model: Model) -> None:
         assert isinstance(model.settings, StudentConfig)
-        self._shared_as = model
+        self.shared_as = model
         super().__init__(
             model.settings, *model.lengths, model.batch_size, seed=model.seed,
             precision=model.precision,
@@ -209,14 +218,14 @@ class CrewRetriever(Retriever):
             out[positions] = made
         return out
 
-    def tokens(self, texts: Sequence[str], side: Side) -> list[Any]:
+    def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
         """As of a process alone, up to rounding."""
         if _too_few(len(texts), self.batch_size):
             return super().tokens(texts, side)
-        out: list[Any] = [None] * len(texts)
+        out: list[Tensor] = [torch.empty(0)] * len(texts)
         for positions, made in self._made("tokens", texts, side, super().tokens):
             for position, row in zip(positions, made, strict=True):
-                out[position] = row
+                out[position] = torch.as_tensor(row)
         return out
 
     def _made(
@@ -227,9 +236,7 @@ class CrewRetriever(Retriever):
         own: Callable[..., Any],
     ) -> Iterator[tuple[np.ndarray, Any]]:
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        yield from _shared(
-            self._shared_as, method, lengths, lambda part: (take(texts, part), side), own
-        )
+        yield from _shared(self, method, lengths, lambda part: (take(texts, part), side), own)
 
 
 class CrewScorer(PairScorer):
@@ -237,7 +244,7 @@ class CrewScorer(PairScorer):
 
     def __init__(self, model: Model) -> None:
         assert isinstance(model.settings, TeacherConfig)
-        self._shared_as = model
+        self.shared_as = model
         super().__init__(
             model.settings, *model.lengths, model.batch_size, precision=model.precision
         )
@@ -252,6 +259,6 @@ class CrewScorer(PairScorer):
             return take(queries, part), take(passages, part)
 
         out = np.empty(len(queries), dtype=np.float32)
-        for positions, made in _shared(self._shared_as, "scores", lengths, pairs, super().scores):
+        for positions, made in _shared(self, "scores", lengths, pairs, super().scores):
             out[positions] = made
         return out

@@ -7,7 +7,6 @@ else the machine does falls on all of them alike.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 
 import torch
 
-from erniesearch import installation
-from erniesearch.evaluation.table import describe_machine
+from erniesearch.evaluation.table import tell_figures
 from erniesearch.search.system import SearchSystem
 
 FORMS: dict[str, dict[str, int]] = {
@@ -73,13 +71,9 @@ def main() -> None:
     results: dict[str, Any] = {
         "run": str(given.run), "passages": len(system.data.pids), "queries": len(queries) - WARM_UP,
         "milliseconds": measure(system, queries), "threads": torch.get_num_threads(),
-        "precision": system.retriever.precision, "machine": describe_machine(),
-        "commit": installation.commit(), "command": " ".join(["python", *sys.argv]),
+        "precision": system.retriever.precision,
     }  # fmt: skip
-    text = json.dumps(results, indent=1) + "\n"
-    if given.out:
-        given.out.write_text(text)
-    sys.stdout.write(text)
+    tell_figures(results, given.out, " ".join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

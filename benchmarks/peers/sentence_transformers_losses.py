@@ -13,7 +13,6 @@ and its primary arm on the same queries.
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from erniesearch.data.collection import load_beir
 from erniesearch.data.negatives import read_scored_negatives
 from erniesearch.data.trec import read_trec_run
 from erniesearch.evaluation.metrics import parse_metrics, per_query
-from erniesearch.evaluation.table import describe_machine
+from erniesearch.evaluation.table import tell_figures
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.models.precision import use_bf16
 from erniesearch.pipeline import launcher
@@ -192,14 +191,9 @@ def main() -> None:
     results = {
         "dataset": Path(config.data.path).resolve().name, "split": grid.split,
         "metric": grid.metric, "sentence_transformers": sentence_transformers.__version__,
-        "recipes": compare(grid, config, runs), "machine": describe_machine(),
-        "ranks": launcher.num_processes(config), "commit": installation.commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "recipes": compare(grid, config, runs), "ranks": launcher.num_processes(config),
     }  # fmt: skip
-    text = json.dumps(results, indent=1) + "\n"
-    if given.out:
-        given.out.write_text(text)
-    sys.stdout.write(text)
+    tell_figures(results, given.out, " ".join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from erniesearch import installation
-from erniesearch.evaluation.table import describe_machine
+from erniesearch.evaluation.table import tell_figures
 from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
@@ -180,15 +179,8 @@ def main() -> None:
         found = {kind: compare_kind(kind, start, given) for kind in KINDS}
         fastest = {kind: found[kind]["fastest_peer"] for kind in KINDS}
         found["joint"] = compare_joint(fastest, start, given)
-    results = found | {
-        "batch": facts, "precision": given.precision, "rounds": given.rounds,
-        "machine": describe_machine(), "commit": installation.commit(),
-        "command": " ".join(["bash launch/training_speed.sh", *sys.argv[1:]]),
-    }  # fmt: skip
-    text = json.dumps(results, indent=1) + "\n"
-    if given.out:
-        given.out.write_text(text)
-    sys.stdout.write(text)
+    found |= {"batch": facts, "precision": given.precision, "rounds": given.rounds}
+    tell_figures(found, given.out, " ".join(["bash launch/training_speed.sh", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

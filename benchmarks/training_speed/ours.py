@@ -1,12 +1,11 @@
 """A stage's updates, as `erniesearch train` makes them."""
 
-import os
 import sys
 
 import torch
 
 from erniesearch import distributed
-from erniesearch.distributed import free_port
+from erniesearch.commands.parsing import name_accelerator
 from erniesearch.stages import Stage
 from erniesearch.training.trainer import Trainer, update
 from training_speed.material import config_of, read_job
@@ -15,11 +14,7 @@ from training_speed.work import serve
 
 def main(kind: str, job_file: str) -> None:
     """Serve one kind."""
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name_accelerator()
     device = distributed.initialize()
     stage = Stage(config_of(read_job(job_file), kind), "interaction")
     trainer = Trainer(stage, device)

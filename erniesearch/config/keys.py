@@ -9,6 +9,7 @@ from typing import Literal
 
 from erniesearch.config.stage_keys import StagesConfig, TrainingStageConfig
 
+Precision = Literal["auto", "fp32", "bf16"]
 MAX_TOKENS = 8192
 """Tokens that are kept of a passage (``erniesearch.data.corpus.tokens``)."""
 
@@ -123,7 +124,7 @@ class TrainingConfig:
     """Processes per node started by `erniesearch run`; 0 means one per GPU, or 2 on a CPU."""
     threads_per_process: int = 1
     """CPU threads per process; more than the cores allow makes everything slower."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of training, and of encoding and scoring with its models. auto is bf16 on GPUs and on CPUs
     with AVX512-BF16 or AMX, fp32 elsewhere; bf16 has fp32 master weights. A stage that continues
     from a checkpoint goes on in the checkpoint's."""

@@ -7,6 +7,8 @@ for torch.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from erniesearch.config.keys import Precision
+
 
 @dataclass(frozen=True)
 class EncodeOptions:
@@ -31,7 +33,7 @@ class EncodeOptions:
     vectors if both."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Stored as."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Computed in; auto is bf16 on GPUs and on CPUs with AVX512-BF16 or AMX, fp32 elsewhere."""
     batch_size: int = 64
     """Texts per forward pass."""
@@ -97,7 +99,7 @@ class MineOptions:
     """Breadth of an HNSW search."""
     batch_size: int = 64
     """Texts per forward pass."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Computed in, as in `erniesearch encode`."""
     gpu: bool = False
     """Search on all GPUs (start one process)."""
@@ -150,7 +152,7 @@ class EvaluateOptions:
     """Of the bootstrap and the randomisation test."""
     batch_size: int = 32
     """Texts per forward pass."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Computed in, as in `erniesearch encode`."""
     max_query_length: int | None = None
     """Longest query in tokens; the folder's own by default."""

@@ -1,14 +1,11 @@
 """How a device computes: in which precision, and by which of several equal ways."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from erniesearch.config.keys import RunConfig
+from erniesearch.config.keys import Precision, RunConfig
 from erniesearch.models.joint import JointModel
 
-Precision = Literal["auto", "fp32", "bf16"]
 PLAIN_ATTENTION_TOKENS = 256
 """Longest pair for which plain attention's maps are kept."""
 

@@ -22,11 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erniesearch import distributed
-from erniesearch.config.keys import StudentConfig, TeacherConfig
+from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
 from erniesearch.data.corpus.texts import take
 from erniesearch.errors import RankFailed
 from erniesearch.models.encoder import Side
-from erniesearch.models.precision import Precision
 from erniesearch.progress import Meter
 from erniesearch.retrieval.retriever import PATIENCE as MOMENT
 from erniesearch.retrieval.retriever import PairScorer, Retriever
@@ -47,12 +46,22 @@ class Model:
     seed: int
     precision: Precision
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :class:`Retriever` or :class:`PairScorer`."""
+        seed = {"seed": self.seed} if isinstance(self.settings, StudentConfig) else {}
+        return seed | {
+            "settings": self.settings, "max_query_length": self.lengths[0],
+            "max_passage_length": self.lengths[1], "batch_size": self.batch_size,
+            "precision": self.precision,
+        }  # fmt: skip
+
     def load(self) -> Retriever | PairScorer:
-        """The model alone, as a single process has it."""
-        rest = (*self.lengths, self.batch_size)
-        if isinstance(self.settings, StudentConfig):
-            return Retriever(self.settings, *rest, seed=self.seed, precision=self.precision)
-        return PairScorer(self.settings, *rest, precision=self.precision)
+        """The model; on rank 0 of a step on several ranks, one that all of them work for."""
+        student = isinstance(self.settings, StudentConfig)
+        if _crew is not None:
+            return CrewRetriever(self) if student else CrewScorer(self)
+        return Retriever(**self.options) if student else PairScorer(**self.options)
 
 
 class Job(NamedTuple):
@@ -89,11 +98,6 @@ class _Crew:
 
 
 _crew: _Crew | None = None
-
-
-def leads() -> bool:
-    """Whether this process is rank 0 of a step on several ranks, and its crew waits."""
-    return _crew is not None
 
 
 @contextmanager
@@ -202,12 +206,8 @@ class CrewRetriever(Retriever):
     """A :class:`Retriever` of rank 0 whose passages all ranks encode."""
 
     def __init__(self, model: Model) -> None:
-        assert isinstance(model.settings, StudentConfig)
         self.shared_as = model
-        super().__init__(
-            model.settings, *model.lengths, model.batch_size, seed=model.seed,
-            precision=model.precision,
-        )  # fmt: skip
+        super().__init__(**model.options)
 
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """As of a process alone, up to rounding: batches are others."""
@@ -243,11 +243,8 @@ class CrewScorer(PairScorer):
     """A :class:`PairScorer` of rank 0 whose pairs all ranks score."""
 
     def __init__(self, model: Model) -> None:
-        assert isinstance(model.settings, TeacherConfig)
         self.shared_as = model
-        super().__init__(
-            model.settings, *model.lengths, model.batch_size, precision=model.precision
-        )
+        super().__init__(**model.options)
 
     def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
         """As of a process alone, up to rounding."""

@@ -5,11 +5,10 @@ from typing import Literal
 
 import torch
 
-from erniesearch.config.keys import MAX_TOKENS, TeacherConfig
+from erniesearch.config.keys import MAX_TOKENS, Precision, TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side
-from erniesearch.models.precision import Precision
 from erniesearch.retrieval.model_folder import ModelFolder, read_folder
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from erniesearch.config.keys import StudentConfig, TeacherConfig
+from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
 from erniesearch.data.batches import encode_texts
 from erniesearch.data.corpus.texts import take
 from erniesearch.data.corpus.tokens import TokenStore
@@ -19,7 +19,7 @@ from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
-from erniesearch.models.precision import Precision, convert, use_bf16
+from erniesearch.models.precision import convert, use_bf16
 from erniesearch.progress import Meter
 
 PATIENCE = 10.0

@@ -12,8 +12,7 @@ from erniesearch.config.checks import validate
 from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig
 from erniesearch.config.yaml_file import from_dict, read_yaml, unknown_key
 from erniesearch.errors import UserError
-from erniesearch.retrieval import crew
-from erniesearch.retrieval.crew import CrewRetriever, CrewScorer, Model
+from erniesearch.retrieval.crew import Model
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.run_folder import RunFolder
 
@@ -83,24 +82,24 @@ def trained_teacher(config: RunConfig) -> TeacherConfig | None:
 
 def make_retriever(config: RunConfig, settings: StudentConfig, told: bool = False) -> Retriever:
     """A student with the run's lengths, precision and batch size, shared with a crew's ranks."""
-    model = _model(config, settings)
-    retriever = CrewRetriever(model) if crew.leads() else model.load()
+    retriever = _ready(config, settings, told)
     assert isinstance(retriever, Retriever)
-    retriever.told = told
     return retriever
 
 
 def make_scorer(config: RunConfig, settings: TeacherConfig, told: bool = False) -> PairScorer:
     """A cross-encoder with the run's lengths, precision and batch size, shared as students are."""
-    model = _model(config, settings)
-    scorer = CrewScorer(model) if crew.leads() else model.load()
+    scorer = _ready(config, settings, told)
     assert isinstance(scorer, PairScorer)
-    scorer.told = told
     return scorer
 
 
-def _model(config: RunConfig, settings: StudentConfig | TeacherConfig) -> Model:
+def _ready(
+    config: RunConfig, settings: StudentConfig | TeacherConfig, told: bool
+) -> Retriever | PairScorer:
     lengths = (config.data.max_query_length, config.data.max_passage_length)
-    return Model(
+    loaded = Model(
         settings, lengths, config.evaluation.batch_size, config.seed, config.training.precision
-    )
+    ).load()
+    loaded.told = told
+    return loaded

@@ -14,12 +14,12 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed
-from erniesearch.config.keys import RunConfig
+from erniesearch.config.keys import Precision, RunConfig
 from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
-from erniesearch.models.precision import Precision, tune_for_device, use_bf16
+from erniesearch.models.precision import tune_for_device, use_bf16
 from erniesearch.run_folder import claimed, is_done, mark_done
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.tiny import write_model
 
-from erniesearch.config.keys import TeacherConfig
-from erniesearch.models.precision import Precision, use_bf16
+from erniesearch.config.keys import Precision, TeacherConfig
+from erniesearch.models.precision import use_bf16
 from erniesearch.retrieval.retriever import PairScorer
 from erniesearch.training.checkpoints.resume import Resume
 from erniesearch.training.trainer import goes_on_in_bf16

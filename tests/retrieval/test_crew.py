@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.finished_run import write_student, write_teacher
-from support.processes import SUPPORT, run_python
+from support.processes import SUPPORT, TWO_RANKS, run_python
 from support.tiny import ALL_TERMS, ConfigMaker
 
 from erniesearch.config.keys import RunConfig
@@ -16,8 +16,6 @@ from erniesearch.config.yaml_file import to_yaml
 from erniesearch.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
-TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=localhost:0")  # fmt: skip
 STEPS = ("teacher_check", "mine", "evaluate")
 
 

@@ -15,6 +15,9 @@ from erniesearch.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
+TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+             "--rdzv_endpoint=localhost:0")  # fmt: skip
+"""Arguments of Python before a script or a module that two ranks are to run."""
 
 
 def start(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:

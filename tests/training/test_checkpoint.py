@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import SUPPORT, losses_of, run_python
+from support.processes import SUPPORT, TWO_RANKS, losses_of, run_python
 from support.tiny import ConfigMaker
 
 from erniesearch.cli import main
@@ -27,8 +27,6 @@ from erniesearch.training.checkpoints.checkpointer import find_checkpoints, newe
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
-TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=localhost:0")  # fmt: skip
 
 
 def train(root: Path, *jobs: tuple[str, RunConfig]) -> None:

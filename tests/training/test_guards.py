@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import SUPPORT, losses_of, run_python
+from support.processes import SUPPORT, TWO_RANKS, losses_of, run_python
 from support.tiny import ConfigMaker
 
 from erniesearch.config.keys import RunConfig
@@ -21,15 +21,14 @@ from erniesearch.training.faults.guards import CONSTANT_AFTER, TermWatch, spoil_
 from erniesearch.training.faults.process import failures_told
 from erniesearch.training.faults.watchdog import describe
 
-TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=localhost:0", str(SUPPORT / "fault_worker.py"))  # fmt: skip
+FAULTY_RANKS = (*TWO_RANKS, str(SUPPORT / "fault_worker.py"))
 
 
 def train(config: RunConfig, root: Path, kind: str, rank: int, steps: list[int]) -> tuple[int, str]:
     """``erniesearch train`` on two ranks with a fault; exit status and output."""
     (root / "fault.json").write_text(json.dumps({"kind": kind, "rank": rank, "steps": steps}))
     (root / "run.yaml").write_text(to_yaml(config))
-    return run_python(*TWO_RANKS, str(root / "fault.json"), "--config", str(root / "run.yaml"),
+    return run_python(*FAULTY_RANKS, str(root / "fault.json"), "--config", str(root / "run.yaml"),
                       "--stage", "cascade")  # fmt: skip
 
 
@@ -75,7 +74,7 @@ def test_update_is_skipped_on_all_ranks_and_told(
     jobs = [("cascade", asdict(config)) for pair in runs.values() for config in pair]
     file = tmp_path / "fault.json"
     file.write_text(json.dumps({"kind": kind, "rank": 1, "steps": [2], "jobs": jobs}))
-    status, output = run_python(*TWO_RANKS, str(file))
+    status, output = run_python(*FAULTY_RANKS, str(file))
     assert status == 0, output[-3000:]
     cause = "gradient" if kind == "nan_gradient" else "loss"
     for without, config in runs.values():

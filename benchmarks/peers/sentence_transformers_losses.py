@@ -76,7 +76,7 @@ def train(grid: Grid, config: RunConfig, loss: str, seed: int, out: Path) -> Non
 
     stage, scale = config.stages.cascade, 1 / config.objective.tau_de
     warm = RunFolder(result_folder(grid, config, "interaction")).model("interaction", "student")
-    model = SentenceTransformer(str(warm))
+    model = SentenceTransformer(str(warm), model_kwargs={"dtype": torch.float32})
     model.max_seq_length = config.data.max_passage_length
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
     columns |= {f"negative_{i}": [] for i in range(stage.num_negatives)} | {"label": []}

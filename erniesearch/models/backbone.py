@@ -237,6 +237,16 @@ def _load_model(
     return model, set(about["missing_keys"])
 
 
+def save_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A transformers folder of ``weights`` (this model's, by name) in fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.float().contiguous() for name, value in weights.items()}
+    model.save_pretrained(folder, state_dict=weights)
+    # It writes the dtype that the model computes in; a reader of "bfloat16" would round the weights.
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+
+
 def max_positions(config: PretrainedConfig) -> int:
     """Longest input in tokens; RoBERTa's positions start after the padding id."""
     positions = int(getattr(config, "max_position_embeddings", 1 << 30))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from erniesearch.config.keys import TeacherConfig
 from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
-from erniesearch.models.backbone import load_classifier
+from erniesearch.models.backbone import load_classifier, save_weights
 from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import Projections, ProjectionTap, split_heads
 from erniesearch.objectives.outputs import TeacherAttention
@@ -199,9 +199,7 @@ class CrossEncoder(nn.Module):
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write ``state`` (this module's, gathered) as a transformers folder."""
-        own = {k.removeprefix("model."): v.float().contiguous() for k, v in state.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=own)
+        save_weights(self.model, folder, {k.removeprefix("model."): v for k, v in state.items()})
         if self.temperature is not None:
             content = json.dumps({"temperature": self.temperature}) + "\n"
             (folder / TEMPERATURE_FILE).write_text(content, encoding="utf-8")

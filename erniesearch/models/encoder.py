@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from erniesearch.config.keys import StudentConfig
 from erniesearch.distributed import longest_row
 from erniesearch.errors import UserError
-from erniesearch.models.backbone import load_encoder, weights_wanted
+from erniesearch.models.backbone import load_encoder, save_weights, weights_wanted
 from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import ProjectionTap
 from erniesearch.objectives.outputs import Encoded
@@ -162,23 +162,16 @@ class StudentEncoder(nn.Module):
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write ``state`` (this module's, gathered) as safetensors that :meth:`__init__` reads."""
-        _save_tower(self.query_tower, folder, state, "query_tower.")
+        save_weights(self.query_tower, folder, _own(state, "query_tower."))
         if not self.settings.tied:
-            _save_tower(self.passage_tower, folder / "passage_tower", state, "passage_tower.")
+            own = _own(state, "passage_tower.")
+            save_weights(self.passage_tower, folder / "passage_tower", own)
         weight = state["projection.weight"].float().contiguous()
         save_file({"linear.weight": weight}, folder / HEAD_FILE)
 
 
-def _save_tower(
-    tower: PreTrainedModel, folder: Path, state: dict[str, Tensor], prefix: str
-) -> None:
-    own = {
-        name.removeprefix(prefix): value.float().contiguous()
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    tower.save_pretrained(folder, state_dict=own)
+def _own(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import write_model
+from transformers import AutoModel
 
-from erniesearch.config.keys import Precision, TeacherConfig
+from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
+from erniesearch.models.backbone import load_encoder, save_weights
 from erniesearch.models.precision import use_bf16
 from erniesearch.retrieval.retriever import PairScorer
 from erniesearch.training.checkpoints.resume import Resume
@@ -65,3 +67,12 @@ def test_a_checkpoint_goes_on_in_its_own_precision(
         assert goes_on_in_bf16("auto", resume, CPU) is (fast if recorded is None else recorded)
         assert goes_on_in_bf16("bf16", resume, CPU)
         assert not goes_on_in_bf16("fp32", resume, CPU)
+
+
+def test_weights_trained_in_bf16_are_read_whole(tmp_path: Path) -> None:
+    """transformers and sentence-transformers load in the dtype that config.json names."""
+    model = load_encoder(StudentConfig(str(write_model(tmp_path / "model"))))
+    masters = {name: value.clone() for name, value in model.state_dict().items()}
+    save_weights(model.bfloat16(), tmp_path / "out", masters)
+    again = AutoModel.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in masters.items())

@@ -1,5 +1,6 @@
 """``ablate``: the arms of a grid, trained once each and compared."""
 
+import re
 import shlex
 import sys
 
@@ -26,6 +27,10 @@ def ablate_command(argv: list[str]) -> int:
     from erniesearch.ablation.grid import read_grid
 
     given = {key: getattr(settings, key) for key in ("config", "run_dir", "split")}
+    if settings.seeds is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", settings.seeds):
+            raise UserError(f"--seeds {settings.seeds}: must be integers separated by commas")
+        given["seeds"] = [int(seed) for seed in settings.seeds.split(",")]
     grid = read_grid(installation.grid_file(settings.grid), given)
     if settings.arms:
         grid = grid.only(settings.arms.split(","))
@@ -86,6 +91,9 @@ def _parser() -> ArgumentParser:
         default=None,
         help="Only these and their controls, separated by commas.",
     )
+    add("--seeds", type=str | None, default=None,
+        help="Instead of the grid's, separated by commas; arms that name their own keep"
+        " them.")  # fmt: skip
     add("--jobs", type=int, default=1,
         help="Arms trained at the same time on this machine; each takes training.num_processes"
         " processes.")  # fmt: skip

@@ -209,6 +209,17 @@ def test_mistakes_in_a_grid_are_told(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_seeds_of_the_command_line(
+    make_grid: GridMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(make_grid())
+    assert main(["ablate", path, "--seeds", "7,x"]) == 2
+    assert "--seeds 7,x: must be integers" in capsys.readouterr().err
+    assert main(["ablate", path, "--seeds", "7,8", "--report", "true"]) == 2
+    told = capsys.readouterr().err
+    assert "plain seed 7" in told and "hotter seed 8" in told and "seed 1" not in told
+
+
 @pytest.mark.parametrize("name", installation.grid_names())
 def test_shipped_grids(name: str) -> None:
     """Each parses, its arms differ, and what the arms share is one stage."""

@@ -242,7 +242,7 @@ def save_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.float().contiguous() for name, value in weights.items()}
     model.save_pretrained(folder, state_dict=weights)
-    # It writes the dtype that the model computes in; a reader of "bfloat16" would round the weights.
+    # It wrote the dtype that the model computes in; who reads "bfloat16" rounds the weights.
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
 

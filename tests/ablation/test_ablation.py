@@ -217,7 +217,9 @@ def test_seeds_of_the_command_line(
     assert "--seeds 7,x: must be integers" in capsys.readouterr().err
     assert main(["ablate", path, "--seeds", "7,8", "--report", "true"]) == 2
     told = capsys.readouterr().err
-    assert "plain seed 7" in told and "hotter seed 8" in told and "seed 1" not in told
+    assert "plain seed 7" in told
+    assert "hotter seed 8" in told
+    assert "seed 1" not in told
 
 
 @pytest.mark.parametrize("name", installation.grid_names())

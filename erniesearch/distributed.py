@@ -172,13 +172,13 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def gather_lengths(*lengths: int, device: torch.device) -> torch.Tensor:
-    """Each rank's integers, ``[world_size, len(lengths)]`` on the CPU."""
-    own = torch.tensor([lengths], dtype=torch.long, device=device)
+def gather_lengths(lengths: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Every rank's equally many integers ``[n]`` of the CPU, ``[world_size, n]`` on the CPU."""
     if world_size() == 1:
-        return own.cpu()
-    out = own.new_empty((world_size(), len(lengths)))
-    _all_gather(out, own)
+        return lengths[None]
+    own = lengths.to(device, non_blocking=True)
+    out = own.new_empty((world_size(), len(own)))
+    _all_gather(out.view(-1), own)
     return out.cpu()
 
 
@@ -212,29 +212,55 @@ def longest_row(mask: torch.Tensor) -> int:
     return int((mask * positions).max())
 
 
-def gather_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(tokens: torch.Tensor, mask_on_cpu: torch.Tensor) -> torch.Tensor:
+    """The real ones of tokens ``[num_sequences, num_tokens, dim]`` one after the other, with
+    gradient; the host knows which they are and waits for no GPU."""
+    real = mask_on_cpu.flatten().nonzero().squeeze(1)
+    return tokens.flatten(0, 1).index_select(0, real.to(tokens.device, non_blocking=True))
+
+
+class Ragged:
+    """Packed sequences of lengths ``[num_sequences]`` that the host knows."""
+
+    def __init__(self, lengths: torch.Tensor) -> None:
+        self.lengths = lengths
+        self.total, self.longest = int(lengths.sum()), max(int(lengths.max()), 1)
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """``[num_sequences, longest]``, True = real token."""
+        lengths = self.lengths.to(device, non_blocking=True)
+        return torch.arange(self.longest, device=device) < lengths[:, None]
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """``[total, dim]`` to ``[num_sequences, longest, dim]``, zeros behind, with gradient."""
+        real = self.mask(self.lengths.device).flatten().nonzero().squeeze(1)
+        empty = packed.new_zeros((len(self.lengths) * self.longest, packed.shape[-1]))
+        padded = empty.index_copy(0, real.to(packed.device, non_blocking=True), packed)
+        return padded.unflatten(0, (-1, self.longest))
+
+
+def gather_tokens(
+    tokens: torch.Tensor, mask: torch.Tensor, mask_on_cpu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather token vectors of sequences that each rank padded to a length of its own.
 
-    Only real tokens travel; the result is padded to the longest sequence of all ranks.
+    Only real tokens travel, and the host waits for a GPU once, for the other ranks' lengths.
 
     Args:
-        tokens: ``[num_sequences, num_tokens, dim]``.
-        mask: ``[num_sequences, num_tokens]``, True = real token.
+        tokens: ``[num_sequences, num_tokens, dim]``, as many sequences on every rank.
+        mask: ``[num_sequences, num_tokens]``, True = real token; may have gaps.
+        mask_on_cpu: the same there.
 
     Returns:
-        ``[sum of num_sequences, longest, dim]`` (zeros where masked) and its mask.
+        ``[world_size · num_sequences, longest, dim]`` (real tokens first, then zeros) and its mask;
+        on one rank the arguments.
     """
     if world_size() == 1:
         return tokens, mask
-    sizes = gather_lengths(mask.shape[0], int(mask.sum()), longest_row(mask), device=tokens.device)
-    longest = max(int(sizes[:, 2].max()), 1)
-    own_mask = mask.new_zeros((mask.shape[0], longest))
-    width = min(longest, mask.shape[1])
-    own_mask[:, :width] = mask[:, :width]
-    all_mask = gather_rows(own_mask.to(torch.uint8), sizes[:, 0]).bool()
-    packed = gather_rows(tokens[mask], sizes[:, 1])
-    padded = packed.new_zeros((*all_mask.shape, tokens.shape[-1]))
-    return padded.index_put((all_mask,), packed), all_mask
+    lengths = gather_lengths(mask_on_cpu.sum(1), tokens.device)
+    whole = Ragged(lengths.flatten())
+    packed = gather_rows(pack(tokens, mask_on_cpu), lengths.sum(1))
+    return whole.pad(packed), whole.mask(tokens.device)
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:
@@ -244,6 +270,44 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(condition), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+class Poll:
+    """Asks every update whether a condition holds on any rank, without waiting for a GPU.
+
+    There the answer is the one to the question before: that update's work is done by then, while
+    the next one's is waiting in line.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def any_rank(self, condition: bool) -> bool:
+        """The same answer on all ranks, each of which must ask."""
+        if world_size() == 1 or self.device.type == "cpu":
+            return any_rank(condition, self.device)
+        before = self._asked
+        flag = torch.tensor(int(condition)).to(self.device, non_blocking=True)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        answer = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        answer.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._asked = answer, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
+
+
+def mean_of(number: int, device: torch.device) -> float | torch.Tensor:
+    """A number averaged over ranks; of several ranks it stays on the device, where nobody waits."""
+    if world_size() == 1:
+        return float(number)
+    mean = torch.tensor(float(number)).to(device, non_blocking=True)
+    dist.all_reduce(mean)
+    return mean / world_size()
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:

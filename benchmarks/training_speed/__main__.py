@@ -31,14 +31,21 @@ from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
 PEERS = ("sentence_transformers",)
+ATTENTION = ("sdpa", "eager")
+"""PyTorch's fused one is the default; in bf16 on a CPU the plain one may be faster."""
 LOSSES_AGREE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
 class System(NamedTuple):
-    """Who does what: ``ours`` does every kind and ``joint``, peers also ``scoring``."""
+    """Who does what: ``ours`` does every kind and ``joint``, peers also ``scoring``; and by which
+    of PyTorch's ways of attention, where it is a choice."""
 
     who: str
     kind: str
+    attention: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.who}{self.attention and f' ({self.attention})'}, {self.kind}"
 
 
 class Worker:
@@ -46,6 +53,7 @@ class Worker:
 
     def __init__(self, system: System, job_file: Path, python: str) -> None:
         command = [python, "-m", f"training_speed.{system.who}", system.kind, str(job_file)]
+        command += [system.attention] * bool(system.attention)
         self.system = system
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -60,7 +68,7 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, float] = json.loads(line)
                 return answer
-        sys.exit(f"{self.system.who}, {self.system.kind}: ended with {self._process.wait()}")
+        sys.exit(f"{self.system}: ended with {self._process.wait()}")
 
     def close(self) -> None:
         """End the process."""
@@ -87,9 +95,10 @@ def measure(workers: list[Worker], rounds: int, warm_up: int) -> Taken:
 
 def check_losses(workers: list[Worker], precision: str) -> dict[str, float]:
     """Every system's loss on the first batch; an AssertionError where a peer's is not ours."""
-    losses = {w.system.who: w.ask("loss")["loss"] for w in workers if w.system.who != "floor"}
-    for who, loss in losses.items():
-        assert abs(loss - losses["ours"]) < LOSSES_AGREE[precision], (who, losses)
+    losses = {str(w.system): w.ask("loss")["loss"] for w in workers if w.system.who != "floor"}
+    ours = next(loss for name, loss in losses.items() if name.startswith("ours"))
+    for name, loss in losses.items():
+        assert abs(loss - ours) < LOSSES_AGREE[precision], (name, losses)
     return losses
 
 
@@ -104,16 +113,16 @@ def ratio(taken: Taken, ours: System, theirs: list[System]) -> float:
 def medians(taken: Taken) -> dict[str, dict[str, float]]:
     """Of every figure, by system."""
     return {
-        f"{system.who}, {system.kind}": {
-            key: statistics.median(step[key] for step in steps) for key in steps[0]
-        }
+        str(system): {key: statistics.median(step[key] for step in steps) for key in steps[0]}
         for system, steps in taken.items()
     }
 
 
 def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> dict[str, Any]:
-    """Ours, the peers' and the floor's step of one kind."""
-    workers = [start(System(who, kind)) for who in ("ours", "floor", *PEERS)]
+    """Ours, the peers' and the floor's step of one kind; theirs by the faster attention."""
+    ours = System("ours", kind)
+    others = [System(who, kind, way) for who in ("floor", *PEERS) for way in ATTENTION]
+    workers = [start(system) for system in (ours, *others)]
     try:
         losses = check_losses(workers, given.precision)
         taken = measure(workers, given.rounds, given.warm_up)
@@ -122,21 +131,23 @@ def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> di
         for worker in workers:
             worker.close()
     found = medians(taken)
-    fastest = min(PEERS, key=lambda who: found[f"{who}, {kind}"]["seconds"])
-    ours = System("ours", kind)
+
+    def fastest(among: tuple[str, ...]) -> System:
+        return min((system for system in others if system.who in among),
+                   key=lambda system: found[str(system)]["seconds"])  # fmt: skip
+
+    peer, floor = fastest(PEERS), fastest(("floor",))
     return {
-        "medians": found, "losses": losses, "peers": peers, "fastest_peer": fastest,
-        "by_fastest_peer": ratio(taken, ours, [System(fastest, kind)]),
-        "by_floor": ratio(taken, ours, [System("floor", kind)]),
+        "medians": found, "losses": losses, "peers": peers, "fastest_peer": peer._asdict(),
+        "floor": floor._asdict(), "by_fastest_peer": ratio(taken, ours, [peer]),
+        "by_floor": ratio(taken, ours, [floor]),
     }  # fmt: skip
 
 
 def compare_joint(
-    fastest: dict[str, str], start: Callable[[System], Worker], given: Any
+    theirs: list[System], start: Callable[[System], Worker], given: Any
 ) -> dict[str, Any]:
     """One step of everything here, by the peers' steps and scoring apart."""
-    theirs = [System(fastest[kind], kind) for kind in KINDS]
-    theirs.append(System(fastest["cross_encoder"], "scoring"))
     ours = System("ours", "joint")
     workers = [start(system) for system in (ours, *theirs)]
     try:
@@ -177,8 +188,9 @@ def main() -> None:
             return Worker(system, job_file, python)
 
         found = {kind: compare_kind(kind, start, given) for kind in KINDS}
-        fastest = {kind: found[kind]["fastest_peer"] for kind in KINDS}
-        found["joint"] = compare_joint(fastest, start, given)
+        theirs = [System(**found[kind]["fastest_peer"]) for kind in KINDS]
+        theirs.append(theirs[-1]._replace(kind="scoring"))
+        found["joint"] = compare_joint(theirs, start, given)
     found |= {"batch": facts, "precision": given.precision, "rounds": given.rounds}
     tell_figures(found, given.out, " ".join(["bash launch/training_speed.sh", *sys.argv[1:]]))
 

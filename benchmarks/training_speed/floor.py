@@ -11,14 +11,15 @@ from training_speed.material import batches_of, read_job
 from training_speed.work import serve
 
 
-def main(kind: str, job_file: str) -> None:
+def main(kind: str, job_file: str, attention: str) -> None:
     """Serve one kind."""
     job = read_job(job_file)
     path = resolve(job.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModel.from_pretrained(
-        path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation=attention,
     ).to(device).train()  # fmt: skip
     if job.precision == "bf16":
         model.bfloat16()

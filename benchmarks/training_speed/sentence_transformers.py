@@ -36,8 +36,9 @@ ONE_HOT = 100.0
 """A label whose softmax beside zeros is 1: ListNet is the cross-entropy then."""
 
 
-def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str) -> Any:
+def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str, attention: str) -> Any:
     """A trainer of ``kind`` over all batches' rows."""
+    options = {"attn_implementation": attention}
     exports, gpu = Path(job.run_dir) / "exports", torch.cuda.is_available()
     shared: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": job.queries, "use_cpu": not gpu,
@@ -48,7 +49,7 @@ def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str) -> Any
     for n in range(job.num_negatives):
         texts[f"negative_{n}"] = [row[2 + n] for row in rows]
     if kind == "dual_encoder":
-        dense = SentenceTransformer(str(exports / "dual_encoder"))
+        dense = SentenceTransformer(str(exports / "dual_encoder"), model_kwargs=options)
         dense.max_seq_length = job.max_passage_length
         return SentenceTransformerTrainer(
             dense, args=SentenceTransformerTrainingArguments(**shared),
@@ -56,15 +57,16 @@ def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str) -> Any
             loss=MultipleNegativesRankingLoss(dense, scale=1 / TAU_DE),
         )  # fmt: skip
     if kind == "late_interaction":
-        multi = MultiVectorEncoder(str(exports / "late_interaction"))
+        multi = MultiVectorEncoder(str(exports / "late_interaction"), model_kwargs=options)
         return MultiVectorEncoderTrainer(
             multi, args=MultiVectorEncoderTrainingArguments(**shared),
             train_dataset=Dataset.from_dict(texts),
             loss=MultiVectorMultipleNegativesRankingLoss(multi, scale=1 / TAU_LI),
         )  # fmt: skip
     pairs = CrossEncoder(
-        str(exports / "cross_encoder"), max_length=job.max_query_length + job.max_passage_length
-    )
+        str(exports / "cross_encoder"), model_kwargs=options,
+        max_length=job.max_query_length + job.max_passage_length,
+    )  # fmt: skip
     lists = {
         "query": texts["anchor"], "docs": [row[1:] for row in rows],
         "labels": [[ONE_HOT] + [0.0] * job.num_negatives] * len(rows),
@@ -83,12 +85,13 @@ def without_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
-def main(kind: str, job_file: str) -> None:
+def main(kind: str, job_file: str, attention: str) -> None:
     """Serve one kind; ``scoring`` is the cross-encoder's predict on a batch's pairs."""
     job = read_job(job_file)
     batches = batches_of(job)
     folder = tempfile.mkdtemp()
-    trainer = make_trainer(kind, job, [row for batch in batches for row in batch], folder)
+    rows = [row for batch in batches for row in batch]
+    trainer = make_trainer(kind, job, rows, folder, attention)
     model, steps = trainer.model, iter(range(len(batches)))
     without_dropout(model)
 

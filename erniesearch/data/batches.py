@@ -1,7 +1,8 @@
 """Groups to tensors, padded to the longest of the batch; passages come tokenised from the store."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from erniesearch.data.collection import RetrievalData
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.data.sampler import Group, StepSampler
 from erniesearch.errors import UserError
+
+ON_THE_CPU = ("query_mask_on_cpu", "passage_mask_on_cpu", "mlm_words")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Batch:
             None where it scores them itself or nothing asks.
         mlm_ids: ``[B·G, Lp]`` passages with masked words (post-training only).
         mlm_labels: ``[B·G, Lp]`` the words to predict, -100 elsewhere.
+        query_mask_on_cpu, passage_mask_on_cpu: the masks once more.
+        mlm_words: where words are predicted in the flattened ``mlm_labels``.
+
+    The last three follow from the others and stay on the CPU, so that nothing that asks for a
+    shape waits for a GPU.
     """
 
     query_ids: Tensor
@@ -43,6 +51,17 @@ class Batch:
     teacher_scores: Tensor | None = None
     mlm_ids: Tensor | None = None
     mlm_labels: Tensor | None = None
+    query_mask_on_cpu: Tensor = field(init=False)
+    passage_mask_on_cpu: Tensor = field(init=False)
+    mlm_words: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        words = None
+        if self.mlm_labels is not None:
+            words = (self.mlm_labels != -100).flatten().nonzero().squeeze(1)
+        known = self.query_mask, self.passage_mask, words
+        for name, value in zip(ON_THE_CPU, known, strict=True):
+            object.__setattr__(self, name, value)
 
     @property
     def group_size(self) -> int:
@@ -52,16 +71,22 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real tokens of queries and passages."""
-        return int(self.query_mask.sum() + self.passage_mask.sum())
+        return int(self.query_mask_on_cpu.sum() + self.passage_mask_on_cpu.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """The batch on another device, but for what stays on the CPU."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in memory from which a GPU copies while the host goes on; a DataLoader asks."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        made = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in ON_THE_CPU:
+                object.__setattr__(made, name, change(value))
+        return made
 
 
 def encode_texts(

@@ -57,6 +57,12 @@ class PairLayout(NamedTuple):
             )
         return cls(int(tokenizer.sep_token_id), extra == 4)
 
+    def longest(self, query_mask: Tensor, passage_mask: Tensor) -> int:
+        """Tokens of the longest of the pairs that :func:`assemble_pairs` makes of these masks."""
+        group_size = len(passage_mask) // len(query_mask)
+        pairs = query_mask.sum(1).repeat_interleave(group_size) + passage_mask.sum(1)
+        return int(pairs.max()) - 1 + int(self.double_separator)
+
 
 def assemble_pairs(
     query_ids: Tensor,
@@ -65,12 +71,16 @@ def assemble_pairs(
     passage_mask: Tensor,
     layout: PairLayout,
     pad_id: int,
+    longest: int | None = None,
 ) -> Pairs:
     """Join each query ``[B, Lq]`` with the passages of its group ``[B·G, Lp]``.
 
     Both sides come as ``[CLS] … [SEP] [PAD]…``; the passage's [CLS] is dropped (BERT) or becomes
-    the second separator (RoBERTa).
+    the second separator (RoBERTa). ``longest`` is :meth:`PairLayout.longest` where it is known;
+    asking masks on a GPU waits for it.
     """
+    if longest is None:
+        longest = layout.longest(query_mask, passage_mask)
     group_size = passage_ids.shape[0] // query_ids.shape[0]
     query_ids = query_ids.repeat_interleave(group_size, 0)
     query_length = query_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)
@@ -78,7 +88,7 @@ def assemble_pairs(
     # Column of passage token 0; with one separator token 0 ([CLS]) coincides with the query's last.
     start = query_length - 1 + int(layout.double_separator)
     length = start + passage_length
-    columns = torch.arange(int(length.max()), device=query_ids.device).expand(len(query_ids), -1)
+    columns = torch.arange(longest, device=query_ids.device).expand(len(query_ids), -1)
     from_query = columns < query_length
     query_part = query_ids.gather(1, columns.clamp(max=query_ids.shape[1] - 1))
     passage_part = passage_ids.gather(1, (columns - start).clamp(0, passage_ids.shape[1] - 1))
@@ -150,8 +160,10 @@ class CrossEncoder(nn.Module):
         """Scores ``[N]`` in fp32."""
         if self.tap:  # its projections are those of one pass
             with self.tap:
-                return self._scores(pairs.input_ids, pairs.mask, pairs.token_type_ids)
+                return self._scores(*pairs[:3])
         blocks = blocks_by_length(pairs.mask)
+        if len(blocks) == 1:
+            return self._scores(*pairs[:3])
         scores = []
         for rows in blocks:
             width = longest_row(pairs.mask[rows])

@@ -144,14 +144,19 @@ class StudentEncoder(nn.Module):
             pooled = (states * weights).float().sum(1) / weights.float().sum(1).clamp(min=1)
         return F.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
-    def masked_lm_loss(self, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the masked words' cross-entropies, ``labels`` -100 where nothing is predicted.
+    def masked_lm_loss(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor, words: Tensor | None = None
+    ) -> Tensor:
+        """Sum of the masked words' cross-entropies, ``labels`` -100 where nothing is predicted;
+        ``words`` is where something is in the flattened labels, if that is known: asking labels on
+        a GPU waits for it.
 
         The vocabulary's scores are of the masked words alone where the family has one module for
         them (BERT, RoBERTa and their kin): they cost as much as the layers of a small encoder.
         """
         assert self.masked_lm is not None
-        words = (labels != -100).flatten().nonzero().squeeze(1)
+        if words is None:
+            words = (labels != -100).flatten().nonzero().squeeze(1)
         inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
         head, *more = (m for m in self.masked_lm.children() if m is not self.passage_tower)
         if more:

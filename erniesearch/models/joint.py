@@ -125,6 +125,7 @@ class JointModel(nn.Module):
             pairs = assemble_pairs(
                 batch.query_ids, batch.query_mask, batch.passage_ids, batch.passage_mask,
                 self._layout, self.pad_id,
+                self._layout.longest(batch.query_mask_on_cpu, batch.passage_mask_on_cpu),
             )  # fmt: skip
             self._seed_pass(batch, 3)
             wanted = torch.is_grad_enabled() and self.objective.trains_teacher
@@ -154,15 +155,14 @@ class JointModel(nn.Module):
         assert self.student is not None
         side: Side = "query" if chunk.kind == "query" else "passage"
         first = chunk.number == 1
-        every_id, every_mask = (
-            (batch.query_ids, batch.query_mask)
+        every_id, every_mask, on_cpu = (
+            (batch.query_ids, batch.query_mask, batch.query_mask_on_cpu)
             if side == "query"
-            else (batch.passage_ids, batch.passage_mask)
+            else (batch.passage_ids, batch.passage_mask, batch.passage_mask_on_cpu)
         )
-        mask = every_mask[chunk.rows]
-        width = distributed.longest_row(mask)
+        part = chunk.rows, slice(distributed.longest_row(on_cpu[chunk.rows]))
         encoded: Encoded = self.student(
-            every_id[chunk.rows, :width], mask[:, :width], side,
+            every_id[part], every_mask[part], side,
             self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
             self.objective.needs_projections and first,
         )  # fmt: skip
@@ -170,11 +170,15 @@ class JointModel(nn.Module):
 
     def pairs(self, batch: Batch, rows: slice) -> Pairs:
         """The cross-encoder's input of some of the B·G pairs."""
-        query = torch.arange(rows.start, rows.stop, device=batch.query_ids.device)
-        query = query // batch.group_size
+        group_size, device = batch.group_size, batch.query_ids.device
+        query = torch.arange(rows.start, rows.stop, device=device) // group_size
+        on_cpu = torch.arange(rows.start, rows.stop) // group_size
+        longest = self._layout.longest(
+            batch.query_mask_on_cpu[on_cpu], batch.passage_mask_on_cpu[rows]
+        )
         return assemble_pairs(
             batch.query_ids[query], batch.query_mask[query], batch.passage_ids[rows],
-            batch.passage_mask[rows], self._layout, self.pad_id,
+            batch.passage_mask[rows], self._layout, self.pad_id, longest,
         )  # fmt: skip
 
     def open_pair_terms(self) -> list[str]:
@@ -240,21 +244,25 @@ class JointModel(nn.Module):
             ]  # fmt: skip
         return torch.stack(terms).sum() / len(self.virtual_layers)
 
-    def masked_words(self, batch: Batch) -> float:
+    def masked_words(self, batch: Batch) -> float | Tensor:
         """Masked words of a rank, averaged over the ranks: sums divided by it have as their mean
         over ranks the mean over all ranks' words. Every rank must call it."""
-        assert batch.mlm_labels is not None
-        own = (batch.mlm_labels != -100).sum()
-        return distributed.mean_over_ranks({"words": own})["words"]
+        assert batch.mlm_words is not None
+        return distributed.mean_of(len(batch.mlm_words), batch.query_ids.device)
 
     def _masked_lm_loss(self, batch: Batch, rows: slice) -> Tensor:
         """Sum of the cross-entropies."""
         assert self.student is not None
         assert batch.mlm_ids is not None
         assert batch.mlm_labels is not None
+        assert batch.mlm_words is not None
+        labels = batch.mlm_labels[rows]
+        words = batch.mlm_words - rows.start * labels.shape[1]
+        words = words[(words >= 0) & (words < labels.numel())]
         return self.student.masked_lm_loss(
-            batch.mlm_ids[rows], batch.passage_mask[rows], batch.mlm_labels[rows]
-        )
+            batch.mlm_ids[rows], batch.passage_mask[rows], labels,
+            words.to(labels.device, non_blocking=True),
+        )  # fmt: skip
 
     def _encode(
         self, batch: Batch, number: int, vectors: bool, tokens: bool, projections: bool = False

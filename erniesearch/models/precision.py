@@ -1,13 +1,31 @@
 """How a device computes: in which precision, and by which of several equal ways."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from erniesearch.config.keys import Precision, RunConfig
 from erniesearch.models.joint import JointModel
 
 PLAIN_ATTENTION_TOKENS = 256
 """Longest pair for which plain attention's maps are kept."""
+
+MASKED = "sdpa_masked"
+"""PyTorch's fused attention, always with a mask. transformers asks every mask first whether it has
+padding at all, and the host waits for a GPU's answer at each call of an encoder; a batch of texts
+has."""
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    return sdpa_mask(*arguments, **options | {"allow_is_bidirectional_skip": False})
+
+
+AttentionInterface.register(MASKED, sdpa_attention_forward)
+AttentionMaskInterface.register(MASKED, _mask)
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
@@ -44,3 +62,7 @@ def tune_for_device(model: JointModel, config: RunConfig, device: torch.device, 
         # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
         for tower in model.towers():
             tower.set_attn_implementation("eager")
+    if device.type != "cpu":
+        for tower in model.towers():
+            if tower.config._attn_implementation == "sdpa":
+                tower.set_attn_implementation(MASKED)

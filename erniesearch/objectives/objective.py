@@ -112,7 +112,7 @@ class Objective:
         settings = self.settings
         if self.candidates == "cross_batch":
             return scores.cross_batch_late_interaction_scores(
-                queries, batch.query_mask, passages, batch.passage_mask,
+                queries, batch.query_mask, passages, batch.passage_mask, batch.passage_mask_on_cpu,
                 settings.tau_li, settings.kernels, settings.late_interaction_exchange,
             )  # fmt: skip
         return scores.late_interaction_scores(

@@ -7,21 +7,22 @@ reduce-scatter of an all-gather would do. Similarities are computed again rather
 a rank holds two blocks at a time however many ranks there are.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from erniesearch import distributed
+from erniesearch.distributed import Ragged
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``[B, Lq, dim]``, ``[P, Lp, dim]`` and its mask ``[P, Lp]`` to ``[B, P]``."""
 
 
 def ring_scores(
-    score: ScoreFunction, query_tokens: Tensor, passage_tokens: Tensor, passage_mask: Tensor
+    score: ScoreFunction, query_tokens: Tensor, passage_tokens: Tensor, mask_on_cpu: Tensor
 ) -> Tensor:
     """Scores of this rank's queries against the passages of every rank, with gradient.
 
@@ -31,32 +32,18 @@ def ring_scores(
     Args:
         score: each query-passage score must depend on nothing but the two.
         query_tokens: ``[B, Lq, dim]``.
-        passage_tokens: ``[P_r, Lp_r, dim]``, padded to a length of each rank's own.
-        passage_mask: ``[P_r, Lp_r]``, True = real token. Only real tokens travel.
+        passage_tokens: ``[P, Lp_r, dim]``, padded to a length of each rank's own; as many passages
+            on every rank.
+        mask_on_cpu: ``[P, Lp_r]``, True = real token, on the CPU. Only these travel.
 
     Returns:
-        ``[B, sum of P_r]``, columns in rank order.
+        ``[B, world_size · P]``, columns in rank order.
     """
-    sizes = distributed.gather_lengths(
-        passage_mask.shape[0], int(passage_mask.sum()), distributed.longest_row(passage_mask),
-        device=passage_mask.device,
-    ).tolist()  # fmt: skip
-    width = max(sizes[distributed.rank()][2], 1)
-    mask = passage_mask[:, :width].contiguous()
-    scores: Tensor = _Ring.apply(score, sizes, query_tokens, passage_tokens[:, :width][mask], mask)
+    lengths = distributed.gather_lengths(mask_on_cpu.sum(1), passage_tokens.device)
+    owners = [Ragged(own) for own in lengths]
+    own = distributed.pack(passage_tokens, mask_on_cpu)
+    scores: Tensor = _Ring.apply(score, owners, query_tokens, own)
     return scores
-
-
-class _Block(NamedTuple):
-    """A rank's real tokens ``[T, dim]`` and the mask ``[P, Lp]`` that says where they stand."""
-
-    tokens: Tensor
-    mask: Tensor
-
-    def padded(self) -> Tensor:
-        """``[P, Lp, dim]``, zeros where masked; with gradient to ``tokens``."""
-        empty = self.tokens.new_zeros((*self.mask.shape, self.tokens.shape[-1]))
-        return empty.index_put((self.mask,), self.tokens)
 
 
 class _Ring(torch.autograd.Function):
@@ -64,83 +51,73 @@ class _Ring(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any,
         score: ScoreFunction,
-        sizes: list[list[int]],
+        owners: list[Ragged],
         queries: Tensor,
         tokens: Tensor,
-        mask: Tensor,
     ) -> Tensor:
-        ctx.score, ctx.sizes = score, sizes
-        ctx.save_for_backward(queries, tokens, mask)
-        columns: list[Tensor] = [queries] * len(sizes)
-        for owner, block in _rounds(_Block(tokens, mask), sizes):
-            columns[owner] = score(queries, block.padded(), block.mask)
+        ctx.score, ctx.owners = score, owners
+        ctx.save_for_backward(queries, tokens)
+        columns: list[Tensor] = [queries] * len(owners)
+        for owner, block in _rounds(tokens, owners):
+            ragged = owners[owner]
+            columns[owner] = score(queries, ragged.pad(block), ragged.mask(block.device))
         return torch.cat(columns, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        queries, tokens, mask = ctx.saved_tensors
-        columns = grad.split([size[0] for size in ctx.sizes], 1)
+        queries, tokens = ctx.saved_tensors
+        columns = grad.chunk(len(ctx.owners), 1)
         query_grad = torch.zeros_like(queries, dtype=distributed.accumulation_dtype(queries.dtype))
         collected: _Transfer | None = None
-        for owner, block in _rounds(_Block(tokens, mask), ctx.sizes):
+        for owner, block in _rounds(tokens, ctx.owners):
+            ragged = ctx.owners[owner]
             with torch.enable_grad():
                 own_queries = queries.detach().requires_grad_()
-                own_tokens = block.tokens.detach().requires_grad_()
-                scores = ctx.score(own_queries, _Block(own_tokens, block.mask).padded(), block.mask)
+                own_tokens = block.detach().requires_grad_()
+                scores = ctx.score(own_queries, ragged.pad(own_tokens), ragged.mask(block.device))
             query_part, token_part = torch.autograd.grad(
                 scores, (own_queries, own_tokens), columns[owner]
             )
             query_grad += query_part
             token_part = token_part.to(query_grad.dtype)
             if collected is not None:  # what the ranks before added to this block's gradient
-                token_part += collected.wait()[0]
-            before = ctx.sizes[(owner - 1) % len(ctx.sizes)]
-            collected = _Transfer([token_part], [(before[1], token_part.shape[1])])
+                token_part += collected.wait()
+            before = ctx.owners[(owner - 1) % len(ctx.owners)]
+            collected = _Transfer(token_part, before.total)
         assert collected is not None
-        own_grad = collected.wait()[0].to(tokens.dtype)
-        return None, None, query_grad.to(queries.dtype), own_grad, None
+        return None, None, query_grad.to(queries.dtype), collected.wait().to(tokens.dtype)
 
 
-def _rounds(block: _Block, sizes: list[list[int]]):  # type: ignore[no-untyped-def]
-    """Every rank's block once, with its owner, the own one first; the next is on its way while
-    the caller works on one."""
-    world_size, rank = len(sizes), distributed.rank()
-    dim = block.tokens.shape[-1]
+def _rounds(block: Tensor, owners: list[Ragged]) -> Iterator[tuple[int, Tensor]]:
+    """Every rank's real tokens once, with their owner, the own ones first; the next are on their
+    way while the caller works on some."""
+    world_size, rank = len(owners), distributed.rank()
     for hop in range(world_size):
         owner = (rank - hop) % world_size
         transfer = None
         if hop + 1 < world_size:
-            num_passages, num_tokens, longest = sizes[(owner - 1) % world_size]
-            transfer = _Transfer(
-                [block.tokens, block.mask.to(torch.uint8)],
-                [(num_tokens, dim), (num_passages, max(longest, 1))],
-            )
+            transfer = _Transfer(block, owners[(owner - 1) % world_size].total)
         yield owner, block
         if transfer:
-            tokens, mask = transfer.wait()
-            block = _Block(tokens, mask.bool())
+            block = transfer.wait()
 
 
 class _Transfer:
-    """Tensors on their way to the next rank, and others of known shapes from the one before."""
+    """Rows on their way to the next rank, and as many as are said from the one before."""
 
-    def __init__(self, outgoing: list[Tensor], shapes: list[tuple[int, int]]) -> None:
+    def __init__(self, outgoing: Tensor, num_incoming: int) -> None:
         rank, world_size = distributed.rank(), distributed.world_size()
-        self._outgoing = [tensor.contiguous() for tensor in outgoing]  # alive until they are sent
-        self._incoming = [
-            tensor.new_empty(shape) for tensor, shape in zip(outgoing, shapes, strict=True)
-        ]
+        self._outgoing = outgoing.contiguous()  # alive until it is sent
+        self._incoming = outgoing.new_empty((num_incoming, outgoing.shape[1]))
         operations = [
-            dist.P2POp(dist.isend, tensor, (rank + 1) % world_size) for tensor in self._outgoing
-        ]
-        operations += [
-            dist.P2POp(dist.irecv, tensor, (rank - 1) % world_size) for tensor in self._incoming
+            dist.P2POp(dist.isend, self._outgoing, (rank + 1) % world_size),
+            dist.P2POp(dist.irecv, self._incoming, (rank - 1) % world_size),
         ]
         # Empty messages are not sent by every backend.
         operations = [o for o in operations if o.tensor.numel()]
         self._requests = dist.batch_isend_irecv(operations) if operations else []
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Tensor:
         for request in self._requests:
             request.wait()
         return self._incoming

@@ -17,7 +17,7 @@ from erniesearch.data.corpus.texts import take
 from erniesearch.data.corpus.tokens import TokenStore
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
-from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs
+from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
 from erniesearch.models.precision import convert, use_bf16
 from erniesearch.progress import Meter
@@ -228,13 +228,12 @@ class PairScorer:
                     encode_texts(self.tokenizer, [texts[i] for i in positions], length)
                     for texts, length in zip((queries, passages), self.lengths, strict=True)
                 )
-                (query, query_mask), (passage, passage_mask) = (
-                    (ids.to(self.device), mask.to(self.device)) for ids, mask in sides
-                )
+                (query, query_mask), (passage, passage_mask) = sides
                 pairs = assemble_pairs(
                     query, query_mask, passage, passage_mask,
                     self.layout, int(self.tokenizer.pad_token_id),
                 )  # fmt: skip
-                out[positions] = self.model(pairs).cpu().numpy()
+                moved = Pairs(*(part.to(self.device, non_blocking=True) for part in pairs))
+                out[positions] = self.model(moved).cpu().numpy()
                 meter.advance(len(positions))
         return out

@@ -96,6 +96,10 @@ def build_engine(
             "checkpoint": {"load_universal": universal},
         },
     )
+    if hasattr(engine.optimizer, "scaled_global_norm"):
+        # DeepSpeed 0.19 reads the norm once for each parameter group: from the GPU once is enough.
+        on_device = engine.optimizer.scaled_global_norm
+        engine.optimizer.scaled_global_norm = lambda: on_device().cpu()
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # bf16 without ZeRO: DeepSpeed has made the optimizer's state by a step without gradient,
         # which decays the weights and counts as the first.

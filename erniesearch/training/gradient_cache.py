@@ -230,13 +230,19 @@ def one_reduction(engine: DeepSpeedEngine) -> Iterator[Callable[[Tensor], Any]]:
 
     def backward(loss: Tensor) -> None:
         engine.backward(loss, scale_wrt_gas=False)
-        for parameter in low_precision:
-            if (own := parameter.grad) is not None:
-                if parameter in sums:
-                    sums[parameter] += own
-                else:
-                    sums[parameter] = own.float()
-                own.zero_()
+        own = [parameter for parameter in low_precision if parameter.grad is not None]
+        if not own:
+            return
+        for parameter in own:
+            if parameter not in sums:
+                sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+        gradients = [parameter.grad for parameter in own]
+        wide = gradients
+        if own[0].device.type != "cpu":  # one dtype, so that hundreds go in a few launches
+            wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+            torch._foreach_copy_(wide, gradients)
+        torch._foreach_add_([sums[parameter] for parameter in own], wide)
+        torch._foreach_zero_(gradients)
 
     with engine.no_sync() if plain else engine.coalesce_grad_reduction():
         yield backward

@@ -113,6 +113,7 @@ class Trainer:
         self.watch = guards.TermWatch(terms, config.objective.competence_gate)
         self.watchdog = Watchdog(folder, 60 * config.training.timeout_minutes)
         self._since_log = _Interval(self.start_step)
+        self._poll = distributed.Poll(device)
 
     def train(self) -> dict[str, Any]:
         """The updates that are left, and the finished model; returns facts for ``done.json``.
@@ -139,8 +140,12 @@ class Trainer:
 
     def _loader(self) -> Iterator[Batch]:
         todo = range(self.start_step * self.stage.settings.accumulation_steps, len(self.batches))
-        workers = self.stage.config.training.num_workers
-        return iter(DataLoader(Subset(self.batches, todo), batch_size=None, num_workers=workers))
+        return iter(
+            DataLoader(
+                Subset(self.batches, todo), batch_size=None, pin_memory=self.device.type == "cuda",
+                num_workers=self.stage.config.training.num_workers,
+            )
+        )  # fmt: skip
 
     def _set_learning_rates(self, step: int) -> None:
         factor = learning_rate_factor(self.stage.settings, step)
@@ -179,7 +184,7 @@ class Trainer:
     def _save(self, done: int) -> None:
         """Save a checkpoint if it is time to, or if any rank was asked to stop."""
         last, save_every = done == self.stage.settings.steps, self.stage.config.training.save_every
-        stop = distributed.any_rank(preemption.requested(), self.device) and not last
+        stop = self._poll.any_rank(preemption.requested()) and not last
         due = last or bool(save_every and done % save_every == 0)
         if not (due or stop):
             return
@@ -269,9 +274,8 @@ def update(
     progress("optimizer's step")
     held = guards.hold_nonfinite_gradient(engine)
     engine.step()
-    means = {
-        name: torch.stack([own[name] for own in micro_steps]).mean() for name in micro_steps[0]
-    }
+    table = torch.stack([torch.stack(list(own.values())) for own in micro_steps]).mean(0)
+    means = dict(zip(micro_steps[0], table.unbind(), strict=True))
     losses = [own["loss"] for own in micro_steps]
     return Update(means, losses, num_tokens, held or not engine.was_step_applied())
 

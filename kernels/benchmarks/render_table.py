@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-USUAL = {"even", "masked", "normalized", "group", "varlen"}
+USUAL = {"even", "masked", "normalized", "group", "varlen", "tail"}
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -91,10 +91,10 @@ def compiled_table(report: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "The usual forms in bfloat16 on sm_90 (*products*: matrix instructions; *loop*: "
-        "instructions of the loop around them):",
+        "instructions of the loop around them; *blocks*: how many a multiprocessor holds):",
         "",
-        "| kernel | tile | warps | registers | spills | shared, KB | products | loop |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | tile | warps | registers | spills | shared, KB | blocks | products | loop |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, by in columns.items():
         kernel, dtype, _dim, *variant = name.split("/")
@@ -103,22 +103,23 @@ def compiled_table(report: dict[str, Any]) -> list[str]:
         x = by[90]
         lines.append(
             f"| {'/'.join([kernel, *variant])} | {x['tile']} | {x['warps']} | {x['registers']} "
-            f"| {x['spills']} | {x['shared'] / 1024:.0f} | {x['products']} {x['matrix']} "
-            f"| {x['loop']} |"
+            f"| {x['spills']} | {x['shared'] / 1024:.0f} | {x['blocks']} "
+            f"| {x['products']} {x['matrix']} | {x['loop']} |"
         )
     predictions = []
     for key, times in report["predicted_h200"].items():
         case, name = key.split()
         parts = ("tensor", "issue", "l2", "memory", "overlapped", "serial")
         figures = " | ".join(str(times[f"{part}_ms"]) for part in parts)
-        predictions.append(f"| {case} | {name.split('/')[0]} | {figures} |")
+        predictions.append(f"| {case} | {name.split('/')[0]} | {times['blocks']} | {figures} |")
     lines += [
         "",
         "Predicted on an H200, in milliseconds (model: `aot_report.py`; never measured). "
-        "*overlapped*: the largest part; *serial*: the sum of tensor, issue and L2.",
+        "*overlapped*: the largest part, where two blocks or more share a multiprocessor; "
+        "*serial*: the sum of tensor, issue and L2.",
         "",
-        "| case | kernel | tensor | issue | L2 | memory | overlapped | serial |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | kernel | blocks | tensor | issue | L2 | memory | overlapped | serial |",
+        "|---|---|---|---|---|---|---|---|---|",
         *sorted(predictions),
         "",
     ]

@@ -30,11 +30,14 @@ CAPABILITIES = (80, 89, 90, 100, 120)
 # Left free of a block's shared memory: room for what the next compiler adds.
 MARGIN = 4 * 1024
 REGISTERS = 64 * 1024  # of a multiprocessor
+SHARED_MEMORY = {
+    80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024,
+}  # fmt: skip
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TEACHER_LSE = token_kl.teacher_lse_kernel
 STUDENT = {"q_ptr", "p_ptr", "out_ptr"}
 TEACHER = {"tq_ptr", "tk_ptr", "map_ptr"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # The matrix instructions of tensor cores: Hopper's and datacenter Blackwell's take whole
 # warpgroups, the others' one warp.
 MATRIX = ("HGMMA", "UTCHMMA", "HMMA")
@@ -79,6 +82,8 @@ class Configuration:
             return POINTER[self.teacher or self.dtype]
         if name in UNALIGNED:
             return "*u8"
+        if name == "code_ptr":
+            return "*i32"
         if name in ("winner_ptr", "bounds_ptr"):
             return self.winners if name == "winner_ptr" else self.bounds
         if name in ("unit_ptr", "query_of_row_ptr"):
@@ -108,6 +113,15 @@ class Compiled:
         most = REGISTERS // (blocks * threads) // 8 * 8  # registers are given out in eights
         return self.spill_bytes > (16 if self.registers == most else 0)
 
+    def blocks(self, capability: int) -> int:
+        """How many thread blocks a multiprocessor holds at once."""
+        registers = -(-self.registers // 8) * 8  # given out in eights
+        return min(
+            REGISTERS // (registers * 32 * self.warps),
+            SHARED_MEMORY[capability] // (self.shared_bytes + 1024),  # 1 KB is the system's
+            (48 if capability in (86, 89, 120) else 64) // self.warps,
+        )
+
     def matrix(self) -> str:
         """The widest matrix instruction in use, empty if none is."""
         return next((name for name in MATRIX if self.instructions.get(name)), "")
@@ -128,8 +142,9 @@ def _absent(flags: dict[str, bool]) -> frozenset[str]:
     names = set()
     if not flags["HAS_Q_MASK"]:
         names.add("q_mask_ptr")
-    if not flags["HAS_P_MASK"]:
+    if not flags.get("HAS_P_MASK"):
         names.add("p_mask_ptr")
+    names.add("p_mask_ptr" if flags.get("CODED") else "code_ptr")
     if not flags.get("VARLEN"):
         names |= {"unit_ptr", "bounds_ptr", "query_of_row_ptr"}
     if "REBUILD" in flags:
@@ -141,7 +156,7 @@ def _for(
     kernel: Any, name: str, capability: int, dtype: torch.dtype, meta: dict[str, Any]
 ) -> Configuration:
     accepted = {k: v for k, v in meta.items() if k in kernel.arg_names or k in OPTIONS}
-    absent = _absent(meta) & set(kernel.arg_names)
+    absent = _absent(accepted) & set(kernel.arg_names)
     return Configuration(name, kernel, capability, dtype, accepted, absent)
 
 
@@ -159,7 +174,9 @@ def configurations(
             for variant, flags in _maxsim_variants():
                 name = f"{label}/d{dim}/{variant}"
                 normalize = flags["NORMALIZE"]
-                meta = shared | flags | {"SAVE": True, "PACK": dtype != torch.float32, "UNIT": 32}
+                packed = dtype != torch.float32
+                meta = shared | flags | {"SAVE": True, "PACK": packed, "UNIT": 32}
+                meta["CODED"] = packed and not (flags["EVEN"] or flags["VARLEN"])
                 steps = [("query_gradient", tiles.query_gradient_config(dtype, block_d)),
                          ("passage_gradient", tiles.passage_gradient_config(
                              dtype, block_d, capability, normalize))]  # fmt: skip
@@ -180,7 +197,7 @@ def _kl_configurations(
         "HEAD_DIM": head_dim, "BLOCK_H": padded_dim(head_dim), "HAS_Q_MASK": True,
         "HAS_P_MASK": True, "TEACHER_PRECISION": "ieee",
     }  # fmt: skip
-    lse_config = tiles.kl_config(dtype, head["BLOCK_H"])
+    lse_config = tiles.teacher_lse_config(dtype, head["BLOCK_H"])
     yield _for(TEACHER_LSE, f"teacher_lse/{label}", capability, dtype, shared | head | lse_config)
     for rebuild in (False, True):
         name = f"{'attention' if rebuild else 'token'}_kl"
@@ -192,10 +209,10 @@ def _kl_configurations(
 
 
 def _kl_tile(step: str, dtype: torch.dtype, meta: dict[str, Any]) -> dict[str, int]:
+    tile = dtype, meta["BLOCK_D"], meta["BLOCK_H"] if meta["REBUILD"] else 0
     if step == "forward":
-        return tiles.kl_config(dtype, meta["BLOCK_D"])
-    config = getattr(tiles, f"kl_{step}_config")
-    return config(dtype, meta["BLOCK_D"], meta["BLOCK_H"] if meta["REBUILD"] else 0)
+        return tiles.kl_config(*tile)
+    return tiles.kl_gradient_config(*tile, of_passages=step == "passage_gradient")
 
 
 def rarer_forms(capability: int, dtype: torch.dtype, dim: int = 128) -> Iterator[Configuration]:
@@ -245,6 +262,13 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
     if "SAVE" in meta:
         yield "unsaved", changed(SAVE=False)
         yield "unit16", changed(UNIT=16)
+    if "TAIL" in meta:  # passages of 129 to 192 tokens
+        block_d, normalize = meta["BLOCK_D"], meta["NORMALIZE"]
+        config = tiles.passage_gradient_config(
+            usual.dtype, block_d, usual.capability, normalize, 180
+        )
+        if config["TAIL"]:
+            yield "tail", changed(**config)
     if meta.get("HAS_P_MASK"):
         absent = usual.absent | {"q_mask_ptr", "p_mask_ptr"} & set(usual.kernel.arg_names)
         free = {name: False for name in ("HAS_Q_MASK", "HAS_P_MASK") if name in meta}

@@ -233,12 +233,12 @@ def _by_key(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     return order, counts.cumsum(0) - counts
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     norm = x.norm(dim=-1, keepdim=True)
     return x / norm.clamp_min(NORM_EPS), norm
 
 
-def _unit_backward(grad: Tensor, x_unit: Tensor, norm: Tensor) -> Tensor:
+def unit_tokens_backward(grad: Tensor, x_unit: Tensor, norm: Tensor) -> Tensor:
     """Gradient of ``x`` from that of ``x / max(|x|, eps)``: ``(g - u <u, g>) / max(|x|, eps)``."""
     inner = (grad * x_unit).sum(-1, keepdim=True)
     inner = torch.where(norm > NORM_EPS, inner, 0.0)
@@ -257,10 +257,10 @@ def maxsim_forward(
     num_queries, query_length = queries.shape[:2]
     passage_length = passages.shape[1]
     if normalize:
-        passages = _unit(passages.to(dtype))[0]
+        passages = unit_tokens(passages.to(dtype))[0]
     rows, slots = _query_rows(queries, query_mask, dtype)
     if normalize:
-        rows = _unit(rows)[0]
+        rows = unit_tokens(rows)[0]
     packed = PackedTokens.from_padded(passages, passage_mask)
     scores, winners = packed_forward(
         rows, slots, num_queries, query_length, packed, passage_length, save_winners
@@ -296,15 +296,15 @@ def maxsim_backward(
     query_norm = passage_norm = None
     queries = queries.to(dtype)
     if normalize:
-        queries, query_norm = _unit(zero_masked(queries, query_mask))
-        passages, passage_norm = _unit(zero_masked(passages, passage_mask))
+        queries, query_norm = unit_tokens(zero_masked(queries, query_mask))
+        passages, passage_norm = unit_tokens(zero_masked(passages, passage_mask))
     grad_queries, grad_passages = backward(
         grad, queries, passages, query_mask, passage_mask, winners, need_queries, need_passages
     )
     if query_norm is not None and grad_queries is not None:
-        grad_queries = _unit_backward(grad_queries, queries, query_norm)
+        grad_queries = unit_tokens_backward(grad_queries, queries, query_norm)
     if passage_norm is not None and grad_passages is not None:
-        grad_passages = _unit_backward(grad_passages, passages, passage_norm)
+        grad_passages = unit_tokens_backward(grad_passages, passages, passage_norm)
     return grad_queries, grad_passages
 
 
@@ -360,7 +360,7 @@ def _group_forward(
         own = slice(i0, min(i0 + step, num_queries))
         query, passage = queries[own].to(dtype), passages[own].to(dtype)
         if normalize:
-            query, passage = _unit(query)[0], _unit(passage)[0]
+            query, passage = unit_tokens(query)[0], unit_tokens(passage)[0]
         # Whole groups of passage tokens: the last token is repeated, which changes no winner.
         passage = passage[:, :, tokens] if len(tokens) > length else passage
         # [queries, group * length, query_length]: the maximum runs over rows, column by column.

@@ -15,7 +15,8 @@ INTERPRET = triton.knobs.runtime.interpret
 # is 1 or a multiple of 16; no load of tokens is wider for knowing it.
 SIZES = (
     "num_units", "query_length", "units_per_query", "num_passages", "passage_length",
-    "winner_stride", "passages_per_program", "num_row_blocks", "num_rows", "group_size", "heads",
+    "winner_stride", "code_stride", "passages_per_program", "num_row_blocks", "num_rows",
+    "group_size", "heads",
 )  # fmt: skip
 # Loaded byte by byte, and slices of larger masks begin anywhere.
 UNALIGNED = ("q_mask_ptr", "p_mask_ptr")

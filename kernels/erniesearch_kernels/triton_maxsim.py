@@ -23,7 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erniesearch_kernels.torch_maxsim import winner_dtype
+from erniesearch_kernels.torch_maxsim import (
+    unit_tokens,
+    unit_tokens_backward,
+    winner_dtype,
+    zero_masked,
+)
 from erniesearch_kernels.triton_common import (
     INTERPRET,
     as_bytes,
@@ -43,6 +48,7 @@ from erniesearch_kernels.triton_tiles import (
     padded_dim,
     passage_gradient_config,
     query_gradient_config,
+    run_length,
     unit_length,
 )
 
@@ -68,19 +74,21 @@ def _query_rows(
 
 @kernel
 def forward_kernel(
-    q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, unit_ptr, bounds_ptr, sums_ptr, winner_ptr,
-    num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
-    passages_per_program, num_row_blocks,
+    q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, code_ptr, unit_ptr, bounds_ptr, sums_ptr, winner_ptr,
+    code_stride, num_units, query_length, units_per_query, num_passages, passage_length,
+    winner_stride, passages_per_program, num_row_blocks,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr, PACK: tl.constexpr,
+    EVEN: tl.constexpr, CODED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr,
+    PACK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Sums per passage and query unit, and winners per passage and query token.
 
     ``GROUP``: programs belong to one query and ``num_passages`` is its number of passages.
     ``EVEN``: every passage fills its tiles with real tokens.
+    ``CODED``: what :func:`_column_codes` made stands in for the passages' mask.
     """
     UNITS: tl.constexpr = BLOCK_M // UNIT
     pid = tl.program_id(0)
@@ -132,24 +140,35 @@ def forward_kernel(
             begin = j * passage_length
             length = passage_length
         real = t < length
-        if HAS_P_MASK:
+        if HAS_P_MASK and not CODED:
             real = real & (tl.load(p_mask_ptr + begin + t, mask=real, other=0) != 0)
-        pointers = p_ptr + (begin + t)[None, :] * DIM + dims[:, None]
-        if EVEN:
-            p = tl.load(pointers, mask=(dims < DIM)[:, None], other=0.0)
+        if CODED:
+            code = tl.load(code_ptr + j * code_stride + t)
+        elif EVEN:
+            code = BLOCK_N - 1 - columns
         else:
-            p = tl.load(pointers, mask=real[None, :] & (dims < DIM)[:, None], other=0.0)
+            code = tl.where(real, BLOCK_N - 1 - columns, MINUS_INFINITY_BITS)
+        if PACK and not VARLEN:
+            # A column that does not count may hold anything, its code takes all of its bits; of the
+            # last tile's end the passage's last token is read again.
+            place = t if EVEN else tl.minimum(t, length - 1)
+            p = tl.load(
+                p_ptr + (begin + place)[None, :] * DIM + dims[:, None],
+                mask=(dims < DIM)[:, None], other=0.0,
+            )  # fmt: skip
+        else:
+            p = tl.load(
+                p_ptr + (begin + t)[None, :] * DIM + dims[:, None],
+                mask=real[None, :] & (dims < DIM)[:, None], other=0.0,
+            )  # fmt: skip
         s = dot(q, p, PRECISION, WIDEN)
         if NORMALIZE:
             s = s * inverse_norm(p, 0)[None, :]
         if PACK:
             # A column's bits would turn -inf into NaN: the lowest finite number stands in for it.
             s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-            keep, code = -BLOCK_N, (BLOCK_N - 1 - columns)[None, :]
-            if not EVEN:
-                keep = tl.where(real, -BLOCK_N, 0)[None, :]
-                code = tl.where(real[None, :], code, MINUS_INFINITY_BITS)
-            bits = (s.to(tl.int32, bitcast=True) & keep) | code
+            keep = -BLOCK_N if EVEN else (~(code >> 31) & -BLOCK_N)[None, :]
+            bits = (s.to(tl.int32, bitcast=True) & keep) | code[None, :]
             s = bits.to(tl.float32, bitcast=True)
         elif not EVEN:
             s = tl.where(real[None, :], s, float("-inf"))
@@ -165,15 +184,17 @@ def forward_kernel(
         # A NaN stays: nothing is larger than it.
         winner = tl.where(better, tile_winner, winner)
         best = tl.where(better, tile_best, best)
-        any_real = tl.max(real.to(tl.int32), 0)
-        alive = tl.where(tile == 0, any_real, tl.maximum(alive, any_real))
+        if not PACK:
+            any_real = tl.max(real.to(tl.int32), 0)
+            alive = tl.where(tile == 0, any_real, tl.maximum(alive, any_real))
         if tile == tiles - 1:
             value = best
             if PACK:  # all real similarities were -inf
                 value = tl.where(value < 0.9999 * LOWEST, float("-inf"), value)
             if NORMALIZE:
                 value = value * inverse_norm(q, 1)
-            counts = valid & (alive > 0)
+            # Packed, what is real is above -inf (or NaN).
+            counts = valid & (best != float("-inf")) if PACK else valid & (alive > 0)
             value = tl.where(counts, value, 0.0)
             sums = tl.sum(tl.reshape(value, (UNITS, UNIT)), 1)
             units = unit0 + tl.arange(0, UNITS)
@@ -191,11 +212,13 @@ def forward_kernel(
 @kernel
 def query_gradient_kernel(
     g_ptr, scale_ptr, q_ptr, p_ptr, q_mask_ptr, query_of_row_ptr, bounds_ptr, winner_ptr, out_ptr,
-    num_rows, query_length, num_passages, passage_length, winner_stride,
+    num_rows, query_length, num_passages, passage_length, winner_stride, passages_per_program,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, NORMALIZE: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """``d q[a] = sum_j g[i,j] * p[j, w[a]]`` for ``BLOCK_M`` rows."""
+    """``d q[a] = sum_j g[i,j] * p[j, w[a]]`` for ``BLOCK_M`` rows; ``PARTIAL``: the sum over a run
+    of passages, of unit tokens where they are normalised, in fp32."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
     stored = valid
@@ -212,7 +235,8 @@ def query_gradient_kernel(
         winner_row = row % query_length
     dims = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for step in range(0, num_passages):
+    begin_run = tl.program_id(1) * passages_per_program
+    for step in range(begin_run, tl.minimum(begin_run + passages_per_program, num_passages)):
         j = first + step
         g = tl.load(g_ptr + query * num_passages + step, mask=valid, other=0.0)
         # Without weight nothing is read: neither padding nor passages without real tokens.
@@ -232,7 +256,9 @@ def query_gradient_kernel(
     total = total * tl.load(scale_ptr)
     inside = stored[:, None] & (dims < DIM)[None, :]
     offsets = row[:, None] * DIM + dims[None, :]
-    if NORMALIZE:
+    if PARTIAL:
+        offsets += tl.program_id(1).to(tl.int64) * num_rows * DIM
+    elif NORMALIZE:
         q = tl.load(q_ptr + offsets, mask=valid[:, None] & (dims < DIM)[None, :], other=0.0)
         total = tl.where(valid[:, None], norm_jacobian(total, q), 0.0)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -244,24 +270,29 @@ def passage_gradient_kernel(
     winner_ptr, out_ptr,
     num_rows, query_length, num_passages, passage_length, winner_stride, group_size,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
     HAS_Q_MASK: tl.constexpr, HAS_P_MASK: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """``d p[j,t] = sum_a [w[a] = t] * g[i,j] * q[a]`` for ``BLOCK_N`` tokens of one passage."""
-    tiles = tl.cdiv(passage_length, BLOCK_N)
+    """``d p[j,t] = sum_a [w[a] = t] * g[i,j] * q[a]`` for ``BLOCK_N`` tokens of one passage, and
+    with ``TAIL`` for that many behind them, from the same query tokens."""
+    tiles = tl.cdiv(passage_length, BLOCK_N + TAIL)
     j = (tl.program_id(0) // tiles).to(tl.int64)
-    t = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = (tl.program_id(0) % tiles) * (BLOCK_N + TAIL) + tl.arange(0, BLOCK_N)
     if VARLEN:
         begin = tl.load(bounds_ptr + j).to(tl.int64)
-        inside = t < (tl.load(bounds_ptr + j + 1) - begin)
+        length = (tl.load(bounds_ptr + j + 1) - begin).to(tl.int32)
     else:
         begin = j * passage_length
-        inside = t < passage_length
+        length = passage_length
     first_row = j * 0
     if GROUP:
         first_row = (j // group_size) * query_length
     dims = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if TAIL:
+        behind = (tl.program_id(0) % tiles) * (BLOCK_N + TAIL) + BLOCK_N + tl.arange(0, TAIL)
+        tail = tl.zeros([TAIL, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         row = first_row + k
@@ -289,7 +320,28 @@ def passage_gradient_kernel(
             g = g * inverse_norm(q, 1)
         one_hot = tl.where(token.to(tl.int32)[None, :] == t[:, None], g[None, :], 0.0)
         total += dot(narrow(one_hot, q, WIDEN), q, PRECISION, WIDEN)
-    total = total * tl.load(scale_ptr)
+        if TAIL:
+            one_hot = tl.where(token.to(tl.int32)[None, :] == behind[:, None], g[None, :], 0.0)
+            tail += dot(narrow(one_hot, q, WIDEN), q, PRECISION, WIDEN)
+    scale = tl.load(scale_ptr)
+    _store_passage_gradient(
+        out_ptr, total * scale, p_ptr, p_mask_ptr, begin, t, length, dims,
+        DIM, HAS_P_MASK, NORMALIZE,
+    )  # fmt: skip
+    if TAIL:
+        _store_passage_gradient(
+            out_ptr, tail * scale, p_ptr, p_mask_ptr, begin, behind, length, dims,
+            DIM, HAS_P_MASK, NORMALIZE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_passage_gradient(
+    out_ptr, total, p_ptr, p_mask_ptr, begin, t, length, dims,
+    DIM: tl.constexpr, HAS_P_MASK: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Of tokens ``t`` of the passage at ``begin``."""
+    inside = t < length
     offsets = (begin + t)[:, None] * DIM + dims[None, :]
     if NORMALIZE:
         real = inside
@@ -355,20 +407,39 @@ def _launch_forward(
     if num_row_blocks == 0 or num_passages == 0:
         return
     dim = queries.shape[-1]
+    columns, packed, varlen = config["BLOCK_N"], queries.dtype != torch.float32, bounds is not None
+    even = not varlen and passage_mask is None and passage_length % columns == 0
+    code = None
+    if packed and not (varlen or even):
+        code = _column_codes(passage_mask, passage_length, columns, queries.device)
+        passage_mask = None
     per_program = _passages_per_program(num_row_blocks, num_passages)
     grid = (num_row_blocks * triton.cdiv(num_passages, per_program),)
     forward_kernel[grid](
-        dense(queries), dense(passages), as_bytes(query_mask), as_bytes(passage_mask),
+        dense(queries), dense(passages), as_bytes(query_mask), as_bytes(passage_mask), code,
         units, bounds, sums, winners,
+        code.shape[1] if code is not None and len(code) > 1 else 0,
         num_units, query_length, units_per_query, num_passages, passage_length, winner_stride,
         per_program, num_row_blocks,
         DIM=dim, BLOCK_D=padded_dim(dim), UNIT=unit,
         HAS_Q_MASK=query_mask is not None, HAS_P_MASK=passage_mask is not None,
-        GROUP=group, VARLEN=bounds is not None,
-        EVEN=bounds is None and passage_mask is None and passage_length % config["BLOCK_N"] == 0,
-        NORMALIZE=normalize, SAVE=save_winners, PACK=queries.dtype != torch.float32,
+        GROUP=group, VARLEN=varlen, EVEN=even, CODED=code is not None,
+        NORMALIZE=normalize, SAVE=save_winners, PACK=packed,
         PRECISION=precision(queries.dtype), WIDEN=INTERPRET, **config,
     )  # fmt: skip
+
+
+def _column_codes(mask: Tensor | None, length: int, columns: int, device: torch.device) -> Tensor:
+    """What the forward puts into the low bits of a column's similarities, ``[P, tiles · columns]``
+    int32 (``[1, …]`` without a mask): its number from the tile's end, so that the first of equals
+    wins; the bits of -inf, which are negative, where no real token stands."""
+    width = triton.cdiv(length, columns) * columns
+    numbers = torch.arange(width, dtype=torch.int32, device=device)
+    if mask is None:
+        real = (numbers < length)[None]
+    else:
+        real = torch.nn.functional.pad(mask.reshape(-1, length), (0, width - length))
+    return torch.where(real, columns - 1 - numbers % columns, MINUS_INFINITY_BITS.value)
 
 
 def maxsim_backward(
@@ -410,16 +481,29 @@ def _launch_backward(
     }  # fmt: skip
     if grad_queries is not None:
         config = query_gradient_config(queries.dtype, block_d)
-        query_gradient_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
+        row_blocks = triton.cdiv(num_rows, config["BLOCK_M"])
+        run = run_length(row_blocks, num_passages)
+        runs = triton.cdiv(num_passages, run)
+        out = grad_queries
+        if runs > 1:
+            out = queries.new_empty((runs, *queries.shape), dtype=torch.float32)
+        query_gradient_kernel[row_blocks, runs](
             grad, scale, queries, passages, as_bytes(query_mask), query_of_row, bounds, winners,
-            grad_queries, num_rows, query_length, num_passages, passage_length, winner_stride,
-            **shared, **config,
+            out, num_rows, query_length, num_passages, passage_length, winner_stride, run,
+            PARTIAL=runs > 1, **shared, **config,
         )  # fmt: skip
+        if runs > 1:  # added up in one order
+            total = out.sum(0)
+            if normalize:
+                tokens = zero_masked(queries, query_mask).float()
+                total = unit_tokens_backward(total, *unit_tokens(tokens))
+            grad_queries.copy_(total)
     if grad_passages is not None:
         config = passage_gradient_config(
-            queries.dtype, block_d, capability(queries.device), normalize
+            queries.dtype, block_d, capability(queries.device), normalize, passage_length
         )
-        passage_gradient_kernel[(total_passages * triton.cdiv(passage_length, config["BLOCK_N"]),)](
+        tiles = triton.cdiv(passage_length, config["BLOCK_N"] + config["TAIL"])
+        passage_gradient_kernel[(total_passages * tiles,)](
             grad, scale, queries, passages, as_bytes(query_mask), as_bytes(passage_mask),
             query_of_row, bounds, winners, grad_passages,
             query_length if group else num_rows, query_length, num_passages, passage_length,

@@ -39,9 +39,9 @@ from erniesearch_kernels.triton_common import (
 )
 from erniesearch_kernels.triton_tiles import (
     kl_config,
-    kl_passage_gradient_config,
-    kl_query_gradient_config,
+    kl_gradient_config,
     padded_dim,
+    teacher_lse_config,
 )
 
 
@@ -376,7 +376,7 @@ class _Problem:
         if teacher_dtype == torch.float64:
             raise ValueError('backend="triton" has no float64; the teacher\'s projections are')
         # Rebuilding from float32 takes float32 products, and their tiles, whatever the student's.
-        self.tile_dtype = torch.promote_types(queries.dtype, teacher_dtype)
+        tile_dtype = torch.promote_types(queries.dtype, teacher_dtype)
         if query_mask is not None:
             self.num_tokens = query_mask.sum(-1, keepdim=True).clamp_min(1)
         else:
@@ -394,6 +394,7 @@ class _Problem:
             "PRECISION": precision(queries.dtype),
             "TEACHER_PRECISION": precision(teacher_dtype), "WIDEN": INTERPRET,
         }  # fmt: skip
+        self.tile = tile_dtype, self.meta["BLOCK_D"], self.meta["BLOCK_H"] if rebuild else 0
 
     def teacher_lse(self, given: Tensor | None) -> Tensor | None:
         """Each head's log-sum-exp: the given one, or over the passage's tokens."""
@@ -405,7 +406,7 @@ class _Problem:
         assert teacher_queries is not None
         lse = self.queries.new_zeros(self.pairs, self.heads, self.query_length, dtype=torch.float32)
         query_length, passage_length, group, heads, _, scale = self.sizes
-        config = kl_config(teacher_queries.dtype, self.meta["BLOCK_H"])
+        config = teacher_lse_config(teacher_queries.dtype, self.meta["BLOCK_H"])
         grid = (self.pairs * heads * triton.cdiv(query_length, config["BLOCK_M"]),)
         if grid[0]:
             teacher_lse_kernel[grid](
@@ -422,7 +423,7 @@ class _Problem:
         shape = (self.num_queries, self.group, self.query_length)
         best, kl, lse, norm = (self.queries.new_zeros(shape, dtype=torch.float32) for _ in range(4))
         winners = self.queries.new_zeros(shape, dtype=winner_dtype(self.passage_length))
-        config = kl_config(self.tile_dtype, self.meta["BLOCK_D"])
+        config = kl_config(*self.tile)
         grid = (self.pairs * triton.cdiv(self.query_length, config["BLOCK_M"]),)
         if grid[0]:
             forward_kernel[grid](
@@ -443,18 +444,16 @@ class _Problem:
             return grad_queries, grad_passages
         grad_kl = grad_kl.float() / self.num_tokens
         scale, grads = balanced(grad_scores.float().contiguous(), grad_kl.contiguous())
-        block_h = self.meta["BLOCK_H"] if self.meta["REBUILD"] else 0
-        tile = self.tile_dtype, self.meta["BLOCK_D"], block_h
         inputs = (
             *grads, scale, self.queries, self.passages, *self.masks, *self.teacher,
             self.teacher_lse(given_lse), winners, lse, norm,
         )  # fmt: skip
         if grad_queries is not None:
-            config = kl_query_gradient_config(*tile)
+            config = kl_gradient_config(*self.tile, of_passages=False)
             grid = (self.num_queries * triton.cdiv(self.query_length, config["BLOCK_M"]),)
             query_gradient_kernel[grid](*inputs, grad_queries, *self.sizes, **self.meta, **config)
         if grad_passages is not None:
-            config = kl_passage_gradient_config(*tile)
+            config = kl_gradient_config(*self.tile, of_passages=True)
             grid = (self.pairs * triton.cdiv(self.passage_length, config["BLOCK_N"]),)
             passage_gradient_kernel[grid](
                 *inputs, grad_passages, *self.sizes, **self.meta, **config

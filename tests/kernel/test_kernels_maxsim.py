@@ -71,6 +71,27 @@ def test_normalize(where: Where, group: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_programs_share_a_querys_passages(
+    where: Where, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where few queries meet thousands of passages: partial sums of the queries' gradient."""
+    if where.backend == "triton":
+        monkeypatch.setattr("erniesearch_kernels.triton_tiles.SHORTEST_RUN", 2)
+    for normalize in (False, True):
+        check_maxsim(where, (3, 5, 9, 7, 32), dtype, masks=True, normalize=normalize)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("length", [129, 150, 192])
+def test_passages_of_one_pass(where: Where, length: int) -> None:
+    """129 to 192 tokens in 16 bits: both parts of a passage's gradient in one program."""
+    for group in (False, True):
+        check_maxsim(where, (2, 9, 3, length, 32), torch.bfloat16, group=group, masks=True)
+        check_maxsim(where, (2, 9, 2, length, 32), torch.bfloat16, group=group)
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_recomputed_winners_give_the_same_bits(where: Where) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = (

@@ -139,11 +139,11 @@ def test_bytes_of_gathers_among_1024_ranks() -> None:
         tracker.reset()
         mask = torch.ones(3, 4, dtype=torch.bool)
         mask[0, 3] = False
-        tokens, all_mask = distributed.gather_tokens(torch.empty(3, 4, 10), mask)
+        tokens, all_mask = distributed.gather_tokens(torch.empty(3, 4, 10), mask, mask)
         assert tokens.shape == (3072, 4, 10)
         assert int(all_mask.sum()) == 1024 * 11
-    # Three sizes, the mask, and the tokens that are real.
-    assert tracker.sent["all_gather"] == 1023 * (3 * 8 + 3 * 4 + 11 * 10 * 4)
+    # Three lengths, and the tokens that are real.
+    assert tracker.sent["all_gather"] == 1023 * (3 * 8 + 11 * 10 * 4)
     assert not torch.distributed.is_initialized()
 
 

@@ -79,7 +79,7 @@ def measure_exchange(exchange: scores.Exchange, num_queries: int, num_passages: 
         q_mask, p_mask = (torch.ones(x.shape[:2], dtype=torch.bool) for x in (q, p))
         with Peak() as peak:
             made = scores.cross_batch_late_interaction_scores(
-                q, q_mask, p, p_mask, 1.0, "torch", exchange
+                q, q_mask, p, p_mask, p_mask, 1.0, "torch", exchange
             )
             made.pow(2).mean().backward()
         assert p.grad is not None

@@ -15,10 +15,10 @@ NUM_QUERIES, QUERY_LENGTH, DIM = 3, 5, 8
 
 
 def inputs_of(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Passages differ between ranks in number and length; masks have gaps, and rank 1 has a
-    passage without a real token and padding on all of its last columns."""
+    """Passages differ between ranks in length; masks have gaps, and rank 1 has a passage without a
+    real token and padding on all of its last columns."""
     generator = torch.Generator().manual_seed(100 + rank)
-    num_passages, length = 2 + rank, 9 - 2 * rank
+    num_passages, length = 3, 9 - 2 * rank
     mask = torch.rand((num_passages, length), generator=generator) < 0.7
     if rank == 1:
         mask[0] = False
@@ -71,8 +71,9 @@ def check(kernels: scores.Kernels, dtype: torch.dtype, tolerance: float) -> None
         own = inputs_of(rank, dtype)
         queries, passages = own["queries"].requires_grad_(), own["passages"].requires_grad_()
         made = scores.cross_batch_late_interaction_scores(
-            queries, own["query_mask"], passages, own["passage_mask"], 0.5, kernels, exchange
-        )
+            queries, own["query_mask"], passages, own["passage_mask"], own["passage_mask"], 0.5,
+            kernels, exchange,
+        )  # fmt: skip
         assert_near(made, whole[rank], tolerance, f"{exchange}, scores")
         loss_of(made, rank).backward()
         for name, tensor in (("queries", queries), ("passages", passages)):

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import cuda_accelerator
-from support.pretend_gpu import GPU, GpuTensor, Mixed, PretendGpu, move, pass_on
+from pretend_gpu import GPU, Engine, GpuTensor, Mixed, PretendGpu, move, pass_on
 from support.tiny import WITH_VIRT, ConfigMaker
 
 from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import load_beir
+from erniesearch.models.precision import tune_for_device
 from erniesearch.planning.accounting import fake_world
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
@@ -21,38 +22,13 @@ from erniesearch.training.trainer import update
 from erniesearch.training.validation import Validation, is_validated
 
 
-class _Engine:
-    """What an update needs of DeepSpeed's engine without ZeRO; its step is torch's own affair."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module, self.optimizer = module, SimpleNamespace()
-        self.no_sync, self.train, self.eval = nullcontext, module.train, module.eval
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.module(*arguments)
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-    def backward(self, loss: torch.Tensor, **options: bool) -> None:
-        loss.backward()
-
-    def allreduce_gradients(self) -> None:
-        pass
-
-    def step(self) -> None:
-        pass
-
-    def was_step_applied(self) -> bool:
-        return True
-
-
 def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **changes: Any) -> Any:
     """Terms of rank 0's update and its gradients, without and with a pretended GPU."""
     config = make_config(stage=stage, queries_per_rank=2, **changes)
     model, tokenizer = build_model(Stage(config, stage))
     if config.training.precision == "bf16":
         model.bfloat16()
+    tune_for_device(model, config, GPU if gpu else torch.device("cpu"), False)
     data = load_beir(config.data.path, "train")
     device = GPU if gpu else torch.device("cpu")
     if gpu:
@@ -63,9 +39,13 @@ def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **ch
         loader = iter([batches[number] for number in range(2)])
         with mode:
             settings = getattr(config.stages, stage)
-            engine: Any = _Engine(model.train())
+            engine: Any = Engine(model.train())
             made = update(engine, loader, settings, device, lambda what: None)
             assert not made.skipped
+            micro_steps = settings.accumulation_steps
+            gates = 2 * config.objective.competence_gate
+            # The lengths of other ranks' passages, the gate's accuracies; without ZeRO the norm.
+            assert not gpu or PretendGpu.waits.total() <= micro_steps * ((ranks > 1) + gates) + 1
             means = distributed.mean_over_ranks(made.terms)
             assert not distributed.any_rank(False, device)
             if is_validated(Stage(config, stage)):

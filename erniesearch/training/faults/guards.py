@@ -43,9 +43,10 @@ def hold_nonfinite_gradient(engine: DeepSpeedEngine) -> bool:
     if hasattr(optimizer, "overflow"):
         return False
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    finite = torch.nn.utils.get_total_norm(gradients).isfinite()
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = bool(norm.isfinite())
     # By this attribute torch's GradScaler tells fused optimizers to leave everything as it is.
-    optimizer.found_inf = None if finite else torch.ones((), device=finite.device)
+    optimizer.found_inf = None if finite else torch.ones((), device=norm.device)
     return not finite
 
 

@@ -5,9 +5,18 @@ The pretended device is called ``lazy``: torch without CUDA has no gradients for
 nothing else uses that name.
 Mixing is what torch's operators on CUDA refuse: a tensor of the CPU that is more than one number,
 except as an index or the other side of a copy. NCCL takes tensors of the GPU only.
+
+:attr:`PretendGpu.waits` counts, by line, where the host would wait for the GPU: a number or a
+tensor is read from it, values decide a shape, or something is copied to it without
+``non_blocking``. :attr:`PretendGpu.launches` counts operators that compute there.
 """
 
-from typing import Any
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +30,9 @@ COPIES = (aten.copy_.default, aten._to_copy.default)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
 JOINS = (aten.cat.default, aten.stack.default)
+READING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
+           aten.repeat_interleave.Tensor, aten._unique2.default)  # fmt: skip
+ROOT = str(Path(__file__).parents[1])
 
 
 class Mixed(Exception):
@@ -30,7 +42,7 @@ class Mixed(Exception):
 class GpuTensor(Tensor):
     """``inner`` on the pretended device."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -43,28 +55,44 @@ class GpuTensor(Tensor):
         return made
 
     def tolist(self) -> list[Any]:  # refused to subclasses by torch
+        PretendGpu.waits[_place()] += 1
         return self.inner.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func.namespace == "c10d":
             return _communicate(func, args, kwargs)
         _check(func, args, kwargs)
+        if _waits(func, args, kwargs):
+            PretendGpu.waits[_place()] += 1
         on_gpu = any(isinstance(x, GpuTensor) for x in tree_leaves((args, kwargs)))
         device = kwargs.get("device")
         if device is not None:
             on_gpu, kwargs["device"] = device == GPU, torch.device("cpu")
         args, kwargs = tree_map_only(GpuTensor, lambda x: x.inner, (args, kwargs))
         out = func(*args, **kwargs)
+        if on_gpu and _launches(func):
+            PretendGpu.launches[str(func)] += 1
         return tree_map_only(Tensor, GpuTensor, out) if on_gpu else out
 
 
 class PretendGpu(TorchDispatchMode):
     """While it is entered, ``device=GPU`` and ``.to(GPU)`` make such tensors; rank 0 of the fake
-    process group finds every rank to be like itself."""
+    process group finds every rank to be like itself.
+
+    Attributes:
+        waits: since it was entered last, by file and line.
+        launches: likewise, by operator; views and allocations are none.
+    """
+
+    waits: ClassVar[Counter[str]] = Counter()
+    launches: ClassVar[Counter[str]] = Counter()
 
     def __enter__(self) -> "PretendGpu":
+        PretendGpu.waits, PretendGpu.launches = Counter(), Counter()
         # As torch's fake tensors do, so that `torch.tensor(…, device=GPU)` comes by.
         torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()
@@ -76,6 +104,32 @@ class PretendGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return GpuTensor.__torch_dispatch__(func, types, args, kwargs)
+
+
+class Engine:
+    """What an update needs of DeepSpeed's engine, whose step is left out."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.optimizer = module, SimpleNamespace()
+        self.no_sync, self.train, self.eval = nullcontext, module.train, module.eval
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def backward(self, loss: torch.Tensor, **options: bool) -> None:
+        loss.backward()
+
+    def allreduce_gradients(self) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def was_step_applied(self) -> bool:
+        return True
 
 
 def move(module: torch.nn.Module) -> None:
@@ -103,6 +157,46 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     elsewhere = [x for x in tensors if not isinstance(x, GpuTensor) and (x.dim() or func in JOINS)]
     if elsewhere and any(isinstance(x, GpuTensor) for x in tensors):
         raise Mixed(f"{func}: {[tuple(x.shape) for x in elsewhere]} on the CPU, others on the GPU")
+
+
+def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether CUDA would make the host wait."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    here = [x for x in tensors if not isinstance(x, GpuTensor)]
+    if func in COPIES:
+        target = kwargs.get("device", args[0].device)
+        source = args[1] if func is aten.copy_.default else args[0]
+        blocking = not kwargs.get("non_blocking", len(args) > 2 and args[2])
+        return (source.device == GPU) != (target == GPU) and blocking
+    if len(here) == len(tensors):
+        return False
+    if func in INDEXED:  # a mask decides a shape, indices of the CPU are copied first
+        return any(x is not None and (x.dtype == torch.bool or x in here) for x in args[1])
+    # Of operators on scalars, `where` alone copies them to the GPU.
+    return func in READING or (func is aten.where.self and bool(here))
+
+
+def _launches(func: Any) -> bool:
+    """Whether something is computed: not for a view of an argument, or for memory alone."""
+    views = any(
+        x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns
+    )
+    return not views and "empty" not in func._schema.name
+
+
+def _place() -> str:
+    """The innermost line of this repository that is running, else of any library but torch."""
+    frame, inner = sys._getframe(1), "autograd"
+    torch_folder = str(Path(torch.__file__).parent)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith((torch_folder, "<")):
+            place = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_code.co_name}:{frame.f_lineno}"
+            if file.startswith(ROOT) and "site-packages" not in file:
+                return place if inner == "autograd" else f"{place} ({inner})"
+            inner = place if inner == "autograd" else inner
+        frame = frame.f_back  # type: ignore[assignment]
+    return inner
 
 
 def pass_on(operations: list[dist.P2POp]) -> list[dist.Work]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Seconds of a training step here and in sentence-transformers, at the same work, in one JSON:
+# Seconds of a training step, of encoding and of reranking, here and in sentence-transformers, at the
+# same work, in one JSON:
 #
 #   bash launch/training_speed.sh --data data/squad-chunk --precision bf16 --out speed.json
 #

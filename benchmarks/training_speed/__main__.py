@@ -1,4 +1,4 @@
-"""Seconds of a training step here and in sentence-transformers, at the same work.
+"""Seconds of a training step, of encoding and of reranking, here and in sentence-transformers.
 
     bash launch/training_speed.sh --data data/squad-chunk --precision bf16 --out speed.json
 
@@ -12,7 +12,8 @@ forward, backward, clipping, optimizer.
 ``floor`` is the model alone, forward and backward over the same texts in groups of equal length, so
 without any padding. ``joint`` is one step here of all three models with every term but dual_reg, by
 the sum of the fastest peer's three steps and of scoring the batch's pairs with its cross-encoder,
-which distillation from stored scores needs.
+which distillation from stored scores needs. ``encoding`` is dual-encoder vectors of 256 passages,
+``reranking`` the cross-encoder's scores of as many pairs, in batches of 32 sorted by length.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from erniesearch.evaluation.table import tell_figures
 from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
+INFERENCE = ("encoding", "reranking")
 PEERS = ("sentence_transformers",)
 ATTENTION = ("sdpa", "eager")
 """PyTorch's fused one is the default; in bf16 on a CPU the plain one may be faster."""
@@ -119,12 +121,14 @@ def medians(taken: Taken) -> dict[str, dict[str, float]]:
 
 
 def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> dict[str, Any]:
-    """Ours, the peers' and the floor's step of one kind; theirs by the faster attention."""
-    ours = System("ours", kind)
-    others = [System(who, kind, way) for who in ("floor", *PEERS) for way in ATTENTION]
+    """Ours, the peers' and the floor's step of one kind; theirs by the faster attention. Inference
+    has no floor and no loss to compare."""
+    ours, training = System("ours", kind), kind in KINDS
+    whos = ("floor", *PEERS) if training else PEERS
+    others = [System(who, kind, way) for who in whos for way in ATTENTION]
     workers = [start(system) for system in (ours, *others)]
     try:
-        losses = check_losses(workers, given.precision)
+        losses = check_losses(workers, given.precision) if training else {}
         taken = measure(workers, given.rounds, given.warm_up)
         peers = {w.system.who: w.ask("versions") for w in workers if w.system.who in PEERS}
     finally:
@@ -136,12 +140,15 @@ def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> di
         return min((system for system in others if system.who in among),
                    key=lambda system: found[str(system)]["seconds"])  # fmt: skip
 
-    peer, floor = fastest(PEERS), fastest(("floor",))
-    return {
+    peer = fastest(PEERS)
+    result = {
         "medians": found, "losses": losses, "peers": peers, "fastest_peer": peer._asdict(),
-        "floor": floor._asdict(), "by_fastest_peer": ratio(taken, ours, [peer]),
-        "by_floor": ratio(taken, ours, [floor]),
+        "by_fastest_peer": ratio(taken, ours, [peer]),
     }  # fmt: skip
+    if training:
+        floor = fastest(("floor",))
+        result |= {"floor": floor._asdict(), "by_floor": ratio(taken, ours, [floor])}
+    return result
 
 
 def compare_joint(
@@ -187,7 +194,7 @@ def main() -> None:
             python = given.peer_python if system.who in PEERS else sys.executable
             return Worker(system, job_file, python)
 
-        found = {kind: compare_kind(kind, start, given) for kind in KINDS}
+        found = {kind: compare_kind(kind, start, given) for kind in (*INFERENCE, *KINDS)}
         theirs = [System(**found[kind]["fastest_peer"]) for kind in KINDS]
         theirs.append(theirs[-1]._replace(kind="scoring"))
         found["joint"] = compare_joint(theirs, start, given)

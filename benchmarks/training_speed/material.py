@@ -130,6 +130,18 @@ def _export(job: Job, config: RunConfig) -> None:
     ))  # fmt: skip
 
 
+BATCH_SIZE = 32
+"""Texts per forward pass of encoding and of reranking."""
+
+
+def inference_texts(job: Job) -> tuple[list[str], list[tuple[str, str]]]:
+    """Of encoding, the passages of all batches; of reranking, every query with its group."""
+    rows = [row for batch in batches_of(job)[:4] for row in batch]
+    return [text for row in rows for text in row[1:]], [
+        (r[0], text) for r in rows for text in r[1:]
+    ]
+
+
 def batches_of(job: Job) -> list[list[list[str]]]:
     """Of every step: of every query, its text and those of its passages, the relevant one first."""
     content: list[list[list[str]]] = json.loads((Path(job.run_dir) / "batches.json").read_text())

@@ -1,19 +1,41 @@
 """A stage's updates, as `erniesearch train` makes them."""
 
 import sys
+from pathlib import Path
 
 import torch
 
 from erniesearch import distributed
 from erniesearch.commands.parsing import name_accelerator
+from erniesearch.config.keys import StudentConfig, TeacherConfig
+from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.stages import Stage
 from erniesearch.training.trainer import Trainer, update
-from training_speed.material import config_of, read_job
+from training_speed.material import BATCH_SIZE, Job, config_of, inference_texts, read_job
 from training_speed.work import serve
+
+
+def infer(kind: str, job: Job) -> None:
+    """Serve ``encoding`` or ``reranking``, as the pipeline does them."""
+    exports = Path(job.run_dir) / "exports"
+    sizes = job.max_query_length, job.max_passage_length, BATCH_SIZE
+    passages, pairs = inference_texts(job)
+    precision = {"precision": job.precision}
+    if kind == "encoding":
+        settings = StudentConfig(str(exports / "dual_encoder"), pooling="mean", normalize=True)
+        retriever = Retriever(settings, *sizes, **precision)  # type: ignore[arg-type]
+        serve(lambda: 0.0, lambda: retriever.vectors(passages, "passage"))
+        return
+    scorer = PairScorer(TeacherConfig(str(exports / "cross_encoder")), *sizes, **precision)  # type: ignore[arg-type]
+    queries, texts = (list(side) for side in zip(*pairs, strict=True))
+    serve(lambda: 0.0, lambda: scorer.scores(queries, texts))
 
 
 def main(kind: str, job_file: str) -> None:
     """Serve one kind."""
+    if kind in ("encoding", "reranking"):
+        infer(kind, read_job(job_file))
+        return
     name_accelerator()
     device = distributed.initialize()
     stage = Stage(config_of(read_job(job_file), kind), "interaction")

@@ -29,11 +29,23 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-from training_speed.material import TAU_DE, TAU_LI, Job, batches_of, read_job
+from training_speed.material import (
+    BATCH_SIZE,
+    TAU_DE,
+    TAU_LI,
+    Job,
+    batches_of,
+    inference_texts,
+    read_job,
+)
 from training_speed.work import serve
 
 ONE_HOT = 100.0
 """A label whose softmax beside zeros is 1: ListNet is the cross-entropy then."""
+
+
+def versions() -> dict[str, str]:
+    return {"sentence-transformers": __version__}
 
 
 def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str, attention: str) -> Any:
@@ -85,9 +97,30 @@ def without_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
+def infer(kind: str, job: Job, attention: str) -> None:
+    """Serve ``encoding`` or ``reranking``, with weights in the precision."""
+    exports = Path(job.run_dir) / "exports"
+    options = {"attn_implementation": attention,
+               "dtype": torch.bfloat16 if job.precision == "bf16" else torch.float32}  # fmt: skip
+    passages, pairs = inference_texts(job)
+    if kind == "encoding":
+        dense = SentenceTransformer(str(exports / "dual_encoder"), model_kwargs=options)
+        dense.max_seq_length = job.max_passage_length
+        serve(lambda: 0.0, lambda: dense.encode(passages, batch_size=BATCH_SIZE), versions)
+        return
+    scorer = CrossEncoder(
+        str(exports / "cross_encoder"), model_kwargs=options,
+        max_length=job.max_query_length + job.max_passage_length,
+    )  # fmt: skip
+    serve(lambda: 0.0, lambda: scorer.predict(pairs, batch_size=BATCH_SIZE), versions)
+
+
 def main(kind: str, job_file: str, attention: str) -> None:
     """Serve one kind; ``scoring`` is the cross-encoder's predict on a batch's pairs."""
     job = read_job(job_file)
+    if kind in ("encoding", "reranking"):
+        infer(kind, job, attention)
+        return
     batches = batches_of(job)
     folder = tempfile.mkdtemp()
     rows = [row for batch in batches for row in batch]
@@ -127,8 +160,7 @@ def main(kind: str, job_file: str, attention: str) -> None:
             model.predict([(row[0], text) for row in rows for text in row[1:]],
                           batch_size=len(rows) * (1 + job.num_negatives))  # fmt: skip
 
-    serve(loss, score if kind == "scoring" else train,
-          lambda: {"sentence-transformers": __version__})  # fmt: skip
+    serve(loss, score if kind == "scoring" else train, versions)
 
 
 if __name__ == "__main__":

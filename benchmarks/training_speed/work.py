@@ -9,7 +9,7 @@ from time import perf_counter
 
 def serve(
     loss: Callable[[], float],
-    step: Callable[[], None],
+    step: Callable[[], object],
     versions: Callable[[], dict[str, str]] = dict,
 ) -> None:
     """Answer until the input ends.

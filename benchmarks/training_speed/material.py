@@ -137,9 +137,8 @@ BATCH_SIZE = 32
 def inference_texts(job: Job) -> tuple[list[str], list[tuple[str, str]]]:
     """Of encoding, the passages of all batches; of reranking, every query with its group."""
     rows = [row for batch in batches_of(job)[:4] for row in batch]
-    return [text for row in rows for text in row[1:]], [
-        (r[0], text) for r in rows for text in r[1:]
-    ]
+    pairs = [(row[0], text) for row in rows for text in row[1:]]
+    return [text for _, text in pairs], pairs
 
 
 def batches_of(job: Job) -> list[list[list[str]]]:

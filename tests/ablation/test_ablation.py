@@ -230,7 +230,7 @@ def test_shipped_grids(name: str) -> None:
     for arm in grid.arms.values():
         config = grid.config(arm, arm.seeds[0])
         trained |= {arms.result_folder(grid, config, step) for step in needed_steps(config)}
-    assert len(grid.arms) < len(trained) < 3 * len(grid.arms)
+    assert len(grid.arms) <= len(trained) < 3 * len(grid.arms)
 
 
 def test_a_name_that_stands_twice_is_an_error(make_grid: GridMaker) -> None:

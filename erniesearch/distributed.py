@@ -206,10 +206,10 @@ def gather_rows(rows: torch.Tensor, counts: torch.Tensor | None = None) -> torch
     )
 
 
-def longest_row(mask: torch.Tensor) -> int:
-    """The highest real position of ``[num_sequences, num_tokens]`` + 1; masks may have gaps."""
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return int((mask * positions).max())
+def row_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """The highest real position + 1 of each row of ``[num_sequences, num_tokens]``, 0 if it has
+    none; masks may have gaps."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
 def pack(tokens: torch.Tensor, mask_on_cpu: torch.Tensor) -> torch.Tensor:

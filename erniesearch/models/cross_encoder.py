@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import TeacherConfig
-from erniesearch.distributed import longest_row
+from erniesearch.distributed import row_lengths
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_classifier, save_weights
 from erniesearch.models.lengths import blocks_by_length, put_back
@@ -57,11 +57,11 @@ class PairLayout(NamedTuple):
             )
         return cls(int(tokenizer.sep_token_id), extra == 4)
 
-    def longest(self, query_mask: Tensor, passage_mask: Tensor) -> int:
-        """Tokens of the longest of the pairs that :func:`assemble_pairs` makes of these masks."""
+    def lengths(self, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        """Tokens of the pairs ``[B·G]`` that :func:`assemble_pairs` makes of these masks."""
         group_size = len(passage_mask) // len(query_mask)
         pairs = query_mask.sum(1).repeat_interleave(group_size) + passage_mask.sum(1)
-        return int(pairs.max()) - 1 + int(self.double_separator)
+        return pairs - 1 + int(self.double_separator)
 
 
 def assemble_pairs(
@@ -76,11 +76,11 @@ def assemble_pairs(
     """Join each query ``[B, Lq]`` with the passages of its group ``[B·G, Lp]``.
 
     Both sides come as ``[CLS] … [SEP] [PAD]…``; the passage's [CLS] is dropped (BERT) or becomes
-    the second separator (RoBERTa). ``longest`` is :meth:`PairLayout.longest` where it is known;
-    asking masks on a GPU waits for it.
+    the second separator (RoBERTa). ``longest`` is that of the pairs (:meth:`PairLayout.lengths`)
+    where it is known; asking masks on a GPU waits for it.
     """
     if longest is None:
-        longest = layout.longest(query_mask, passage_mask)
+        longest = int(layout.lengths(query_mask, passage_mask).max())
     group_size = passage_ids.shape[0] // query_ids.shape[0]
     query_ids = query_ids.repeat_interleave(group_size, 0)
     query_length = query_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)
@@ -156,18 +156,23 @@ class CrossEncoder(nn.Module):
         if attention_layers:
             self.tap = ProjectionTap(self.model, "teacher", settings.path, attention_layers)
 
-    def forward(self, pairs: Pairs) -> Tensor:
-        """Scores ``[N]`` in fp32."""
+    def forward(self, pairs: Pairs, lengths: Tensor | None = None) -> Tensor:
+        """Scores ``[N]`` in fp32. Pairs of similar length go together where the host knows their
+        ``lengths`` ``[N]``: those given, or on a CPU."""
         if self.tap:  # its projections are those of one pass
             with self.tap:
                 return self._scores(*pairs[:3])
-        blocks = blocks_by_length(pairs.mask)
-        if len(blocks) == 1:
+        device = pairs.mask.device
+        if lengths is None and device.type == "cpu":
+            lengths = row_lengths(pairs.mask)
+        blocks = []
+        if lengths is not None:
+            blocks = blocks_by_length(lengths, device, int(self.model.config.hidden_size))
+        if len(blocks) < 2:
             return self._scores(*pairs[:3])
-        scores = []
-        for rows in blocks:
-            width = longest_row(pairs.mask[rows])
-            scores.append(self._scores(*(part[rows, :width] for part in pairs[:3])))
+        scores = [
+            self._scores(*(part[rows, :width] for part in pairs[:3])) for rows, width in blocks
+        ]
         return put_back(scores, blocks)
 
     def _scores(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from erniesearch.config.keys import StudentConfig
-from erniesearch.distributed import longest_row
+from erniesearch.distributed import row_lengths
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, save_weights, weights_wanted
 from erniesearch.models.lengths import blocks_by_length, put_back
@@ -100,17 +100,23 @@ class StudentEncoder(nn.Module):
         vectors: bool = True,
         tokens: bool = True,
         projections: bool = False,
+        mask_on_cpu: Tensor | None = None,
     ) -> Encoded:
-        """Encode ``[N, L]`` token ids; ``mask`` is True on real tokens."""
+        """Encode ``[N, L]`` token ids; ``mask`` is True on real tokens.
+
+        Texts of similar length go together where the host knows their lengths: on a CPU, or by
+        ``mask_on_cpu``, the mask once more.
+        """
         wanted = side, vectors, tokens, projections
-        blocks = blocks_by_length(mask)
-        if len(blocks) == 1:
+        known = mask if mask.device.type == "cpu" else mask_on_cpu
+        blocks = []
+        if known is not None:
+            blocks = blocks_by_length(row_lengths(known), mask.device, self.hidden_size)
+        if len(blocks) < 2:
             return self._encode(input_ids, mask, *wanted)
         parts = []
-        for rows in blocks:
-            own = mask[rows]
-            width = longest_row(own)
-            encoded = self._encode(input_ids[rows, :width], own[:, :width], *wanted)
+        for rows, width in blocks:
+            encoded = self._encode(input_ids[rows, :width], mask[rows, :width], *wanted)
             parts.append(encoded.padded(mask.shape[1]))
         return Encoded(*(put_back(list(part), blocks) for part in zip(*parts, strict=True)))
 

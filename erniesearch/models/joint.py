@@ -122,15 +122,15 @@ class JointModel(nn.Module):
                 second_queries=queries.vectors, second_passages=passages.vectors
             )
         if self.teacher is not None:
+            lengths = self._layout.lengths(batch.query_mask_on_cpu, batch.passage_mask_on_cpu)
             pairs = assemble_pairs(
                 batch.query_ids, batch.query_mask, batch.passage_ids, batch.passage_mask,
-                self._layout, self.pad_id,
-                self._layout.longest(batch.query_mask_on_cpu, batch.passage_mask_on_cpu),
+                self._layout, self.pad_id, int(lengths.max()),
             )  # fmt: skip
             self._seed_pass(batch, 3)
             wanted = torch.is_grad_enabled() and self.objective.trains_teacher
             with torch.set_grad_enabled(wanted):
-                outputs = outputs._replace(teacher_scores=self.teacher(pairs))
+                outputs = outputs._replace(teacher_scores=self.teacher(pairs, lengths))
             if outputs.queries is not None and outputs.passages is not None:
                 terms = self.pair_terms(batch, everything, pairs, outputs.queries, outputs.passages)
                 outputs = outputs._replace(attention=terms.get("attention"), virt=terms.get("virt"))
@@ -160,7 +160,7 @@ class JointModel(nn.Module):
             if side == "query"
             else (batch.passage_ids, batch.passage_mask, batch.passage_mask_on_cpu)
         )
-        part = chunk.rows, slice(distributed.longest_row(on_cpu[chunk.rows]))
+        part = chunk.rows, slice(int(distributed.row_lengths(on_cpu[chunk.rows]).max()))
         encoded: Encoded = self.student(
             every_id[part], every_mask[part], side,
             self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
@@ -173,12 +173,12 @@ class JointModel(nn.Module):
         group_size, device = batch.group_size, batch.query_ids.device
         query = torch.arange(rows.start, rows.stop, device=device) // group_size
         on_cpu = torch.arange(rows.start, rows.stop) // group_size
-        longest = self._layout.longest(
+        lengths = self._layout.lengths(
             batch.query_mask_on_cpu[on_cpu], batch.passage_mask_on_cpu[rows]
         )
         return assemble_pairs(
             batch.query_ids[query], batch.query_mask[query], batch.passage_ids[rows],
-            batch.passage_mask[rows], self._layout, self.pad_id, longest,
+            batch.passage_mask[rows], self._layout, self.pad_id, int(lengths.max()),
         )  # fmt: skip
 
     def open_pair_terms(self) -> list[str]:
@@ -271,8 +271,16 @@ class JointModel(nn.Module):
         self._seed_pass(batch, number)
         wanted = vectors, tokens, projections
         return (
-            self.student(batch.query_ids, batch.query_mask, "query", *wanted),
-            self.student(batch.passage_ids, batch.passage_mask, "passage", *wanted),
+            self.student(
+                batch.query_ids, batch.query_mask, "query", *wanted, batch.query_mask_on_cpu
+            ),
+            self.student(
+                batch.passage_ids,
+                batch.passage_mask,
+                "passage",
+                *wanted,
+                batch.passage_mask_on_cpu,
+            ),
         )
 
     @property

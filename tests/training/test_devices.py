@@ -13,6 +13,7 @@ from support.tiny import WITH_VIRT, ConfigMaker
 from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.data.collection import load_beir
+from erniesearch.models.lengths import GPU_WORK
 from erniesearch.models.precision import tune_for_device
 from erniesearch.planning.accounting import fake_world
 from erniesearch.stages import Stage
@@ -82,7 +83,13 @@ def test_an_update_mixes_no_devices(
     assert all(isinstance(gradient, GpuTensor) for gradient in gradients.values())
 
 
-def test_the_pretended_gpu_computes_what_the_cpu_does(make_config: ConfigMaker) -> None:
+@pytest.mark.parametrize("work", [GPU_WORK, 1])
+def test_the_pretended_gpu_computes_what_the_cpu_does(
+    make_config: ConfigMaker, work: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass over all texts, and in blocks of similar length."""
+    monkeypatch.setattr("erniesearch.models.lengths.GPU_WORK", work)
+    monkeypatch.setattr("erniesearch.models.lengths.ROWS", 2 if work == 1 else 16)
     (wanted, expected), (made, gradients) = (
         one_update(make_config, "cascade", 1, gpu, accumulation_steps=2) for gpu in (False, True)
     )

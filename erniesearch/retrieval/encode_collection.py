@@ -150,8 +150,8 @@ def _vectors(
     retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
 ) -> Tensor:
     out = torch.empty(len(texts), manifest.dim, dtype=DTYPES[manifest.dtype])
-    for positions, batch in retriever.vector_batches(texts, manifest.side):
-        out[torch.from_numpy(positions)] = batch.to(out.dtype).cpu()
+    for positions, batch in retriever.vector_batches(texts, manifest.side, out.dtype):
+        out[torch.from_numpy(positions)] = batch
         meter.advance(len(positions))
     return out
 
@@ -160,9 +160,10 @@ def _tokens(
     retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
 ) -> tuple[Tensor, Tensor]:
     parts: list[Tensor] = [torch.empty(0)] * len(texts)
-    for positions, batch in retriever.token_batches(texts, manifest.side):
+    dtype = DTYPES[manifest.dtype]
+    for positions, batch in retriever.token_batches(texts, manifest.side, dtype):
         for position, vectors in zip(positions, batch, strict=True):
-            parts[position] = vectors.to(DTYPES[manifest.dtype]).cpu()
+            parts[position] = vectors
         meter.advance(len(positions))
     lengths = torch.tensor([0, *map(len, parts)])
     return torch.cat(parts), lengths.cumsum(0)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from erniesearch.models.encoder import Side, StudentEncoder
 from erniesearch.models.precision import convert, use_bf16
 from erniesearch.progress import Meter
 
+Made = TypeVar("Made")
 PATIENCE = 10.0
 """Seconds of encoding or scoring without a word of progress."""
 
@@ -43,6 +44,27 @@ def length_sorted_batches(
 def _longest_first(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     order = np.argsort(-lengths, kind="stable")
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def _on_host(batches: Iterator[tuple[Made, Tensor]]) -> Iterator[tuple[Made, Tensor]]:
+    """What batches made, on the CPU. From a GPU each is handed out when the next is in its queue,
+    so that it does not run dry while the host prepares more."""
+    before: tuple[Made, Tensor, torch.cuda.Event] | None = None
+    for key, made in batches:
+        if made.device.type != "cuda":
+            yield key, made
+            continue
+        copy = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+        copy.copy_(made, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        if before is not None:
+            before[2].synchronize()
+            yield before[:2]
+        before = key, copy, event
+    if before is not None:
+        before[2].synchronize()
+        yield before[:2]
 
 
 @dataclass(frozen=True)
@@ -124,7 +146,7 @@ class Retriever:
         out = np.empty((len(texts), self.dim), dtype=np.float32)
         with Meter("encoding", f"{side}s", len(texts), self.told, PATIENCE) as meter:
             for positions, batch in self.vector_batches(texts, side):
-                out[positions] = batch.cpu().numpy()
+                out[positions] = batch.numpy()
                 meter.advance(len(positions))
         return out
 
@@ -132,30 +154,42 @@ class Retriever:
         """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
         out: list[Tensor] = [torch.empty(0)] * len(texts)
         with Meter("encoding tokens", f"{side}s", len(texts), self.told, PATIENCE) as meter:
-            for positions, batch in self.token_batches(texts, side):
+            for positions, batch in self.token_batches(texts, side, torch.float16):
                 for position, row in zip(positions, batch, strict=True):
-                    out[position] = row.half().cpu()
+                    out[position] = row
                 meter.advance(len(positions))
         return out
 
-    @torch.inference_mode()
     def vector_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side
+        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Positions in ``texts`` and their vectors ``[batch, dim]``, fp32, batch by batch."""
-        for positions, ids, mask in self._inputs(texts, side):
-            vectors = self.student(ids, mask, side, tokens=False).vectors
-            yield positions, self.dense(vectors.float()) if self.dense else vectors
+        """Positions in ``texts`` and their vectors ``[batch, dim]`` on the CPU, batch by batch."""
+
+        @torch.inference_mode()
+        def made() -> Iterator[tuple[np.ndarray, Tensor]]:
+            for positions, ids, mask in self._inputs(texts, side):
+                vectors = self.student(*self._moved(ids, mask), side, tokens=False).vectors
+                yield positions, (self.dense(vectors.float()) if self.dense else vectors).to(dtype)
+
+        return _on_host(made())
 
     @torch.inference_mode()
     def token_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side
+        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        """Positions in ``texts`` and each one's token vectors ``[num_tokens, dim]``, batch by
-        batch, in the compute precision."""
-        for positions, ids, mask in self._inputs(texts, side):
-            encoded = self.student(ids, mask, side, vectors=False).tokens
-            yield positions, [row[real] for row, real in zip(encoded, mask, strict=True)]
+        """Positions in ``texts`` and each one's token vectors ``[num_tokens, dim]`` on the CPU,
+        batch by batch."""
+
+        def made() -> Iterator[tuple[tuple[np.ndarray, Tensor], Tensor]]:
+            for positions, ids, mask in self._inputs(texts, side):
+                encoded = self.student(*self._moved(ids, mask), side, vectors=False).tokens
+                yield (positions, mask), encoded.to(dtype)
+
+        for (positions, mask), batch in _on_host(made()):
+            yield positions, [row[real] for row, real in zip(batch, mask, strict=True)]
+
+    def _moved(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
     def _inputs(
         self, texts: Sequence[str] | StoredTokens, side: Side
@@ -166,12 +200,6 @@ class Retriever:
                 f"model '{self.student.settings.path}' is the {self.only} tower of an untied model:"
                 f" give the folder's name without _{self.only} to load both"
             )
-        for positions, ids, mask in self._token_ids(texts, side):
-            yield positions, ids.to(self.device), mask.to(self.device)
-
-    def _token_ids(
-        self, texts: Sequence[str] | StoredTokens, side: Side
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         prompt = self.prompts.get(side, "")
         if isinstance(texts, StoredTokens):
             assert not prompt  # its tokens are not in the store
@@ -223,17 +251,23 @@ class PairScorer:
         # Only their lengths are used.
         joined = [f"{q} {p}" for q, p in zip(queries, passages, strict=True)]
         with Meter("scoring", "pairs", len(queries), self.told, PATIENCE) as meter:
-            for positions, _ in length_sorted_batches(joined, self.batch_size):
-                sides = (
-                    encode_texts(self.tokenizer, [texts[i] for i in positions], length)
-                    for texts, length in zip((queries, passages), self.lengths, strict=True)
-                )
-                (query, query_mask), (passage, passage_mask) = sides
-                pairs = assemble_pairs(
-                    query, query_mask, passage, passage_mask,
-                    self.layout, int(self.tokenizer.pad_token_id),
-                )  # fmt: skip
-                moved = Pairs(*(part.to(self.device, non_blocking=True) for part in pairs))
-                out[positions] = self.model(moved).cpu().numpy()
+            for positions, scores in _on_host(self._batches(joined, queries, passages)):
+                out[positions] = scores.numpy()
                 meter.advance(len(positions))
         return out
+
+    def _batches(
+        self, joined: list[str], queries: list[str], passages: list[str]
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for positions, _ in length_sorted_batches(joined, self.batch_size):
+            sides = (
+                encode_texts(self.tokenizer, [texts[i] for i in positions], length)
+                for texts, length in zip((queries, passages), self.lengths, strict=True)
+            )
+            (query, query_mask), (passage, passage_mask) = sides
+            pairs = assemble_pairs(
+                query, query_mask, passage, passage_mask,
+                self.layout, int(self.tokenizer.pad_token_id),
+            )  # fmt: skip
+            moved = Pairs(*(part.to(self.device, non_blocking=True) for part in pairs))
+            yield positions, self.model(moved)

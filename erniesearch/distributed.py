@@ -272,6 +272,24 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
+class HostCopy:
+    """A tensor on its way from a GPU to the host, which goes on meanwhile; any other is itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._event = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> torch.Tensor:
+        """The copy, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor
+
+
 class Poll:
     """Asks every update whether a condition holds on any rank, without waiting for a GPU.
 
@@ -281,7 +299,7 @@ class Poll:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._asked: HostCopy | None = None
 
     def any_rank(self, condition: bool) -> bool:
         """The same answer on all ranks, each of which must ask."""
@@ -290,15 +308,8 @@ class Poll:
         before = self._asked
         flag = torch.tensor(int(condition)).to(self.device, non_blocking=True)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        answer = torch.empty((), dtype=flag.dtype, pin_memory=True)
-        answer.copy_(flag, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._asked = answer, event
-        if before is None:
-            return False
-        before[1].synchronize()
-        return bool(before[0])
+        self._asked = HostCopy(flag)
+        return before is not None and bool(before.wait())
 
 
 def mean_of(number: int, device: torch.device) -> float | torch.Tensor:

@@ -15,6 +15,7 @@ from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
 from erniesearch.data.batches import encode_texts
 from erniesearch.data.corpus.texts import take
 from erniesearch.data.corpus.tokens import TokenStore
+from erniesearch.distributed import HostCopy
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
@@ -49,22 +50,14 @@ def _longest_first(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]
 def _on_host(batches: Iterator[tuple[Made, Tensor]]) -> Iterator[tuple[Made, Tensor]]:
     """What batches made, on the CPU. From a GPU each is handed out when the next is in its queue,
     so that it does not run dry while the host prepares more."""
-    before: tuple[Made, Tensor, torch.cuda.Event] | None = None
+    before: tuple[Made, HostCopy] | None = None
     for key, made in batches:
-        if made.device.type != "cuda":
-            yield key, made
-            continue
-        copy = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
-        copy.copy_(made, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        own = key, HostCopy(made)
         if before is not None:
-            before[2].synchronize()
-            yield before[:2]
-        before = key, copy, event
+            yield before[0], before[1].wait()
+        before = own
     if before is not None:
-        before[2].synchronize()
-        yield before[:2]
+        yield before[0], before[1].wait()
 
 
 @dataclass(frozen=True)

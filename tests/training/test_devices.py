@@ -98,6 +98,13 @@ def test_the_pretended_gpu_computes_what_the_cpu_does(
         torch.testing.assert_close(gradients[name].inner, gradient, msg=lambda m, n=name: n + m)
 
 
+def test_a_poll_answers_the_question_before() -> None:
+    with PretendGpu(), fake_world(2, "cuda"):
+        poll = distributed.Poll(GPU)
+        answers = [poll.any_rank(asked) for asked in (False, True, False, False)]
+    assert answers == [False, False, True, False]
+
+
 def test_mixed_devices_are_told() -> None:
     with PretendGpu(), fake_world(2, "cuda"):
         here, there = torch.ones(3), torch.ones(3, device=GPU)

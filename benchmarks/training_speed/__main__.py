@@ -13,7 +13,8 @@ forward, backward, clipping, optimizer.
 without any padding. ``joint`` is one step here of all three models with every term but dual_reg, by
 the sum of the fastest peer's three steps and of scoring the batch's pairs with its cross-encoder,
 which distillation from stored scores needs. ``encoding`` is dual-encoder vectors of 256 passages,
-``reranking`` the cross-encoder's scores of as many pairs, in batches of 32 sorted by length.
+``reranking`` the cross-encoder's scores of as many pairs; the peer by its faster attention and
+batch size, 32 or 128.
 """
 
 import argparse

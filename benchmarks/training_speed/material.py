@@ -130,10 +130,6 @@ def _export(job: Job, config: RunConfig) -> None:
     ))  # fmt: skip
 
 
-BATCH_SIZE = 32
-"""Texts per forward pass of encoding and of reranking."""
-
-
 def inference_texts(job: Job) -> tuple[list[str], list[tuple[str, str]]]:
     """Of encoding, the passages of all batches; of reranking, every query with its group."""
     rows = [row for batch in batches_of(job)[:4] for row in batch]

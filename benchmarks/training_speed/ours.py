@@ -11,14 +11,14 @@ from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.stages import Stage
 from erniesearch.training.trainer import Trainer, update
-from training_speed.material import BATCH_SIZE, Job, config_of, inference_texts, read_job
+from training_speed.material import Job, config_of, inference_texts, read_job
 from training_speed.work import serve
 
 
 def infer(kind: str, job: Job) -> None:
     """Serve ``encoding`` or ``reranking``, as the pipeline does them."""
     exports = Path(job.run_dir) / "exports"
-    sizes = job.max_query_length, job.max_passage_length, BATCH_SIZE
+    sizes = job.max_query_length, job.max_passage_length
     passages, pairs = inference_texts(job)
     precision = {"precision": job.precision}
     if kind == "encoding":

@@ -2,7 +2,9 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -30,7 +32,6 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from training_speed.material import (
-    BATCH_SIZE,
     TAU_DE,
     TAU_LI,
     Job,
@@ -40,6 +41,8 @@ from training_speed.material import (
 )
 from training_speed.work import serve
 
+BATCH_SIZES = (32, 128)
+"""Of encoding and of reranking."""
 ONE_HOT = 100.0
 """A label whose softmax beside zeros is 1: ListNet is the cross-entropy then."""
 
@@ -106,13 +109,24 @@ def infer(kind: str, job: Job, attention: str) -> None:
     if kind == "encoding":
         dense = SentenceTransformer(str(exports / "dual_encoder"), model_kwargs=options)
         dense.max_seq_length = job.max_passage_length
-        serve(lambda: 0.0, lambda: dense.encode(passages, batch_size=BATCH_SIZE), versions)
+        _serve_fastest(lambda size: dense.encode(passages, batch_size=size))
         return
     scorer = CrossEncoder(
         str(exports / "cross_encoder"), model_kwargs=options,
         max_length=job.max_query_length + job.max_passage_length,
     )  # fmt: skip
-    serve(lambda: 0.0, lambda: scorer.predict(pairs, batch_size=BATCH_SIZE), versions)
+    _serve_fastest(lambda size: scorer.predict(pairs, batch_size=size))
+
+
+def _serve_fastest(infer: Callable[[int], object]) -> None:
+    """Serve inference in batches of the size that takes the least time here."""
+    taken = {}
+    for size in BATCH_SIZES * 2:  # the first time warms up
+        began = perf_counter()
+        infer(size)
+        taken[size] = perf_counter() - began
+    size = min(taken, key=lambda size: taken[size])
+    serve(lambda: 0.0, lambda: infer(size), lambda: versions() | {"batch_size": str(size)})
 
 
 def main(kind: str, job_file: str, attention: str) -> None:

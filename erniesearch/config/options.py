@@ -35,8 +35,8 @@ class EncodeOptions:
     """Stored as."""
     precision: Precision = "auto"
     """Computed in; auto is bf16 on GPUs and on CPUs with AVX512-BF16 or AMX, fp32 elsewhere."""
-    batch_size: int = 64
-    """Texts per forward pass."""
+    batch_size: int = 128
+    """Texts that a model gets at a time."""
     shard_size: int | None = None
     """Rows of a shard, which one rank encodes and holds in memory; 50,000 for vectors and 5,000 for
     tokens by default."""
@@ -97,8 +97,8 @@ class MineOptions:
     """Lists an IVF search visits."""
     ef_search: int | None = None
     """Breadth of an HNSW search."""
-    batch_size: int = 64
-    """Texts per forward pass."""
+    batch_size: int = 128
+    """Texts that a model gets at a time."""
     precision: Precision = "auto"
     """Computed in, as in `erniesearch encode`."""
     gpu: bool = False
@@ -150,8 +150,8 @@ class EvaluateOptions:
     """File for the figures, in JSON."""
     seed: int = 42
     """Of the bootstrap and the randomisation test."""
-    batch_size: int = 32
-    """Texts per forward pass."""
+    batch_size: int = 128
+    """Texts that a model gets at a time."""
     precision: Precision = "auto"
     """Computed in, as in `erniesearch encode`."""
     max_query_length: int | None = None

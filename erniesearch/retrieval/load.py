@@ -19,7 +19,7 @@ LONGEST_DEFAULT = 512
 def load_retriever(
     path: str | Path,
     *,
-    batch_size: int = 32,
+    batch_size: int = 128,
     device: torch.device | None = None,
     pooling: Literal["cls", "mean"] | None = None,
     max_query_length: int | None = None,
@@ -48,7 +48,7 @@ def load_retriever(
 def load_scorer(
     path: str | Path,
     *,
-    batch_size: int = 32,
+    batch_size: int = 128,
     device: torch.device | None = None,
     max_query_length: int | None = None,
     max_passage_length: int | None = None,

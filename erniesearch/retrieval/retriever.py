@@ -108,7 +108,7 @@ class Retriever:
         settings: StudentConfig,
         max_query_length: int,
         max_passage_length: int,
-        batch_size: int = 32,
+        batch_size: int = 128,
         device: torch.device | None = None,
         seed: int = 0,
         precision: Precision = "fp32",
@@ -224,7 +224,7 @@ class PairScorer:
         settings: TeacherConfig,
         max_query_length: int,
         max_passage_length: int,
-        batch_size: int = 32,
+        batch_size: int = 128,
         device: torch.device | None = None,
         precision: Precision = "fp32",
     ) -> None:

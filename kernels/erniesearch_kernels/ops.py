@@ -269,7 +269,7 @@ def maxsim_kl_op(
     teacher_map: Tensor | None, teacher_queries: Tensor | None, teacher_keys: Tensor | None,
     teacher_lse: Tensor | None, tau: float, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores, KL, winners, log-sum-exp of student rows, norm of teacher rows (Triton only)."""
+    """Scores, KL, winners, log-sum-exp of student rows, norm of teacher rows (torch: residuals)."""
     with _on_its_own(queries):
         if backend == "triton":
             return _triton_token_kl().kl_forward(
@@ -279,10 +279,9 @@ def maxsim_kl_op(
         teacher, heads = _teacher(
             queries, passage_mask, teacher_map, teacher_queries, teacher_keys, teacher_lse, scale
         )
-        outputs = torch_token_kl.token_kl_forward(
+        return torch_token_kl.token_kl_forward(
             queries, passages, teacher, heads, tau, query_mask, passage_mask
         )
-        return *outputs, outputs[3].new_empty(0)
 
 
 @maxsim_kl_op.register_fake
@@ -297,7 +296,7 @@ def _(
     scores = queries.new_empty(num_queries, group, dtype=dtype)
     lse = queries.new_empty(num_queries, group, query_length, dtype=dtype)
     winners = queries.new_empty(lse.shape, dtype=winner_dtype(length))
-    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(0)
+    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(*lse.shape, length)
     return scores, torch.empty_like(scores), winners, lse, norm
 
 
@@ -318,13 +317,9 @@ def maxsim_kl_backward_op(
                 tau, scale, need_queries, need_passages,
             )  # fmt: skip
         else:
-            teacher, heads = _teacher(
-                queries, passage_mask, teacher_map, teacher_queries, teacher_keys, teacher_lse,
-                scale,
-            )  # fmt: skip
             grads = torch_token_kl.token_kl_backward(
-                grad_scores, grad_kl, queries, passages, teacher, heads, tau,
-                query_mask, passage_mask, winners, lse, need_queries, need_passages,
+                grad_scores, grad_kl, queries, passages, tau,
+                query_mask, passage_mask, winners, norm, need_queries, need_passages,
             )  # fmt: skip
     return _grads((queries, passages), grads)
 

@@ -1,4 +1,5 @@
-"""Seconds of a training step, of encoding and of reranking, here and in sentence-transformers.
+"""Seconds of a training step, of encoding and of reranking, here and in its peers:
+sentence-transformers, and PyLate for late interaction.
 
     bash launch/training_speed.sh --data data/squad-chunk --precision bf16 --out speed.json
 
@@ -33,7 +34,7 @@ from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
 INFERENCE = ("encoding", "reranking")
-PEERS = ("sentence_transformers",)
+PEERS = {"sentence_transformers": (*INFERENCE, *KINDS), "pylate": ("late_interaction",)}
 ATTENTION = ("sdpa", "eager")
 """PyTorch's fused one is the default; in bf16 on a CPU the plain one may be faster."""
 LOSSES_AGREE = {"fp32": 1e-3, "bf16": 5e-2}
@@ -125,29 +126,30 @@ def compare_kind(kind: str, start: Callable[[System], Worker], given: Any) -> di
     """Ours, the peers' and the floor's step of one kind; theirs by the faster attention. Inference
     has no floor and no loss to compare."""
     ours, training = System("ours", kind), kind in KINDS
-    whos = ("floor", *PEERS) if training else PEERS
+    peers = [who for who, kinds in PEERS.items() if kind in kinds and given.pythons[who]]
+    whos = (["floor"] if training else []) + peers
     others = [System(who, kind, way) for who in whos for way in ATTENTION]
     workers = [start(system) for system in (ours, *others)]
     try:
         losses = check_losses(workers, given.precision) if training else {}
         taken = measure(workers, given.rounds, given.warm_up)
-        peers = {w.system.who: w.ask("versions") for w in workers if w.system.who in PEERS}
+        versions = {w.system.who: w.ask("versions") for w in workers if w.system.who in PEERS}
     finally:
         for worker in workers:
             worker.close()
     found = medians(taken)
 
-    def fastest(among: tuple[str, ...]) -> System:
+    def fastest(among: list[str]) -> System:
         return min((system for system in others if system.who in among),
                    key=lambda system: found[str(system)]["seconds"])  # fmt: skip
 
-    peer = fastest(PEERS)
+    peer = fastest(peers)
     result = {
-        "medians": found, "losses": losses, "peers": peers, "fastest_peer": peer._asdict(),
+        "medians": found, "losses": losses, "peers": versions, "fastest_peer": peer._asdict(),
         "by_fastest_peer": ratio(taken, ours, [peer]),
     }  # fmt: skip
     if training:
-        floor = fastest(("floor",))
+        floor = fastest(["floor"])
         result |= {"floor": floor._asdict(), "by_floor": ratio(taken, ours, [floor])}
     return result
 
@@ -178,12 +180,15 @@ def main() -> None:
     parser.add_argument("--max-passage-length", type=int, default=112)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--peer-python", default=sys.executable, help="with the peers installed")
+    parser.add_argument("--peer-python", default=sys.executable,
+                        help="with sentence-transformers installed")  # fmt: skip
+    parser.add_argument("--pylate-python", help="with PyLate installed; left out by default")
     parser.add_argument("--kinds", nargs="+", choices=(*INFERENCE, *KINDS),
                         default=(*INFERENCE, *KINDS),
                         help="joint is measured with all three trainings")  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    given.pythons = {"sentence_transformers": given.peer_python, "pylate": given.pylate_python}
     with tempfile.TemporaryDirectory() as aside:
         job = Job(
             str(Path(aside) / "run"), str(given.data), given.model, given.precision,
@@ -195,8 +200,7 @@ def main() -> None:
         job_file.write_text(json.dumps(job._asdict()))
 
         def start(system: System) -> Worker:
-            python = given.peer_python if system.who in PEERS else sys.executable
-            return Worker(system, job_file, python)
+            return Worker(system, job_file, given.pythons.get(system.who, sys.executable))
 
         found = {kind: compare_kind(kind, start, given) for kind in given.kinds}
         if set(KINDS) <= set(given.kinds):

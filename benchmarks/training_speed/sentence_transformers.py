@@ -39,6 +39,13 @@ from training_speed.material import (
     inference_texts,
     read_job,
 )
+from training_speed.trainer_steps import (
+    arguments,
+    columns,
+    computing,
+    serve_trainer,
+    without_dropout,
+)
 from training_speed.work import serve
 
 BATCH_SIZES = (32, 128)
@@ -54,15 +61,7 @@ def versions() -> dict[str, str]:
 def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str, attention: str) -> Any:
     """A trainer of ``kind`` over all batches' rows."""
     options = {"attn_implementation": attention}
-    exports, gpu = Path(job.run_dir) / "exports", torch.cuda.is_available()
-    shared: dict[str, Any] = {
-        "output_dir": folder, "per_device_train_batch_size": job.queries, "use_cpu": not gpu,
-        "bf16": job.precision == "bf16", "report_to": "none", "save_strategy": "no",
-        "learning_rate": 1e-5, "lr_scheduler_type": "constant", "disable_tqdm": True,
-    }  # fmt: skip
-    texts = {"anchor": [row[0] for row in rows], "positive": [row[1] for row in rows]}
-    for n in range(job.num_negatives):
-        texts[f"negative_{n}"] = [row[2 + n] for row in rows]
+    exports, shared, texts = Path(job.run_dir) / "exports", arguments(job, folder), columns(rows)
     if kind == "dual_encoder":
         dense = SentenceTransformer(str(exports / "dual_encoder"), model_kwargs=options)
         dense.max_seq_length = job.max_passage_length
@@ -91,13 +90,6 @@ def make_trainer(kind: str, job: Job, rows: list[list[str]], folder: str, attent
         train_dataset=Dataset.from_dict(lists),
         loss=ListNetLoss(pairs, activation_fn=torch.nn.Identity()),
     )  # fmt: skip
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    """As the other systems."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
 
 
 def infer(kind: str, job: Job, attention: str) -> None:
@@ -136,45 +128,21 @@ def main(kind: str, job_file: str, attention: str) -> None:
         infer(kind, job, attention)
         return
     batches = batches_of(job)
-    folder = tempfile.mkdtemp()
     rows = [row for batch in batches for row in batch]
-    trainer = make_trainer(kind, job, rows, folder, attention)
-    model, steps = trainer.model, iter(range(len(batches)))
-    without_dropout(model)
-
-    def inputs(number: int) -> Any:
-        first = number * job.queries
-        rows = [trainer.train_dataset[i] for i in range(first, first + job.queries)]
-        return trainer._prepare_inputs(trainer.data_collator(rows))
-
-    def bf16() -> Any:  # as the trainer's accelerator wraps a model
-        return torch.autocast(model.device.type, torch.bfloat16, job.precision == "bf16")
-
-    def loss() -> float:
-        model.train()
-        with torch.no_grad(), bf16():
-            return float(trainer.compute_loss(model, inputs(0)))
-
-    def train() -> None:
-        if trainer.optimizer is None:
-            trainer.create_optimizer()
-        model.train()
-        with bf16():
-            found = trainer.compute_loss(model, inputs(next(steps)))
-        found.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    trainer = make_trainer(kind, job, rows, tempfile.mkdtemp(), attention)
+    if kind != "scoring":
+        serve_trainer(trainer, job, versions)
+        return
+    steps = iter(batches)
 
     def score() -> None:
-        rows = batches[next(steps)]
-        with bf16():
-            model.predict([(row[0], text) for row in rows for text in row[1:]],
-                          batch_size=len(rows) * (1 + job.num_negatives))  # fmt: skip
+        rows = next(steps)
+        with computing(trainer.model, job):
+            trainer.model.predict([(row[0], text) for row in rows for text in row[1:]],
+                                  batch_size=len(rows) * (1 + job.num_negatives))  # fmt: skip
 
-    serve(loss, score if kind == "scoring" else train, versions)
+    without_dropout(trainer.model)
+    serve(lambda: 0.0, score, versions)
 
 
 if __name__ == "__main__":

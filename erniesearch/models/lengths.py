@@ -19,9 +19,14 @@ def blocks_by_length(
     How many depends on N and the model alone: ranks whose texts differ must call their models
     equally often, because ZeRO-3 gathers at each call.
     """
-    least = ROWS if device.type == "cpu" else max(ROWS, GPU_WORK // hidden_size**2)
-    blocks = lengths.argsort(stable=True).chunk(max(1, len(lengths) // least))
+    number = max(1, len(lengths) // least_rows(device.type, hidden_size))
+    blocks = lengths.argsort(stable=True).chunk(number)
     return [(rows.to(device, non_blocking=True), int(lengths[rows].max())) for rows in blocks]
+
+
+def least_rows(device_type: str, hidden_size: int) -> int:
+    """Texts of a block at least."""
+    return ROWS if device_type == "cpu" else max(ROWS, GPU_WORK // hidden_size**2)
 
 
 def put_back(parts: list[Tensor], blocks: list[tuple[Tensor, int]]) -> Tensor:

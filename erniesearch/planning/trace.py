@@ -1,11 +1,14 @@
 """One training stage's micro-steps, run without contents: its peak, FLOPs and traffic."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
+from erniesearch.models import lengths
 from erniesearch.models.backbone import without_weights
 from erniesearch.models.precision import tune_for_device
 from erniesearch.planning.accounting import GpuKernels, Tracker, fake_world
@@ -15,6 +18,17 @@ from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.faults import guards
 from erniesearch.training.gradient_cache import cached_backward
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Attention without maps, and texts in a GPU's blocks."""
+    own = lengths.least_rows
+    with (
+        GpuKernels(),
+        patch.object(lengths, "least_rows", lambda _, hidden_size: own("cuda", hidden_size)),
+    ):
+        yield
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ class StageTracer:
         self.tracker.real_limit = max(1 << 22, 2 * own, gathered)
         batch = full_batch(self.stage, num_queries, self.tokenizer, 0, micro_step)
         reduction.watch(self.model.parameters())
-        with GpuKernels() if self.device == "cuda" else nullcontext():
+        with _as_on_a_gpu() if self.device == "cuda" else nullcontext():
             if chunk_size := self.stage.settings.chunk_size:
                 cached_backward(
                     self.model, self.model, torch.Tensor.backward, batch, chunk_size,

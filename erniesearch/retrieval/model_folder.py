@@ -167,7 +167,12 @@ def _sentence_transformers(folder: Path) -> ModelFolder:
             " Pooling (+ Normalize or Dense), and Transformer + Dense (late interaction)"
         )
     about = folder / "config_sentence_transformers.json"
-    found = readers[tuple(kinds)](paths[1], _json(about, dict) if about.is_file() else {})
+    options = _json(about, dict) if about.is_file() else {}
+    found = readers[tuple(kinds)](paths[1], options)
+    # Cosine is what sentence-transformers takes where nothing is said.
+    similarity = options.get("similarity_fn_name") or "cosine"
+    if found.kind == "dual_encoder" and similarity not in ("cosine", "dot"):
+        raise UserError(f"{about}: similarity_fn_name is {similarity!r}; cosine and dot are built")
     transformer = paths[0] / "sentence_bert_config.json"
     options = _json(transformer, dict) if transformer.is_file() else {}
     if options.get("do_lower_case"):
@@ -176,8 +181,9 @@ def _sentence_transformers(folder: Path) -> ModelFolder:
     if not lengths and (longest := options.get("max_seq_length")):
         lengths = {"query": int(longest), "passage": int(longest)}
     settings = replace(
-        found.settings, path=resolve(str(paths[0].absolute())), normalize="Normalize" in kinds
-    )
+        found.settings, path=resolve(str(paths[0].absolute())),
+        normalize="Normalize" in kinds or similarity == "cosine",
+    )  # fmt: skip
     dense = _linear(paths[2]) if kinds[2:] == ["Dense"] else None
     return replace(found, settings=settings, lengths=lengths, dense=dense)
 

@@ -1,7 +1,7 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -117,6 +117,9 @@ class Retriever:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
+        # A linear layer's vectors are normalised, not those that it reads.
+        self._normalize = bool(extras.dense) and settings.normalize
+        settings = replace(settings, normalize=settings.normalize and not extras.dense)
         student = StudentEncoder(settings, head=extras.head, passage_path=extras.passage_path)
         self.student = student.to(self.device).eval()
         bf16 = use_bf16(precision, self.device)
@@ -162,7 +165,11 @@ class Retriever:
         def made() -> Iterator[tuple[np.ndarray, Tensor]]:
             for positions, ids, mask in self._inputs(texts, side):
                 vectors = self.student(*self._moved(ids, mask), side, tokens=False).vectors
-                yield positions, (self.dense(vectors.float()) if self.dense else vectors).to(dtype)
+                if self.dense:
+                    vectors = self.dense(vectors.float())
+                if self._normalize:
+                    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+                yield positions, vectors.to(dtype)
 
         return _on_host(made())
 

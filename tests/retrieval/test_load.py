@@ -49,6 +49,17 @@ def test_dual_encoder_pools_and_normalises_as_trained(
     assert np.abs(shorter.vectors([LONG], "passage") - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot", None])
+def test_similarity_is_the_folders(make_config: ConfigMaker, similarity: str | None) -> None:
+    """Without a module that normalises: cosine does, and so it does where none is named."""
+    _, exports = exported(make_config, normalize=False)
+    about = exports / "dual_encoder" / "config_sentence_transformers.json"
+    edit(about, similarity_fn_name=similarity)
+    vectors = load_retriever(exports / "dual_encoder", device=CPU).vectors(TEXTS, "passage")
+    unit = np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert unit == (similarity != "dot")
+
+
 def test_late_interaction_has_its_head_and_lengths(make_config: ConfigMaker) -> None:
     config, exports = exported(make_config)
     found = read_folder(exports / "late_interaction")
@@ -148,6 +159,8 @@ def test_plain_encoder_needs_a_pooling(tmp_path: Path) -> None:
         ("dual_encoder/1_Pooling/config.json", {"pooling_mode_max_tokens": True},
          "readable: cls or mean"),
         ("dual_encoder/sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        ("dual_encoder/config_sentence_transformers.json", {"similarity_fn_name": "euclidean"},
+         "similarity_fn_name is 'euclidean'"),
         ("cross_encoder/config.json", {"id2label": {"0": "a", "1": "b"}}, "2 labels"),
     ],
 )  # fmt: skip

@@ -296,7 +296,8 @@ def _(
     scores = queries.new_empty(num_queries, group, dtype=dtype)
     lse = queries.new_empty(num_queries, group, query_length, dtype=dtype)
     winners = queries.new_empty(lse.shape, dtype=winner_dtype(length))
-    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(*lse.shape, length)
+    kept = (*lse.shape, length) if torch_token_kl.keeps_residuals(queries) else (0,)
+    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(kept)
     return scores, torch.empty_like(scores), winners, lse, norm
 
 
@@ -317,9 +318,13 @@ def maxsim_kl_backward_op(
                 tau, scale, need_queries, need_passages,
             )  # fmt: skip
         else:
+            teacher, heads = _teacher(
+                queries, passage_mask, teacher_map, teacher_queries, teacher_keys, teacher_lse,
+                scale,
+            )  # fmt: skip
             grads = torch_token_kl.token_kl_backward(
-                grad_scores, grad_kl, queries, passages, tau,
-                query_mask, passage_mask, winners, norm, need_queries, need_passages,
+                grad_scores, grad_kl, queries, passages, teacher, heads, tau,
+                query_mask, passage_mask, winners, lse, norm, need_queries, need_passages,
             )  # fmt: skip
     return _grads((queries, passages), grads)
 

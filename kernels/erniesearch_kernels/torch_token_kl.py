@@ -6,9 +6,9 @@ Per pair and real query token ``a``, with ``x = s / tau`` and the teacher's row 
     d s[a, t] = g_kl / (num_query_tokens * tau) * ((sum_t p) * softmax_t(x) - p)
                 + g_score * [t is the winner of a]
 
-Kept for the backward are winners and the residual ``(sum_t p) * softmax_t(x) - p``: one number
-for each pair of tokens, fewer than the passages' tokens have while queries are shorter than
-``dim``. Similarities and teacher map are computed once.
+Kept for the backward are winners and ``logsumexp``; and, where queries have at most ``dim`` tokens,
+the residual ``(sum_t p) * softmax_t(x) - p``: one number for each pair of tokens, no more than the
+passages have. Longer queries' similarities and teacher maps are computed again instead.
 """
 
 from __future__ import annotations
@@ -86,6 +86,11 @@ def _only(pairs: Tensor | None, x: Tensor, other: float) -> Tensor:
     return x if pairs is None else torch.where(pairs, x, other)
 
 
+def keeps_residuals(queries: Tensor) -> bool:
+    """Whether the backward gets the residuals, or computes them again."""
+    return queries.shape[1] <= queries.shape[2]
+
+
 def _num_query_tokens(queries: Tensor, query_mask: Tensor | None) -> Tensor:
     """Real tokens per query, at least one, ``[num_queries, 1]``."""
     if query_mask is None:
@@ -98,7 +103,7 @@ def token_kl_forward(
     query_mask: Tensor | None, passage_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, KL ``[num_queries, group]``; winners, row LSE ``[num_queries, group, query]``;
-    residuals ``[num_queries, group, query, passage]``."""
+    residuals ``[num_queries, group, query, passage]``, empty where they are not kept."""
     dtype, device = compute_dtype(queries.dtype), queries.device
     num_queries, query_length = queries.shape[:2]
     group, length = passages.shape[1:3]
@@ -106,7 +111,8 @@ def token_kl_forward(
     kl = torch.zeros_like(scores)
     lse = torch.zeros(num_queries, group, query_length, dtype=dtype, device=device)
     winners = torch.zeros(lse.shape, dtype=winner_dtype(length), device=device)
-    residuals = torch.empty(*lse.shape, length, dtype=dtype, device=device)
+    kept = keeps_residuals(queries)
+    residuals = torch.empty((*lse.shape, length) if kept else (0,), dtype=dtype, device=device)
     countdown = torch.arange(length, 0, -1, dtype=dtype, device=device)
     for own in _blocks(queries, passages, heads):
         query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
@@ -126,8 +132,9 @@ def token_kl_forward(
         row_lse = lse[own] = _only(rows, total.log().add_(best.squeeze(-1)), 0.0)
         p = _only(pairs, teacher(own), 0.0)
         mass = p.sum(-1)
-        student.mul_(mass.div(total).unsqueeze(-1)).sub_(p)
-        residuals[own] = _only(pairs, student, 0.0)
+        if kept:
+            student.mul_(mass.div(total).unsqueeze(-1)).sub_(p)
+            residuals[own] = _only(pairs, student, 0.0)
         # x log x with 0 at 0; the smallest normal number stands in for 0 in the logarithm.
         entropy = p.clamp_min(torch.finfo(dtype).tiny).log_().mul_(p).sum(-1)
         cross = _only(pairs, logits, 0.0).mul_(p).sum(-1)
@@ -136,9 +143,10 @@ def token_kl_forward(
 
 
 def token_kl_backward(
-    grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor, tau: float,
-    query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor, residuals: Tensor,
-    need_queries: bool, need_passages: bool,
+    grad_scores: Tensor, grad_kl: Tensor, queries: Tensor, passages: Tensor,
+    teacher: TeacherMap, heads: int, tau: float,
+    query_mask: Tensor | None, passage_mask: Tensor | None, winners: Tensor, lse: Tensor,
+    residuals: Tensor, need_queries: bool, need_passages: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of ``queries`` and ``passages``, in the compute dtype."""
     dtype = compute_dtype(queries.dtype)
@@ -146,9 +154,16 @@ def token_kl_backward(
     grad_kl = grad_kl.to(dtype) / _num_query_tokens(queries, query_mask) / tau
     grad_queries = torch.empty_like(queries, dtype=dtype) if need_queries else None
     grad_passages = torch.empty_like(passages, dtype=dtype) if need_passages else None
-    for own in _blocks(queries, passages, 1):
+    kept = keeps_residuals(queries)
+    for own in _blocks(queries, passages, 1 if kept else heads):
         query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
-        grad = residuals[own] * grad_kl[own, :, None, None]
+        if kept:
+            grad = residuals[own] * grad_kl[own, :, None, None]
+        else:
+            student = query @ passage.transpose(-1, -2)
+            student.mul_(1 / tau).sub_(lse[own].unsqueeze(-1)).exp_()
+            p = _only(pairs, teacher(own), 0.0)
+            grad = student.mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(grad_kl[own, :, None, None])
         grad.scatter_add_(
             -1, winners[own].long().unsqueeze(-1),
             grad_scores[own, :, None, None].expand(*grad.shape[:-1], 1),

@@ -267,9 +267,13 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     """Whether the condition holds on any rank; the same answer on all."""
     if world_size() == 1:
         return condition
-    flag = torch.tensor(int(condition), device=device)
+    return bool(_on_any_rank(condition, device))
+
+
+def _on_any_rank(condition: bool, device: torch.device) -> torch.Tensor:
+    flag = torch.tensor(int(condition)).to(device, non_blocking=True)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return flag
 
 
 class HostCopy:
@@ -306,9 +310,7 @@ class Poll:
         if world_size() == 1 or self.device.type == "cpu":
             return any_rank(condition, self.device)
         before = self._asked
-        flag = torch.tensor(int(condition)).to(self.device, non_blocking=True)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self._asked = HostCopy(flag)
+        self._asked = HostCopy(_on_any_rank(condition, self.device))
         return before is not None and bool(before.wait())
 
 

@@ -167,10 +167,10 @@ def _sentence_transformers(folder: Path) -> ModelFolder:
             " Pooling (+ Normalize or Dense), and Transformer + Dense (late interaction)"
         )
     about = folder / "config_sentence_transformers.json"
-    options = _json(about, dict) if about.is_file() else {}
-    found = readers[tuple(kinds)](paths[1], options)
+    said = _json(about, dict) if about.is_file() else {}
+    found = readers[tuple(kinds)](paths[1], said)
     # Cosine is what sentence-transformers takes where nothing is said.
-    similarity = options.get("similarity_fn_name") or "cosine"
+    similarity = said.get("similarity_fn_name") or "cosine"
     if found.kind == "dual_encoder" and similarity not in ("cosine", "dot"):
         raise UserError(f"{about}: similarity_fn_name is {similarity!r}; cosine and dot are built")
     transformer = paths[0] / "sentence_bert_config.json"

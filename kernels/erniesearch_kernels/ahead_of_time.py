@@ -30,9 +30,6 @@ CAPABILITIES = (80, 89, 90, 100, 120)
 # Left free of a block's shared memory: room for what the next compiler adds.
 MARGIN = 4 * 1024
 REGISTERS = 64 * 1024  # of a multiprocessor
-SHARED_MEMORY = {
-    80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024,
-}  # fmt: skip
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TEACHER_LSE = token_kl.teacher_lse_kernel
 STUDENT = {"q_ptr", "p_ptr", "out_ptr"}
@@ -118,7 +115,8 @@ class Compiled:
         registers = -(-self.registers // 8) * 8  # given out in eights
         return min(
             REGISTERS // (registers * 32 * self.warps),
-            SHARED_MEMORY[capability] // (self.shared_bytes + 1024),  # 1 KB is the system's
+            # A multiprocessor has 1 KB more than one block may ask for, and each takes 1 KB more.
+            (tiles.SHARED_LIMIT[capability] + 1024) // (self.shared_bytes + 1024),
             (48 if capability in (86, 89, 120) else 64) // self.warps,
         )
 

@@ -51,6 +51,18 @@ def _query_rows(
     return row, token, real & (token < query_length)
 
 
+@triton.jit
+def _passage(j, bounds_ptr, passage_length, VARLEN: tl.constexpr):
+    """First row of passage ``j`` in the passage matrix, and its tokens."""
+    if VARLEN:
+        begin = tl.load(bounds_ptr + j).to(tl.int64)
+        length = (tl.load(bounds_ptr + j + 1) - begin).to(tl.int32)
+    else:
+        begin = j * passage_length
+        length = passage_length
+    return begin, length
+
+
 @kernel
 def forward_kernel(
     q_ptr, p_ptr, q_mask_ptr, p_mask_ptr, code_ptr, unit_ptr, bounds_ptr, sums_ptr, winner_ptr,
@@ -112,12 +124,7 @@ def forward_kernel(
         j = origin + first + step // tiles
         tile = step % tiles
         t = tile * BLOCK_N + columns
-        if VARLEN:
-            begin = tl.load(bounds_ptr + j).to(tl.int64)
-            length = (tl.load(bounds_ptr + j + 1) - begin).to(tl.int32)
-        else:
-            begin = j * passage_length
-            length = passage_length
+        begin, length = _passage(j, bounds_ptr, passage_length, VARLEN)
         real = t < length
         if HAS_P_MASK and not CODED:
             real = real & (tl.load(p_mask_ptr + begin + t, mask=real, other=0) != 0)
@@ -258,12 +265,7 @@ def passage_gradient_kernel(
     tiles = tl.cdiv(passage_length, BLOCK_N + TAIL)
     j = (tl.program_id(0) // tiles).to(tl.int64)
     t = (tl.program_id(0) % tiles) * (BLOCK_N + TAIL) + tl.arange(0, BLOCK_N)
-    if VARLEN:
-        begin = tl.load(bounds_ptr + j).to(tl.int64)
-        length = (tl.load(bounds_ptr + j + 1) - begin).to(tl.int32)
-    else:
-        begin = j * passage_length
-        length = passage_length
+    begin, length = _passage(j, bounds_ptr, passage_length, VARLEN)
     first_row = j * 0
     if GROUP:
         first_row = (j // group_size) * query_length

@@ -6,7 +6,9 @@ SLURM_NTASKS) and, with none of them, runs one process.
 """
 
 import os
+import secrets
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +17,9 @@ import torch
 import torch.distributed as dist
 
 from erniesearch.errors import UserError
+
+# Ports for rendezvous: below Linux's ephemeral range (32768 by default), above the well-known.
+FIRST_PORT, EPHEMERAL = 20000, 32768
 
 
 def rank() -> int:
@@ -48,10 +53,17 @@ def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> lis
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free on this machine now and that no outgoing connection is given.
+
+    The kernel hands ports of its ephemeral range to any connection at any moment, so one from
+    there may be taken before the process that is to listen has started.
+    """
+    for _ in range(1000):
+        port = secrets.randbelow(EPHEMERAL - FIRST_PORT) + FIRST_PORT
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no TCP port between {FIRST_PORT} and {EPHEMERAL} is free on this machine")
 
 
 def _read_slurm() -> None:
@@ -67,7 +79,9 @@ def _read_slurm() -> None:
             "MASTER_ADDR is not set: in the batch script, export "
             "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) before srun"
         )
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault(
+        "MASTER_PORT", str(FIRST_PORT + int(env["SLURM_JOB_ID"]) % (EPHEMERAL - FIRST_PORT))
+    )
 
 
 def read_launcher() -> torch.device:
@@ -106,7 +120,7 @@ def initialize(
     NCCL on GPUs and gloo on CPUs, unless ``backend`` says otherwise.
 
     Raises:
-        UserError: as :func:`read_launcher`.
+        UserError: as :func:`read_launcher`, and where the ranks cannot meet.
     """
     device = read_launcher()
     if not dist.is_initialized():
@@ -114,7 +128,14 @@ def initialize(
         # NCCL connects now, on this device: a GPU given to two ranks, or a barrier that guesses
         # its device, would show in the middle of the first update otherwise.
         bound = device if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"the ranks cannot meet at {where} (MASTER_ADDR:MASTER_PORT): {error};"
+                " is the address rank 0's machine, and the port free? Set MASTER_PORT to another"
+            ) from None
     return device
 
 

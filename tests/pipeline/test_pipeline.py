@@ -244,7 +244,7 @@ def test_slurm_tasks_are_ranks(make_config: ConfigMaker, tmp_path: Path) -> None
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(make_config(steps=2, queries_per_rank=2)))
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": "29743"}  # fmt: skip
+             "MASTER_PORT": str(free_port())}  # fmt: skip
     processes = [
         start("launch/train.py", "--config", str(file), "--stage", "cascade",
               SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm)

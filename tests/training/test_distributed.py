@@ -2,6 +2,7 @@
 and with the ring exchange too."""
 
 import json
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.tiny import WITH_VIRT, ConfigMaker
 
 from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights
+from erniesearch.errors import UserError
 from erniesearch.run_folder import RunFolder
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -102,6 +104,16 @@ def reference(make_config: ConfigMaker, reference_root: Path) -> dict[int, RunFo
     if not done.exists():
         return train(make_config, reference_root, 1, (0, 1, 2, 3))
     return {z: RunFolder(reference_root / f"world1-zero{z}") for z in range(4)}
+
+
+def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use.*MASTER_PORT"):
+            distributed.initialize(backend="gloo")
 
 
 def test_zero_stages_agree_on_one_rank(reference: dict[int, RunFolder]) -> None:

@@ -1,5 +1,5 @@
 """Seconds of a training step, of encoding and of reranking, here and in its peers:
-sentence-transformers, and PyLate for late interaction.
+sentence-transformers, PyLate for late interaction and Tevatron for the dual-encoder.
 
     bash launch/training_speed.sh --data data/squad-chunk --precision bf16 --out speed.json
 
@@ -34,7 +34,10 @@ from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
 INFERENCE = ("encoding", "reranking")
-PEERS = {"sentence_transformers": (*INFERENCE, *KINDS), "pylate": ("late_interaction",)}
+PEERS = {
+    "sentence_transformers": (*INFERENCE, *KINDS), "pylate": ("late_interaction",),
+    "tevatron": ("dual_encoder",),
+}  # fmt: skip
 ATTENTION = ("sdpa", "eager")
 """PyTorch's fused one is the default; in bf16 on a CPU the plain one may be faster."""
 LOSSES_AGREE = {"fp32": 1e-3, "bf16": 5e-2}
@@ -183,12 +186,16 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable,
                         help="with sentence-transformers installed")  # fmt: skip
     parser.add_argument("--pylate-python", help="with PyLate installed; left out by default")
+    parser.add_argument("--tevatron-python", help="with Tevatron installed; left out by default")
     parser.add_argument("--kinds", nargs="+", choices=(*INFERENCE, *KINDS),
                         default=(*INFERENCE, *KINDS),
                         help="joint is measured with all three trainings")  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    given.pythons = {"sentence_transformers": given.peer_python, "pylate": given.pylate_python}
+    given.pythons = {
+        "sentence_transformers": given.peer_python, "pylate": given.pylate_python,
+        "tevatron": given.tevatron_python,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as aside:
         job = Job(
             str(Path(aside) / "run"), str(given.data), given.model, given.precision,

@@ -34,7 +34,8 @@ def without_dropout(model: torch.nn.Module) -> None:
 
 def computing(model: Any, job: Job) -> Any:
     """The precision, as the trainer's accelerator wraps a model."""
-    return torch.autocast(model.device.type, torch.bfloat16, job.precision == "bf16")
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, job.precision == "bf16")
 
 
 def serve_trainer(trainer: Any, job: Job, versions: Callable[[], dict[str, str]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from erniesearch.config.keys import TRAINING_STAGES, ObjectiveConfig, RunConfig, training_stages
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
-from erniesearch.config.terms import active, reads, settings_read
+from erniesearch.config.terms import active, reads, settings_read, weight_of
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
@@ -268,7 +268,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["seed"] = trained.seed
         own.pop("seed")
         # A term that is not computed decides nothing, nor does one that this version does not know.
-        own["weights"] = {term: weight for term, weight in own["weights"].items() if weight}
+        weights = weight_of(trained.weights)
+        own["weights"] = {term: weight for term, weight in weights.items() if weight}
         settings["settings"] = own
         settings["objective"] = _decisive_objective(trained)
         if trained.settings.negatives == "given":

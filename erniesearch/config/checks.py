@@ -8,7 +8,7 @@ from typing import Any
 
 from erniesearch.config.keys import MAX_TOKENS, TRAINING_STAGES, RunConfig, training_stages
 from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
-from erniesearch.config.terms import TERMS, comparing, settings_read
+from erniesearch.config.terms import TERMS, comparing, own_terms, reads, weight_of
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 
@@ -94,7 +94,7 @@ def validate(config: RunConfig) -> RunConfig:
 def _check_stage(
     config: RunConfig, name: str, stage: TrainingStageConfig, require: Require
 ) -> None:
-    prefix, weights = f"stages.{name}", asdict(stage.weights)
+    prefix, weights = f"stages.{name}", weight_of(stage.weights)
     require(0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1")
     if stage.steps:
         require(
@@ -134,7 +134,10 @@ def _check_stored_scores(
     for key in ("ce", *comparing(weights, "pairs")):
         require(getattr(weights, key) == 0, f"{prefix}.weights.{key}", getattr(weights, key),
                 f"0 while {prefix}.teacher_scores is stored: it runs the teacher")  # fmt: skip
-    require("tau_ce" in settings_read(weights), f"{prefix}.teacher_scores", "stored",
+    for term in own_terms(weights):
+        require(not term.trains_teacher, f"{prefix}.teacher_scores", "stored",
+                f"live: LossTerm '{term.name}' trains the cross-encoder")  # fmt: skip
+    require(reads(weights, "teacher"), f"{prefix}.teacher_scores", "stored",
             "live while ce_to_li and ce_to_de are 0: nothing reads the scores")  # fmt: skip
     require(stage.negatives in ("mined", "given") and stage.num_negatives > 0,
             f"{prefix}.teacher_scores", "stored",

@@ -16,7 +16,7 @@ from erniesearch.config.keys import (
     training_stages,
 )
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
-from erniesearch.config.terms import settings_read
+from erniesearch.config.terms import settings_read, trains_teacher
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.negatives import read_negatives, read_scored_negatives
@@ -74,7 +74,7 @@ def assemble_model(
         teacher = CrossEncoder(
             teacher_settings, stages.attention_layers(stage.weights, config.objective)
         )
-        if not stage.weights.ce and config.objective.detach_targets:
+        if not trains_teacher(stage.weights, config.objective.detach_targets):
             teacher.requires_grad_(False)
     objective = config.objective
     if objective.tau_ce == "auto":

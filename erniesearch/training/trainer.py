@@ -1,11 +1,12 @@
 """One training stage: model, engine, updates, log, checkpoints, and the finished model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +15,19 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed
-from erniesearch.config.keys import Precision, RunConfig
+from erniesearch.config.checks import validate
+from erniesearch.config.keys import TRAINING_STAGES, Precision, RunConfig
 from erniesearch.config.stage_keys import TrainingStageConfig
+from erniesearch.config.terms import LossTerm, weight_of, with_terms
 from erniesearch.data.batches import Batch
-from erniesearch.data.collection import load_beir
-from erniesearch.errors import UserError
+from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.errors import UserError, nearest
 from erniesearch.models.precision import tune_for_device, use_bf16
-from erniesearch.run_folder import claimed, is_done, mark_done
+from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor
 from erniesearch.training.calibration import calibrate
+from erniesearch.training.callbacks import Callback, Callbacks, TrainingState
 from erniesearch.training.checkpoints.checkpointer import Checkpointer
 from erniesearch.training.checkpoints.resume import Resume, find_resume, load_checkpoint
 from erniesearch.training.checkpoints.weights import frozen_state, save_model
@@ -36,50 +40,99 @@ from erniesearch.training.monitor import Monitor
 from erniesearch.training.trackers import open_trackers
 from erniesearch.training.validation import Validation, is_validated
 
-
-def train_stage(config: RunConfig, name: str) -> None:
-    """Train one stage on all ranks, from its newest whole checkpoint if there is one.
-
-    Leaves ``stages/NAME/model`` and marks the stage done. Does nothing if it is done already.
-
-    Raises:
-        UserError: for anything wrong with the input, before the first step; for a checkpoint that
-            cannot be written; for losses that stay non-finite.
-        RankFailed: when this rank cannot go on.
-        Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
-    """
-    if Stage(config, name).settings.steps == 0:
-        raise UserError(f"stage {name} is left out: stages.{name}.steps is 0")
-    # Twice the watchdog's time: it must bark before the collectives give up.
-    device = distributed.initialize(timedelta(minutes=2 * config.training.timeout_minutes))
-    torch.set_num_threads(config.training.threads_per_process)
-    exit_with_pipeline()
-    stage = Stage(config, name, distributed.world_size())
-    if is_done(stage.folder, stage.fingerprint):
-        return
-    with failures_told(stage.folder), claimed(stage.folder, stage.fingerprint):
-        facts = Trainer(stage, device).train()
-        if distributed.is_main():
-            mark_done(stage.folder, stage.fingerprint, **facts)
-        distributed.barrier()
+GO_ON, STOPPED, PREEMPTED = 0, 1, 2
+"""What a rank wants after an update; the highest of them is done."""
 
 
 class Trainer:
-    """A stage's training on this rank; every rank makes one and calls the same methods.
+    """A stage's training in this process: one rank without a launcher, or each rank of any.
+
+    Args:
+        config: the run's; ``run_dir`` receives everything.
+        stage: one of ``post_train``, ``contrastive``, ``interaction``, ``teacher``, ``cascade``; a
+            stage that starts from another's result needs it in ``run_dir``.
+        data: what to train on in place of ``config.data.path``.
+        terms: loss terms of one's own beside those of ``stages.STAGE.weights``.
+        callbacks: told of the training while it runs, on every rank.
 
     Attributes:
-        model: the joint module, inside ``engine``.
+        stage: the stage on this number of ranks.
+        model: the joint module, inside ``engine``, once :meth:`prepare` has made them.
         batches: this rank's, of every update.
         start_step: updates that the checkpoint had behind it, from which it continues.
         monitor: what rank 0 shows and logs, None on the others.
 
     Raises:
-        UserError: for anything wrong with the input.
+        UserError: for anything wrong with the input, before anything is loaded.
     """
 
-    def __init__(self, stage: Stage, device: torch.device) -> None:
-        self.stage, self.device = stage, device
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        data: RetrievalData | None = None,
+        *,
+        terms: Sequence[LossTerm] = (),
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        if stage not in TRAINING_STAGES:
+            hint = nearest(stage, TRAINING_STAGES)
+            raise UserError(f"no training stage '{stage}': {', '.join(TRAINING_STAGES)}{hint}")
+        if data is not None:
+            from erniesearch.data.memory import with_data
+
+            config = with_data(config, data)
+        self.config = config
+        self.stage = Stage(with_terms(config, stage, terms), stage)
+        if self.stage.settings.steps == 0:
+            raise UserError(f"stage {stage} is left out: stages.{stage}.steps is 0")
+        validate(self.stage.config)
+        self.callbacks = Callbacks(callbacks)
+
+    def train(self) -> Path:
+        """Train, from the stage's newest whole checkpoint if there is one.
+
+        Does nothing if the stage is done already, made from the same inputs.
+
+        Returns:
+            The folder of the finished model: ``student/`` and ``teacher/``, what the stage has.
+
+        Raises:
+            UserError: for anything wrong with the input, before the first step; for a checkpoint
+                that cannot be written; for losses that stay non-finite.
+            RankFailed: when this rank cannot go on.
+            Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
+        """
+        self.initialize()
+        stage = self.stage
+        if is_done(stage.folder, stage.fingerprint):
+            if distributed.is_main():
+                self._say(f"done before, as {stage.folder / 'done.json'} says")
+            return stage.folder / "model"
+        with failures_told(stage.folder), claimed(stage.folder, stage.fingerprint):
+            self.prepare()
+            facts = self._updates()
+            if distributed.is_main():
+                mark_done(stage.folder, stage.fingerprint, **facts)
+            distributed.barrier()
+            self.callbacks.tell("on_train_end", self.state)
+        return stage.folder / "model"
+
+    def initialize(self) -> None:
+        """Join the other ranks, and settle the device; :meth:`train` does so."""
+        training = self.config.training
+        # Twice the watchdog's time: it must bark before the collectives give up.
+        self.device = distributed.initialize(timedelta(minutes=2 * training.timeout_minutes))
+        torch.set_num_threads(training.threads_per_process)
+        exit_with_pipeline()
+        self.stage = replace(self.stage, ranks=distributed.world_size())
+
+    def prepare(self) -> None:
+        """Make model, batches and engine, and load the checkpoint; :meth:`train` does so."""
+        stage, device = self.stage, self.device
         config, folder = stage.config, stage.folder
+        if distributed.is_main():
+            RunFolder(config.run_dir).record(self.config)
         data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
         self.model, self.tokenizer = build_model(stage)
         self.batches = build_batches(stage, data, self.tokenizer)
@@ -92,49 +145,59 @@ class Trainer:
             self.model, config.training, stage.settings, stage.queries_per_rank, bf16,
             universal=resume is not None and resume.universal,
         )  # fmt: skip
-        self.start_step, state = load_checkpoint(self.engine, resume)
-        self.model.objective.running_accuracy = dict(state.get("running_accuracy", {}))
+        self.start_step, saved = load_checkpoint(self.engine, resume)
+        self.model.objective.running_accuracy = dict(saved.get("running_accuracy", {}))
+        self.callbacks.load(saved.get("callbacks", []))
         self.guard = guards.NonFiniteGuard(
             folder, config.training.max_nonfinite, self.batches, data.pids, self.start_step,
-            state.get("nonfinite", {}),
+            saved.get("nonfinite", {}),
         )  # fmt: skip
         self.validation = Validation(stage, data, self.batches) if is_validated(stage) else None
         self.checkpoints = Checkpointer(
             self.engine, folder / "checkpoints", config.training.keep_checkpoints,
             config.training.async_save,
         )  # fmt: skip
+        self._watch(saved.get("stopped", ""))
+
+    def _watch(self, stopped: str) -> None:
+        """What follows the training; ``stopped`` says why it has ended before, if it has."""
+        stage, config, main = self.stage, self.stage.config, distributed.is_main()
+        self.state = TrainingState(
+            stage.name, stage.settings.steps, stage.folder, stage.folder / "model", main,
+            self.start_step, should_stop=bool(stopped), stop_reason=stopped,
+        )  # fmt: skip
         self.monitor = None
-        if distributed.is_main():
-            trackers = open_trackers(config, folder, self.start_step)
+        if main:
+            trackers = open_trackers(self.config, stage.folder, self.start_step)
             self.monitor = Monitor(
-                folder, stage.name, self.start_step, stage.settings.steps, trackers
+                stage.folder, stage.name, self.start_step, stage.settings.steps, trackers
             )
-        terms = [term for term, weight in asdict(stage.weights).items() if weight]
+        terms = [term for term, weight in weight_of(stage.weights).items() if weight]
         self.watch = guards.TermWatch(terms, config.objective.competence_gate)
-        self.watchdog = Watchdog(folder, 60 * config.training.timeout_minutes)
+        self.watchdog = Watchdog(stage.folder, 60 * config.training.timeout_minutes)
         self._since_log = _Interval(self.start_step)
-        self._poll = distributed.Poll(device)
+        self._poll = distributed.Poll(self.device)
 
-    def train(self) -> dict[str, Any]:
-        """The updates that are left, and the finished model; returns facts for ``done.json``.
-
-        Raises:
-            UserError: for a checkpoint that cannot be written, and losses that stay non-finite.
-            Preempted: on all ranks, after a checkpoint, when any of them was asked to stop.
-        """
-        settings, loader = self.stage.settings, self._loader()
+    def _updates(self) -> dict[str, Any]:
+        """The updates that are left, and the finished model; returns facts for ``done.json``."""
+        settings, loader, state = self.stage.settings, self._loader(), self.state
         self.engine.train()
         self._since_log = _Interval(self.start_step)
         with self.monitor or nullcontext(), self.watchdog:
-            for done in range(self.start_step + 1, settings.steps + 1):
-                self._set_learning_rates(done - 1)
+            self.callbacks.tell("on_train_begin", state)
+            stopped = bool(state.stop_reason)
+            while state.step < settings.steps and not stopped:
+                self._set_learning_rates(state.step)
+                done = state.step + 1
                 made = update(
                     self.engine, loader, settings, self.device, partial(self.watchdog.at, done)
                 )
+                state.step = done
                 self.guard.check(done, made.losses, made.skipped)
                 self._log(done, made)
-                self._save(done)
-            self.watchdog.at(settings.steps, "waiting for the last checkpoint")
+                self.callbacks.tell("on_step_end", state)
+                stopped = self._save(done)
+            self.watchdog.at(state.step, "waiting for the last checkpoint")
             self.checkpoints.wait()
         return self._finish()
 
@@ -167,57 +230,91 @@ class Trainer:
             means["grad_norm"] = float("nan") if made.skipped else float(norm)
         if self.guard.total:
             means["skipped_updates"] = self.guard.total
+        seconds = time.monotonic() - since.began
+        factor = learning_rate_factor(self.stage.settings, done - 1)
+        rates = {name: peak * factor for name, peak in self.peaks.items()}
+        speed = {
+            "seconds": seconds,
+            "queries_per_second": self.stage.global_batch * (done - since.step) / seconds,
+            "tokens_per_second": num_tokens / seconds,
+        }
         if self.monitor:
-            seconds = time.monotonic() - since.began
-            factor = learning_rate_factor(self.stage.settings, done - 1)
-            rates = {name: peak * factor for name, peak in self.peaks.items()}
-            speed = {
-                "seconds": seconds,
-                "queries_per_second": self.stage.global_batch * (done - since.step) / seconds,
-                "tokens_per_second": num_tokens / seconds,
-            }
             self.monitor.log(done, means, rates, speed)
             for warning in self.watch.look(done, means):
                 self._say(warning)
+        self.state.figures = means | {
+            f"{group}/{key}": value
+            for group, own in (("learning_rate", rates), ("speed", speed))
+            for key, value in own.items()
+        }
+        self.callbacks.tell("on_log", self.state)
         self._since_log = _Interval(done)
 
-    def _save(self, done: int) -> None:
-        """Save a checkpoint if it is time to, or if any rank was asked to stop."""
-        last, save_every = done == self.stage.settings.steps, self.stage.config.training.save_every
-        stop = self._poll.any_rank(preemption.requested()) and not last
+    def _save(self, done: int) -> bool:
+        """Save a checkpoint if it is time to, or if any rank was asked to stop; whether the
+        training ends with this update before its last one."""
+        state, last = self.state, done == self.stage.settings.steps
+        save_every = self.stage.config.training.save_every
+        wish = PREEMPTED if preemption.requested() else STOPPED if state.should_stop else GO_ON
+        level = self._poll.highest(wish)
+        preempted = level == PREEMPTED and not last
+        stopped = level == STOPPED and not last
         due = last or bool(save_every and done % save_every == 0)
-        if not (due or stop):
-            return
+        if not (due or stopped or preempted):
+            return False
         validation_loss = None
-        if self.validation and not stop:  # who asks for a stop is in a hurry
-            self.watchdog.at(done, "validating")
-            figures = self.validation.measure(self.engine, self.device)
-            validation_loss = figures["loss"]
-            if self.monitor:
-                self.monitor.log_validation(done, figures)
+        if self.validation and not preempted:  # who asks for that is in a hurry
+            validation_loss = self._evaluate(done)
+            if not last and distributed.any_rank(state.should_stop, self.device):
+                stopped = True
+        if stopped:
+            reasons = filter(None, distributed.gather_objects(state.stop_reason))
+            state.should_stop, state.stop_reason = True, next(reasons, "a callback")
         self.watchdog.at(done, "saving a checkpoint")
         if self.monitor:
             self.monitor.sync()
-        accuracy = self.model.objective.running_accuracy
-        state = {"running_accuracy": accuracy, "nonfinite": self.guard.state()}
-        self.checkpoints.save(done, state, validation_loss)
-        if stop:
+        saved = {
+            "running_accuracy": self.model.objective.running_accuracy,
+            "nonfinite": self.guard.state(),
+            "callbacks": self.callbacks.state(),
+            "stopped": state.stop_reason if stopped else "",
+        }
+        self.checkpoints.save(done, saved, validation_loss)
+        self.callbacks.tell("on_save", state)
+        if preempted:
             self.checkpoints.wait()
             raise preemption.Preempted(
                 f"stage {self.stage.name} stopped after update {done}, saved"
             )
+        return stopped
+
+    def _evaluate(self, done: int) -> float:
+        """The validation loss, logged."""
+        assert self.validation is not None
+        self.watchdog.at(done, "validating")
+        figures = self.validation.measure(self.engine, self.device)
+        if self.monitor:
+            self.monitor.log_validation(done, figures)
+        self.state.evaluation = figures
+        self.callbacks.tell("on_evaluate", self.state)
+        return figures["loss"]
 
     def _finish(self) -> dict[str, Any]:
         """Write the model; for the stage teacher, with its temperature."""
-        settings = self.stage.settings
-        facts: dict[str, Any] = {"steps": settings.steps, "world_size": self.stage.ranks}
+        settings, state = self.stage.settings, self.state
+        facts: dict[str, Any] = {"steps": state.step, "world_size": self.stage.ranks}
+        if state.step < settings.steps:
+            facts["stopped"] = state.stop_reason
+            if distributed.is_main():
+                self._say(f"stopped after update {state.step} of {settings.steps}:"
+                          f" {state.stop_reason}")  # fmt: skip
         if self.stage.name == "teacher" and self.model.teacher is not None:
             found = calibrate(self.engine, settings, self.batches, self.device)
             self.model.teacher.temperature = found.temperature
             facts["calibration"] = found._asdict()
             if distributed.is_main():
                 self._say(found.told())
-        save_model(self.engine, self.stage.folder / "model", self.tokenizer, self._frozen)
+        save_model(self.engine, state.model_folder, self.tokenizer, self._frozen)
         self.engine.destroy()
         return facts
 

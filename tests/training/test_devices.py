@@ -101,8 +101,8 @@ def test_the_pretended_gpu_computes_what_the_cpu_does(
 def test_a_poll_answers_the_question_before() -> None:
     with PretendGpu(), fake_world(2, "cuda"):
         poll = distributed.Poll(GPU)
-        answers = [poll.any_rank(asked) for asked in (False, True, False, False)]
-    assert answers == [False, False, True, False]
+        answers = [poll.highest(asked) for asked in (0, 1, 2, 0, 0)]
+    assert answers == [0, 0, 1, 2, 0]
 
 
 def test_mixed_devices_are_told() -> None:

@@ -8,7 +8,8 @@ import torch
 from erniesearch.commands.parsing import name_accelerator
 from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.training.trainer import Trainer, update
+from erniesearch.training.trainer import Trainer
+from erniesearch.training.update import update
 from training_speed.material import Job, config_of, inference_texts, read_job
 from training_speed.work import serve
 

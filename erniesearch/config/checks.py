@@ -6,7 +6,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import MAX_TOKENS, TRAINING_STAGES, RunConfig, training_stages
+from erniesearch.config.keys import (
+    MAX_TOKENS,
+    TRAINING_STAGES,
+    RunConfig,
+    TrainingConfig,
+    training_stages,
+)
 from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
 from erniesearch.config.terms import TERMS, comparing, own_terms, reads, weight_of
 from erniesearch.config.yaml_file import read_yaml, unknown_key
@@ -30,6 +36,8 @@ LEAST = {
     "seed": 0, "student.late_interaction_dim": 1,
     "training.log_every": 1, "training.threads_per_process": 1, "training.keep_checkpoints": 1,
     "training.max_nonfinite": 1, "training.validation_queries": 1, "training.num_processes": 0,
+    "training.validation_distractors": 0, "training.validation_rerank_depth": 1,
+    "training.evaluate_every": 0, "training.early_stopping_patience": 1,
     "training.save_every": 0, "training.num_workers": 0, "training.max_grad_norm": 0,
     "training.weight_decay": 0,
     "evaluation.rerank_depth": 1, "evaluation.batch_size": 1, "evaluation.max_queries": 1,
@@ -80,6 +88,7 @@ def validate(config: RunConfig) -> RunConfig:
     require(config.training.timeout_minutes > 0, "training.timeout_minutes",
             config.training.timeout_minutes, "above 0")  # fmt: skip
     _check_mining(config, require)
+    _check_validation(config.training, require)
     for part, dropout in (("student", config.student.dropout), ("teacher", config.teacher.dropout)):
         require(
             dropout is None or 0 <= dropout < 1, f"{part}.dropout", dropout,
@@ -162,6 +171,26 @@ def _check_mining(config: RunConfig, require: Require) -> None:
         mine.selection != "spread" or not mines or config.stages.teacher.steps > 0,
         "stages.mine.selection", "spread",
         "top or random while stages.teacher.steps is 0: it goes by the teacher's scores",
+    )  # fmt: skip
+
+
+def _check_validation(training: TrainingConfig, require: Require) -> None:
+    """What is measured while training needs a split, and what goes by it a measurement."""
+    asked = {
+        "validation_metrics": training.validation_metrics,
+        "evaluate_every": training.evaluate_every,
+        "early_stopping_patience": training.early_stopping_patience,
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "best_metric": training.best_metric if training.best_metric != "loss" else None,
+    }  # fmt: skip
+    for key, value in asked.items():
+        require(not value or training.validation_split is not None, f"training.{key}", value,
+                "left out while training.validation_split is null: name one, e.g. dev")  # fmt: skip
+    patience = training.early_stopping_patience
+    require(
+        patience is None or bool(training.evaluate_every or training.save_every),
+        "training.early_stopping_patience", patience, "null while training.evaluate_every and"
+        " training.save_every are 0: nothing is measured before the end",
     )  # fmt: skip
 
 

@@ -113,8 +113,8 @@ class LossTerm:
         known = get_args(Model)
         for model in models:
             if model not in known:
-                raise UserError(f"LossTerm '{self.name}': no model '{model}'"
-                                f"{nearest(str(model), known)}; one of {', '.join(known)}")  # fmt: skip
+                hint = f"{nearest(str(model), known)}; one of {', '.join(known)}"
+                raise UserError(f"LossTerm '{self.name}': no model '{model}'{hint}")
         if not models or (self.trains_teacher and "cross_encoder" not in models):
             raise UserError(f"LossTerm '{self.name}': models {models} must name whose scores it"
                             " reads, with trains_teacher the cross_encoder too")  # fmt: skip

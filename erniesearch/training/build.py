@@ -36,6 +36,7 @@ from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
+from erniesearch.training.retrieval_quality import check_best_metric
 
 
 def build_model(stage: Stage) -> tuple[JointModel, PreTrainedTokenizerBase]:
@@ -124,6 +125,7 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     for name, stage in training_stages(config).items():
         if stage.steps and stage.teacher_scores == "stored" and stage.negatives == "given":
             build_sampler(Stage(config, name), data)
+    check_best_metric(config)
     if config.training.validation_split is not None:
         with_split(data, config.data.path, config.training.validation_split)
     student = config.student

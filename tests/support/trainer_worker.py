@@ -1,10 +1,12 @@
 """Started by tests on every rank: trains with loss terms and callbacks of its own.
 
 Usage: trainer_worker.py JOBS.json, a list of {"config": …, "stage": …, "terms": [names of
-functions below], "stop": {"event": …, "step": …, "rank": …} or null}.
+functions below], "stop": {"event": …, "step": …, "rank": …} or null, "kill": the update after which
+the process dies}.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,11 +53,13 @@ TERMS = {
 class Recorder(Callback):
     """Writes what it is told, and stops where it is asked to."""
 
-    def __init__(self, stop: dict[str, Any] | None) -> None:
-        self.stop, self.lines, self.heard = stop, [], 0
+    def __init__(self, stop: dict[str, Any] | None, kill: int | None) -> None:
+        self.stop, self.kill, self.lines, self.heard = stop, kill, [], 0
 
     def note(self, event: str, state: TrainingState) -> None:
         self.heard += event == "on_step_end"
+        if event == "on_log" and state.step == self.kill:
+            os._exit(9)
         made = (state.model_folder / "student" / "model.safetensors").is_file()
         self.lines.append({
             "event": event, "step": state.step, "steps": state.steps, "heard": self.heard,
@@ -88,7 +92,7 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         terms = [TERMS[name] for name in job.get("terms", [])]
         config = from_dict(RunConfig, job["config"])
-        recorder = Recorder(job.get("stop"))
+        recorder = Recorder(job.get("stop"), job.get("kill"))
         folder = train(config, job["stage"], terms=terms, callbacks=[recorder])
         assert folder == Path(config.run_dir) / "stages" / job["stage"] / "model"
     dist.destroy_process_group()

@@ -19,7 +19,7 @@ from erniesearch.planning.accounting import fake_world
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
-from erniesearch.training.trainer import update
+from erniesearch.training.update import update
 from erniesearch.training.validation import Validation, is_validated
 
 

@@ -132,7 +132,7 @@ def test_what_a_trainer_refuses(make_config: ConfigMaker) -> None:
         ((config, "cascade"), {"callbacks": [Callback]}, "Callback is no instance"),
         ((make_config(tau_de=0.0), "cascade"), {}, "objective.tau_de"),
         ((make_config(stage="post_train", weights=LossWeights(de=1.0)), "post_train"),
-         {"terms": [LossTerm("mine", nothing, 1.0, ("cross_encoder",))]}, "post_train has no cross_encoder"),
+         {"terms": [LossTerm("mine", nothing, 1.0, ("cross_encoder",))]}, "no cross_encoder"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             Trainer(*arguments, **own)  # type: ignore[arg-type]

@@ -136,3 +136,69 @@ def test_what_a_trainer_refuses(make_config: ConfigMaker) -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             Trainer(*arguments, **own)  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_callbacks_are_told_and_any_rank_may_stop(
+    make_config: ConfigMaker, tmp_path: Path, ranks: int
+) -> None:
+    """The last rank asks: all end after that update, with a checkpoint, a model and done.json."""
+    own = {
+        "steps": 9, "save_every": 2, "log_every": 2, "validation_split": "dev", "dropout": 0.0,
+        "validation_queries": 8, "validation_metrics": ["MRR@10"], "evaluate_every": 3,
+        "best_metric": "MRR@10", "weights": LossWeights(de=1.0), "queries_per_rank": 8 // ranks,
+    }  # fmt: skip
+    events = ("on_step_end", "on_evaluate", "on_log", "on_save")
+    jobs = [
+        job(make_config(run_dir=tmp_path / f"{event}-{step}", **own),
+            stop={"event": event, "step": step, "rank": ranks - 1})
+        for event, step in zip(events, (5, 3, 4, 4), strict=True)
+    ]  # fmt: skip
+    jobs.append(job(make_config(run_dir=tmp_path / "whole", **own)))
+    *stopped, whole = train(tmp_path / "jobs", jobs, ranks)
+    for folder, event, last in zip(stopped, events, (5, 3, 4, 5), strict=True):
+        facts = json.loads((folder / "done.json").read_text())
+        assert (facts["steps"], facts["stopped"]) == (last, "Recorder"), event
+        assert losses_of(folder) == losses_of(whole)[: last // 2]
+        assert (folder / "model" / "student" / "model.safetensors").is_file()
+        assert (folder / "checkpoints" / f"step-{last:06d}").is_dir()
+    for rank in range(ranks):
+        told = json.loads((whole / f"told-{rank}.json").read_text())
+        of = {event: [line for line in told if line["event"] == event] for event in
+              (*events, "on_train_begin", "on_train_end")}  # fmt: skip
+        assert [line["step"] for line in of["on_step_end"]] == list(range(1, 10))
+        assert [line["step"] for line in of["on_log"]] == [2, 4, 6, 8, 9]
+        assert [line["step"] for line in of["on_evaluate"]] == [2, 3, 4, 6, 8, 9]
+        assert {2, 4, 6, 8, 9} <= {line["step"] for line in of["on_save"]}
+        assert [line["step"] for line in of["on_train_begin"]] == [0]
+        assert [(line["step"], line["model"]) for line in of["on_train_end"]] == [(9, True)]
+        logged = [line["loss"] for line in losses_of(whole)]
+        assert [line["loss"] for line in of["on_log"]] == logged
+        figures = [json.loads(x) for x in (whole / "validation.jsonl").read_text().splitlines()]
+        made = [line["evaluation"]["MRR@10_de"] for line in of["on_evaluate"]]
+        assert made == [line["MRR@10_de"] for line in figures]
+        best = max(made)
+        step = of["on_evaluate"][made.index(best)]["step"]
+        assert of["on_evaluate"][-1]["best"] == [best, step]
+
+
+@pytest.mark.distributed
+def test_a_stage_goes_on_and_is_done_once(make_config: ConfigMaker, tmp_path: Path) -> None:
+    """A killed training goes on with what its callbacks had, and one that is done is left alone."""
+    config = make_config(run_dir=tmp_path / "run", steps=5, save_every=2)
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps([job(config, kill=3)]))
+    assert run_python(str(SUPPORT / "trainer_worker.py"), str(file))[0] == 9
+    (stage,) = train(tmp_path / "jobs", [job(config)])
+    told = json.loads((stage / "told-0.json").read_text())
+    assert told[0] == {**told[0], "event": "on_train_begin", "step": 2, "heard": 2}
+    assert told[-1]["heard"] == 5
+    before = (stage / "done.json").stat().st_mtime_ns
+    file.write_text(json.dumps([job(config)]))
+    status, output = run_python(str(SUPPORT / "trainer_worker.py"), str(file))
+    assert status == 0
+    assert "done before" in output
+    assert (stage / "done.json").stat().st_mtime_ns == before
+    recorded = (Path(config.run_dir) / "config.yaml").read_text()
+    assert "steps: 5" in recorded

@@ -34,7 +34,7 @@ from erniesearch.planning.trial import full_batches
 from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine
-from erniesearch.training.trainer import update
+from erniesearch.training.update import update
 
 QUERIES = 8
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {

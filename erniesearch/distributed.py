@@ -288,13 +288,13 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     """Whether the condition holds on any rank; the same answer on all."""
     if world_size() == 1:
         return condition
-    return bool(_on_any_rank(condition, device))
+    return bool(_highest(int(condition), device))
 
 
-def _on_any_rank(condition: bool, device: torch.device) -> torch.Tensor:
-    flag = torch.tensor(int(condition)).to(device, non_blocking=True)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag
+def _highest(level: int, device: torch.device) -> torch.Tensor:
+    highest = torch.tensor(level).to(device, non_blocking=True)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest
 
 
 class HostCopy:
@@ -316,7 +316,7 @@ class HostCopy:
 
 
 class Poll:
-    """Asks every update whether a condition holds on any rank, without waiting for a GPU.
+    """Asks every update for the highest of the ranks' levels, without waiting for a GPU.
 
     There the answer is the one to the question before: that update's work is done by then, while
     the next one's is waiting in line.
@@ -326,13 +326,15 @@ class Poll:
         self.device = device
         self._asked: HostCopy | None = None
 
-    def any_rank(self, condition: bool) -> bool:
-        """The same answer on all ranks, each of which must ask."""
-        if world_size() == 1 or self.device.type == "cpu":
-            return any_rank(condition, self.device)
-        before = self._asked
-        self._asked = HostCopy(_on_any_rank(condition, self.device))
-        return before is not None and bool(before.wait())
+    def highest(self, level: int) -> int:
+        """The same answer on all ranks, each of which must ask; levels are 0 or more."""
+        if world_size() == 1:
+            return level
+        asked = HostCopy(_highest(level, self.device))
+        if self.device.type == "cpu":
+            return int(asked.wait())
+        before, self._asked = self._asked, asked
+        return 0 if before is None else int(before.wait())
 
 
 def mean_of(number: int, device: torch.device) -> float | torch.Tensor:

@@ -10,14 +10,20 @@ A stage whose ``steps`` are 0 is left out and its successors start from its pred
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import TRAINING_STAGES, ObjectiveConfig, RunConfig, training_stages
+from erniesearch.config.keys import (
+    TRAINING_STAGES,
+    ObjectiveConfig,
+    RunConfig,
+    TrainingConfig,
+    training_stages,
+)
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
-from erniesearch.config.terms import active, reads, settings_read
+from erniesearch.config.terms import active, reads, settings_read, weight_of
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
@@ -229,8 +235,9 @@ ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
     "log_every", "trackers", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
-    "activation_checkpointing", "validation_split", "validation_queries", "kernels",
-    "late_interaction_exchange",
+    "activation_checkpointing", "kernels", "late_interaction_exchange",
+    *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
+    "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",
 )  # fmt: skip
 
 
@@ -268,12 +275,15 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["seed"] = trained.seed
         own.pop("seed")
         # A term that is not computed decides nothing, nor does one that this version does not know.
-        own["weights"] = {term: weight for term, weight in own["weights"].items() if weight}
+        weights = weight_of(trained.weights)
+        own["weights"] = {term: weight for term, weight in weights.items() if weight}
         settings["settings"] = own
         settings["objective"] = _decisive_objective(trained)
         if trained.settings.negatives == "given":
             settings["negatives"] = hash_files([given_negatives(config)])
         training = _decisive(asdict(config.training))
+        if decides := validation_decides(config.training):
+            training["validation"] = decides
         training["zero_stage"] = ZERO_FAMILY[config.training.zero_stage]
         if config.training.zero_json:
             training["zero_json"] = hash_files([zero_file(config.training.zero_json)])
@@ -282,6 +292,25 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         fingerprint(config, name, world_size) for name in upstream(config, stage)
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def result_is_best(training: TrainingConfig) -> bool:
+    """Whether a stage's result is its best checkpoint."""
+    wanted = training.load_best_model_at_end
+    return training.early_stopping_patience is not None if wanted is None else wanted
+
+
+def validation_decides(training: TrainingConfig) -> dict[str, Any]:
+    """The settings of measuring, where a stage's result depends on what is measured."""
+    if training.early_stopping_patience is None and not result_is_best(training):
+        return {}
+    names = ("save_every", "evaluate_every", "best_metric", "early_stopping_patience")
+    found = {name: getattr(training, name) for name in names}
+    found["load_best_model_at_end"] = result_is_best(training)
+    own = {field.name for field in fields(training) if field.name.startswith("validation_")}
+    if training.best_metric == "loss":
+        own -= {"validation_metrics", "validation_distractors", "validation_rerank_depth"}
+    return found | {name: getattr(training, name) for name in own - {"validation_metrics"}}
 
 
 def _decisive_objective(stage: Stage) -> dict[str, Any]:

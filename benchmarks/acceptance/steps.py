@@ -91,7 +91,7 @@ def main(job_file: str, result_file: str) -> None:
     from erniesearch.stages import Stage
     from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine
-    from erniesearch.training.trainer import update
+    from erniesearch.training.update import update
 
     job = json.loads(Path(job_file).read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])

@@ -101,12 +101,12 @@ def main(file: Path) -> None:
     from erniesearch.config.keys import RunConfig
     from erniesearch.config.yaml_file import from_dict
     from erniesearch.errors import UserError
-    from erniesearch.training.trainer import train_stage
+    from erniesearch.training.trainer import Trainer
 
     refused = {}
     for name, config in json.loads(file.read_text()).items():
         try:
-            train_stage(from_dict(RunConfig, config), "cascade")
+            Trainer(from_dict(RunConfig, config), "cascade").train()
         except UserError as error:
             refused[name] = str(error)
     file.with_suffix(".refused").write_text(json.dumps(refused))

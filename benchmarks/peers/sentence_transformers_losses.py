@@ -29,8 +29,8 @@ from erniesearch.ablation.statistics import clusters_of, difference
 from erniesearch.config.keys import RunConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.data.negatives import read_scored_negatives
+from erniesearch.data.ranking_metrics import parse_metrics, per_query
 from erniesearch.data.trec import read_trec_run
-from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.evaluation.table import tell_figures
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.models.precision import use_bf16

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-from erniesearch import distributed
 from erniesearch.commands.parsing import name_accelerator
 from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.stages import Stage
-from erniesearch.training.trainer import Trainer, update
+from erniesearch.training.trainer import Trainer
+from erniesearch.training.update import update
 from training_speed.material import Job, config_of, inference_texts, read_job
 from training_speed.work import serve
 
@@ -37,9 +36,10 @@ def main(kind: str, job_file: str) -> None:
         infer(kind, read_job(job_file))
         return
     name_accelerator()
-    device = distributed.initialize()
-    stage = Stage(config_of(read_job(job_file), kind), "interaction")
-    trainer = Trainer(stage, device)
+    trainer = Trainer(config_of(read_job(job_file), kind), "interaction")
+    trainer.initialize()
+    trainer.prepare()
+    stage, device = trainer.stage, trainer.device
     trainer.engine.train()
     loader = iter(trainer.batches)
 

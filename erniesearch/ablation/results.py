@@ -13,8 +13,8 @@ from erniesearch.ablation.grid import Arm, Grid, needed_steps
 from erniesearch.ablation.statistics import Difference, clusters_of, difference, holm
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.data.collection import load_beir
+from erniesearch.data.ranking_metrics import DEFAULT_METRICS, parse_metrics, per_query
 from erniesearch.data.trec import read_trec_run
-from erniesearch.evaluation.metrics import DEFAULT_METRICS, parse_metrics, per_query
 from erniesearch.evaluation.table import describe_machine, stage_facts
 from erniesearch.evaluation.teacher_check import Teacher, TeacherCheck
 from erniesearch.files import write_atomically

@@ -25,7 +25,7 @@ def export_checkpoint_command(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--best", action="store_true",
-        help="The checkpoint with the lowest validation loss (training.validation_split) instead of"
+        help="The best checkpoint by training.best_metric (training.validation_split) instead of"
         " the newest.",
     )  # fmt: skip
     config, settings = parse_config(parser, argv)

@@ -90,10 +90,10 @@ def _train(config: RunConfig, stage: str) -> None:
     with preemption.listening():  # before the slow imports
         import torch.distributed as dist
 
-        from erniesearch.training.trainer import train_stage
+        from erniesearch.training.trainer import Trainer
 
         try:
-            train_stage(config, stage)
+            Trainer(config, stage).train()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

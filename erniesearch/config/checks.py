@@ -6,9 +6,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from erniesearch.config.keys import MAX_TOKENS, TRAINING_STAGES, RunConfig, training_stages
+from erniesearch.config.keys import (
+    MAX_TOKENS,
+    TRAINING_STAGES,
+    RunConfig,
+    TrainingConfig,
+    training_stages,
+)
 from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
-from erniesearch.config.terms import TERMS, comparing, settings_read
+from erniesearch.config.terms import TERMS, comparing, own_terms, reads, weight_of
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 
@@ -30,6 +36,8 @@ LEAST = {
     "seed": 0, "student.late_interaction_dim": 1,
     "training.log_every": 1, "training.threads_per_process": 1, "training.keep_checkpoints": 1,
     "training.max_nonfinite": 1, "training.validation_queries": 1, "training.num_processes": 0,
+    "training.validation_distractors": 0, "training.validation_rerank_depth": 1,
+    "training.evaluate_every": 0, "training.early_stopping_patience": 1,
     "training.save_every": 0, "training.num_workers": 0, "training.max_grad_norm": 0,
     "training.weight_decay": 0,
     "evaluation.rerank_depth": 1, "evaluation.batch_size": 1, "evaluation.max_queries": 1,
@@ -80,6 +88,7 @@ def validate(config: RunConfig) -> RunConfig:
     require(config.training.timeout_minutes > 0, "training.timeout_minutes",
             config.training.timeout_minutes, "above 0")  # fmt: skip
     _check_mining(config, require)
+    _check_validation(config.training, require)
     for part, dropout in (("student", config.student.dropout), ("teacher", config.teacher.dropout)):
         require(
             dropout is None or 0 <= dropout < 1, f"{part}.dropout", dropout,
@@ -94,7 +103,7 @@ def validate(config: RunConfig) -> RunConfig:
 def _check_stage(
     config: RunConfig, name: str, stage: TrainingStageConfig, require: Require
 ) -> None:
-    prefix, weights = f"stages.{name}", asdict(stage.weights)
+    prefix, weights = f"stages.{name}", weight_of(stage.weights)
     require(0 <= stage.warmup_ratio <= 1, f"{prefix}.warmup_ratio", stage.warmup_ratio, "0 to 1")
     if stage.steps:
         require(
@@ -134,7 +143,10 @@ def _check_stored_scores(
     for key in ("ce", *comparing(weights, "pairs")):
         require(getattr(weights, key) == 0, f"{prefix}.weights.{key}", getattr(weights, key),
                 f"0 while {prefix}.teacher_scores is stored: it runs the teacher")  # fmt: skip
-    require("tau_ce" in settings_read(weights), f"{prefix}.teacher_scores", "stored",
+    for term in own_terms(weights):
+        require(not term.trains_teacher, f"{prefix}.teacher_scores", "stored",
+                f"live: LossTerm '{term.name}' trains the cross-encoder")  # fmt: skip
+    require(reads(weights, "teacher"), f"{prefix}.teacher_scores", "stored",
             "live while ce_to_li and ce_to_de are 0: nothing reads the scores")  # fmt: skip
     require(stage.negatives in ("mined", "given") and stage.num_negatives > 0,
             f"{prefix}.teacher_scores", "stored",
@@ -159,6 +171,26 @@ def _check_mining(config: RunConfig, require: Require) -> None:
         mine.selection != "spread" or not mines or config.stages.teacher.steps > 0,
         "stages.mine.selection", "spread",
         "top or random while stages.teacher.steps is 0: it goes by the teacher's scores",
+    )  # fmt: skip
+
+
+def _check_validation(training: TrainingConfig, require: Require) -> None:
+    """What is measured while training needs a split, and what goes by it a measurement."""
+    asked = {
+        "validation_metrics": training.validation_metrics,
+        "evaluate_every": training.evaluate_every,
+        "early_stopping_patience": training.early_stopping_patience,
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "best_metric": training.best_metric if training.best_metric != "loss" else None,
+    }  # fmt: skip
+    for key, value in asked.items():
+        require(not value or training.validation_split is not None, f"training.{key}", value,
+                "left out while training.validation_split is null: name one, e.g. dev")  # fmt: skip
+    patience = training.early_stopping_patience
+    require(
+        patience is None or bool(training.evaluate_every or training.save_every),
+        "training.early_stopping_patience", patience, "null while training.evaluate_every and"
+        " training.save_every are 0: nothing is measured before the end",
     )  # fmt: skip
 
 

@@ -149,12 +149,35 @@ class TrainingConfig:
     """Newest checkpoints of a stage that are kept; the older ones are there for when the newest
     turns out to be damaged."""
     validation_split: str | None = None
-    """Name of a qrels file (without .tsv), e.g. dev: every checkpoint of a stage with relevance
-    labels is measured on this split's queries with random negatives, and the best one is kept
-    beside the newest. Null measures nothing. The stage's result stays the model after its last
-    update; `erniesearch export-checkpoint --best` writes the best one."""
+    """Name of a qrels file (without .tsv), e.g. dev: every checkpoint of a stage is measured on
+    this split's queries, by the loss over random negatives and by validation_metrics, and the best
+    one is kept beside the newest. Null measures nothing."""
     validation_queries: int = 256
-    """Queries of validation_split that are measured, rounded up to whole batches."""
+    """Queries of validation_split that are measured; for the loss rounded up to whole batches."""
+    validation_metrics: list[str] = field(default_factory=list)
+    """Retrieval metrics on validation_split, e.g. [MRR@10, nDCG@10, R@100], of each model that the
+    stage trains: the dual-encoder (logged as MRR@10_de) searches a part of the corpus exactly, late
+    interaction (_li) and the cross-encoder (_ce) rerank what it finds; where no dual-encoder is
+    trained, fixed lists of the positives and BM25's best. Empty measures the loss alone."""
+    validation_distractors: int | None = 10_000
+    """Passages searched for validation_metrics besides the judged ones, drawn with the run's seed,
+    or all if there are fewer; null takes the whole corpus."""
+    validation_rerank_depth: int = 20
+    """Candidates a query that late interaction and the cross-encoder rerank for
+    validation_metrics."""
+    evaluate_every: int = 0
+    """Updates between two measurements on validation_split; 0 measures at checkpoints alone. One
+    that is the best so far is saved as a checkpoint too."""
+    best_metric: str = "loss"
+    """What makes a checkpoint the best: the validation loss, or a metric, e.g. nDCG@10, of the
+    dual-encoder, or where a stage trains none, of late interaction or the cross-encoder;
+    nDCG@10_li and nDCG@10_ce name the model."""
+    early_stopping_patience: int | None = None
+    """End a stage after this many measurements in a row that were not the best. Null never does."""
+    load_best_model_at_end: bool | None = None
+    """A stage's result is its best checkpoint by best_metric, not the model after the last update.
+    Null: if early_stopping_patience is set. `erniesearch export-checkpoint --best` writes the best
+    one in any case."""
     async_save: bool = False
     """Copy a checkpoint in memory and write it while the training goes on. Takes memory for one
     rank's part of the checkpoint; a kill during the write costs that checkpoint alone."""

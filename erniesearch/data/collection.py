@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus
+import numpy as np
+
+from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus, rows_of
 from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
 
@@ -44,6 +46,23 @@ class RetrievalData:
         """Passages of grade above 0 by query, queries without any left out."""
         found = {q: [p for p, g in grades.items() if g > 0] for q, grades in self.qrels.items()}
         return {q: pids for q, pids in found.items() if pids}
+
+
+def draw_rows(
+    data: RetrievalData, max_queries: int | None, num_distractors: int | None, seed: int
+) -> tuple[list[str], np.ndarray]:
+    """At most ``max_queries`` queries with a relevant passage, and the positions in the corpus of
+    their judged passages and of at most ``num_distractors`` others; None takes all."""
+    rng = np.random.default_rng([seed, 6])
+    qids = list(data.relevant())
+    if max_queries is not None and max_queries < len(qids):
+        qids = [qids[i] for i in sorted(rng.permutation(len(qids))[:max_queries])]
+    if num_distractors is None:
+        return qids, np.arange(len(data.pids))
+    keep = np.zeros(len(data.pids), dtype=bool)
+    keep[rows_of(data.index_of, [pid for qid in qids for pid in data.qrels[qid]])] = True
+    keep[rng.permutation(np.flatnonzero(~keep))[:num_distractors]] = True
+    return qids, np.flatnonzero(keep)
 
 
 def read_queries(path: Path) -> dict[str, str]:

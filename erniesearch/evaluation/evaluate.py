@@ -9,18 +9,18 @@ from rich.console import Console
 
 from erniesearch.config.options import EvaluateOptions
 from erniesearch.data.collection import RetrievalData, Run, load_beir
-from erniesearch.data.trec import write_trec_run
-from erniesearch.errors import UserError
-from erniesearch.evaluation import systems
-from erniesearch.evaluation.answers import AnswerRecall, read_answers
-from erniesearch.evaluation.measures import estimate
-from erniesearch.evaluation.metrics import (
+from erniesearch.data.ranking_metrics import (
     Mean,
     Metric,
     averaged_queries,
     parse_metrics,
     per_query,
 )
+from erniesearch.data.trec import write_trec_run
+from erniesearch.errors import UserError
+from erniesearch.evaluation import systems
+from erniesearch.evaluation.answers import AnswerRecall, read_answers
+from erniesearch.evaluation.measures import estimate
 from erniesearch.evaluation.significance import Comparison, compare
 from erniesearch.evaluation.table import Row, describe_machine, show_cells, show_table
 from erniesearch.files import write_atomically

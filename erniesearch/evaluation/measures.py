@@ -6,10 +6,10 @@ import numpy as np
 
 from erniesearch.config.keys import EvaluationConfig
 from erniesearch.data.bm25 import BM25, Tokenizer
-from erniesearch.data.collection import RetrievalData, Run
-from erniesearch.data.corpus.texts import rows_of, take
+from erniesearch.data.collection import RetrievalData, Run, draw_rows
+from erniesearch.data.corpus.texts import take
+from erniesearch.data.ranking_metrics import DEFAULT_METRICS, parse_metrics, per_query
 from erniesearch.errors import UserError
-from erniesearch.evaluation.metrics import DEFAULT_METRICS, parse_metrics, per_query
 
 METRICS = parse_metrics(DEFAULT_METRICS)
 RESAMPLES = 1000
@@ -63,19 +63,11 @@ def draw_subset(
 ) -> RetrievalData:
     """At most ``max_queries`` queries with a relevant passage, their judged passages and at most
     ``num_distractors`` others; None takes all."""
-    rng = np.random.default_rng([seed, 6])
-    relevant = data.relevant()
-    qids = list(relevant)
-    if max_queries is not None and max_queries < len(qids):
-        qids = [qids[i] for i in sorted(rng.permutation(len(qids))[:max_queries])]
+    qids, rows = draw_rows(data, max_queries, num_distractors, seed)
     qrels = {qid: data.qrels[qid] for qid in qids}
     queries = {qid: data.queries[qid] for qid in qids}
     if num_distractors is None:
         return replace(data, queries=queries, qrels=qrels)
-    keep = np.zeros(len(data.pids), dtype=bool)
-    keep[rows_of(data.index_of, [pid for grades in qrels.values() for pid in grades])] = True
-    keep[rng.permutation(np.flatnonzero(~keep))[:num_distractors]] = True
-    rows = np.flatnonzero(keep)
     return RetrievalData(take(data.pids, rows), take(data.passages, rows), queries, qrels)
 
 

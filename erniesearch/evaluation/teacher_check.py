@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from erniesearch.data.collection import RetrievalData, Run
+from erniesearch.data.ranking_metrics import parse_metrics, per_query
 from erniesearch.evaluation.measures import Estimate, estimate
-from erniesearch.evaluation.metrics import parse_metrics, per_query
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.vector_index import VectorIndex

@@ -6,16 +6,26 @@ Nothing here has parameters: the terms' gradient with respect to the outputs is 
 encoders need (gradient caching rests on it).
 """
 
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
 from erniesearch.config.keys import ObjectiveConfig
 from erniesearch.config.stage_keys import LossWeights
-from erniesearch.config.terms import TERMS, comparing, reads
+from erniesearch.config.terms import (
+    TERMS,
+    LossTerm,
+    comparing,
+    own_terms,
+    reads,
+    trains_teacher,
+    weight_of,
+)
 from erniesearch.data.batches import Batch
+from erniesearch.errors import UserError
 from erniesearch.objectives import losses, scores
 from erniesearch.objectives.outputs import Outputs
 
@@ -32,6 +42,35 @@ class StudentScores(NamedTuple):
     vectors: Tensor | None
     labels: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a :class:`LossTerm` reads: this rank's B queries against the P passages that
+    ``objective.candidates`` names, and against the G of each query's own group, its positive first.
+
+    Attributes:
+        dual_encoder, late_interaction: ``[B, P]``, divided by ``tau_de`` and ``tau_li``; None where
+            no term of the stage asks for them.
+        cross_encoder: ``[B, G]``, without a temperature, live or stored; None likewise.
+        labels: ``[B]``, the column of each query's positive in ``[B, P]``.
+        mask: ``[B, P]``, False on false negatives, which no term compares.
+        group_mask: ``[B, G]``, False on false negatives, and where a passage has no stored score.
+
+    In a stage without a student ``labels`` and ``mask`` are those of the group.
+    """
+
+    dual_encoder: Tensor | None
+    late_interaction: Tensor | None
+    cross_encoder: Tensor | None
+    labels: Tensor
+    mask: Tensor
+    group_mask: Tensor
+
+    def own_group(self, students: Tensor) -> Tensor:
+        """A student's scores of each query's own group, ``[B, P]`` to ``[B, G]``, to compare with
+        the cross-encoder's."""
+        return scores.own_group(students, self.labels, self.group_mask.shape[1])
 
 
 class Objective:
@@ -51,7 +90,7 @@ class Objective:
         self.needs_tokens = reads(weights, "tokens")
         self.needs_projections = reads(weights, "projections")
         # A teacher that only gives targets needs no gradient.
-        self.trains_teacher = bool(weights.ce) or not settings.detach_targets
+        self.trains_teacher = trains_teacher(weights, settings.detach_targets)
 
     @property
     def candidates(self) -> str:
@@ -69,9 +108,11 @@ class Objective:
         if outputs.queries is not None:
             student = self.score(batch, outputs)
             terms |= self._student_terms(outputs, student, training)
-        if outputs.teacher_scores is not None or batch.teacher_scores is not None:
-            terms |= self._teacher_terms(batch, outputs, student, training)
-        weights = asdict(self.weights)
+        teacher = _teacher_scores(batch, outputs)
+        if teacher is not None:
+            terms |= self._teacher_terms(batch, outputs, student, teacher, training)
+        terms |= self._own_terms(batch, student, teacher)
+        weights = weight_of(self.weights)
         terms["loss"] = stack(
             [weights[name] * term for name, term in terms.items() if name in weights]
         ).sum()
@@ -171,18 +212,29 @@ class Objective:
             student.dual, by_passage, student.mask
         )
 
-    def _teacher_terms(
-        self, batch: Batch, outputs: Outputs, student: StudentScores | None, training: bool
+    def _own_terms(
+        self, batch: Batch, student: StudentScores | None, teacher: tuple[Tensor, Tensor] | None
     ) -> dict[str, Tensor]:
+        """The stage's :class:`LossTerm` values."""
+        own = own_terms(self.weights)
+        if not own:
+            return {}
+        of_teacher, over_group = teacher or (None, group_mask(batch))
+        labels = zeros(len(over_group), dtype=long, device=over_group.device)
+        given = Scores(
+            student.dual if student else None, student.late if student else None, of_teacher,
+            student.labels if student else labels, student.mask if student else over_group,
+            over_group,
+        )  # fmt: skip
+        return {term.name: _own_term(term, given, batch) for term in own}
+
+    def _teacher_terms(
+        self, batch: Batch, outputs: Outputs, student: StudentScores | None,
+        teacher: tuple[Tensor, Tensor], training: bool,
+    ) -> dict[str, Tensor]:  # fmt: skip
         w = self.weights
         terms: dict[str, Tensor] = {}
-        mask = group_mask(batch)
-        if batch.teacher_scores is None:
-            assert outputs.teacher_scores is not None
-            teacher_scores = outputs.teacher_scores.view_as(mask)
-        else:  # a random passage that fills a group up has none, and the KL leaves it out
-            mask = mask & batch.teacher_scores.isfinite().view_as(mask)
-            teacher_scores = batch.teacher_scores.nan_to_num().view_as(mask)
+        teacher_scores, mask = teacher
         labels = zeros(len(teacher_scores), dtype=long, device=teacher_scores.device)
         terms["accuracy_ce"] = losses.accuracy(teacher_scores, labels, mask)
         if w.ce:
@@ -232,6 +284,34 @@ class Objective:
         if not self.settings.competence_gate or teacher not in running:
             return True
         return running[teacher] > running.get(student, 0.0)
+
+
+def _teacher_scores(batch: Batch, outputs: Outputs) -> tuple[Tensor, Tensor] | None:
+    """The cross-encoder's scores of the groups and their mask, both ``[B, G]``; None without."""
+    if outputs.teacher_scores is None and batch.teacher_scores is None:
+        return None
+    mask = group_mask(batch)
+    if batch.teacher_scores is None:
+        assert outputs.teacher_scores is not None
+        return outputs.teacher_scores.view_as(mask), mask
+    # A random passage that fills a group up has none, and the KL leaves it out.
+    mask = mask & batch.teacher_scores.isfinite().view_as(mask)
+    return batch.teacher_scores.nan_to_num().view_as(mask), mask
+
+
+def _own_term(term: LossTerm, given: Scores, batch: Batch) -> Tensor:
+    if given.cross_encoder is not None and not term.trains_teacher:
+        given = replace(given, cross_encoder=given.cross_encoder.detach())
+    value = term.function(given, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"LossTerm '{term.name}': its function must return a tensor of one number,"
+                        f" the mean over the queries; it returned {found}")  # fmt: skip
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise UserError(f"LossTerm '{term.name}': no gradient goes from its value to the scores of"
+                        f" {', '.join(term.models)}")  # fmt: skip
+    value = value.reshape(())
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _nothing(rows: Tensor) -> Tensor:

@@ -1,17 +1,13 @@
 """``erniesearch run``: every stage in order, each skipped when its result is there and its inputs
 are unchanged; then export, index, evaluate, report."""
 
-import json
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 
-from erniesearch import __version__, installation, stages
+from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, training_stages
-from erniesearch.config.yaml_file import to_yaml
 from erniesearch.data.bm25 import check_analyzer
 from erniesearch.data.collection import load_beir, with_split
 from erniesearch.data.corpus.tokens import open_tokens
@@ -19,7 +15,7 @@ from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import evaluation_subset
 from erniesearch.evaluation.table import Report, table_console
 from erniesearch.export import export_all
-from erniesearch.files import hold_lock, write_atomically
+from erniesearch.files import hold_lock
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.pipeline import launcher
 from erniesearch.run_folder import RunFolder, is_done
@@ -59,7 +55,7 @@ def run_pipeline(
     world_size = launcher.num_processes(config)
     _check_and_tokenize(config, names, folder, world_size)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
-        _write_record(config, folder.root)
+        folder.record(config)
         for name in names:
             _run_step(config, name, folder, world_size, launch)
     if "evaluate" in names:
@@ -139,15 +135,3 @@ def planned(config: RunConfig) -> list[str]:
     if not trained:
         raise UserError("the config trains nothing: set stages.NAME.steps above 0")
     return [name for name in ORDER if name in enabled | {"export", "evaluate"}]
-
-
-def _write_record(config: RunConfig, root: Path) -> None:
-    """Resolved config, versions and commit into the run folder."""
-    write_atomically(root / "config.yaml", to_yaml(config))
-    versions = {
-        "erniesearch": __version__,
-        "commit": installation.commit(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
-    }
-    write_atomically(root / "environment.json", json.dumps(versions, indent=2) + "\n")

@@ -111,7 +111,7 @@ def main(job_file: str) -> None:
     from erniesearch.models.precision import tune_for_device, use_bf16
     from erniesearch.training.build import assemble_model, base_teacher
     from erniesearch.training.engine import build_engine, zero_section
-    from erniesearch.training.trainer import update
+    from erniesearch.training.update import update
 
     job = json.loads(Path(job_file).read_text())
     config: RunConfig = from_dict(RunConfig, job["config"])

@@ -16,7 +16,7 @@ from erniesearch.config.keys import (
     training_stages,
 )
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
-from erniesearch.config.terms import settings_read
+from erniesearch.config.terms import settings_read, trains_teacher
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.negatives import read_negatives, read_scored_negatives
@@ -36,6 +36,7 @@ from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
+from erniesearch.training.retrieval_quality import check_best_metric
 
 
 def build_model(stage: Stage) -> tuple[JointModel, PreTrainedTokenizerBase]:
@@ -74,7 +75,7 @@ def assemble_model(
         teacher = CrossEncoder(
             teacher_settings, stages.attention_layers(stage.weights, config.objective)
         )
-        if not stage.weights.ce and config.objective.detach_targets:
+        if not trains_teacher(stage.weights, config.objective.detach_targets):
             teacher.requires_grad_(False)
     objective = config.objective
     if objective.tau_ce == "auto":
@@ -124,6 +125,7 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     for name, stage in training_stages(config).items():
         if stage.steps and stage.teacher_scores == "stored" and stage.negatives == "given":
             build_sampler(Stage(config, name), data)
+    check_best_metric(config)
     if config.training.validation_split is not None:
         with_split(data, config.data.path, config.training.validation_split)
     student = config.student

@@ -10,6 +10,7 @@ from accelerate.tracking import GeneralTracker
 
 from erniesearch.files import write_atomically
 from erniesearch.progress import Meter
+from erniesearch.training.checkpoints.manifest import Quality
 
 
 class Monitor:
@@ -17,7 +18,8 @@ class Monitor:
 
     ``metrics.jsonl`` has one line per logged update: step, every term, learning rates, gradient
     norm; and under ``speed`` what depends on the machine. ``validation.jsonl`` has one line per
-    measured checkpoint. The same figures go to ``trackers``, which are finished at the end.
+    measurement, with the ``seconds`` that it took. The same figures go to ``trackers``, which are
+    finished at the end.
     """
 
     def __init__(
@@ -66,16 +68,22 @@ class Monitor:
             f"  {speed['tokens_per_second']:.0f} tokens/s",
         )  # fmt: skip
 
-    def log_validation(self, step: int, figures: dict[str, float]) -> None:
-        """Write a checkpoint's figures on the validation split."""
+    def log_validation(self, step: int, figures: dict[str, float], measured: Quality) -> None:
+        """Write the figures on the validation split."""
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         with self.validation_path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **shown}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         self._track(step, {"validation": figures})
+        told = {"validation loss": measured.loss}
+        told |= {name: value for name, value in figures.items() if "@" in name}
+        if measured.metric is not None:
+            told.setdefault(measured.metric.replace("loss", "validation loss"), measured.value)
+        line = "  ".join(f"{k} {value:.4f}" for k, value in told.items() if value is not None)
         self.meter.console.print(
-            f"{self.meter.name} {step}/{self.meter.total}  validation loss {figures['loss']:.4f}"
+            f"{self.meter.name} {step}/{self.meter.total}  {line}  {figures['seconds']:.1f} s"
+            f"{'  best' if measured.is_best else ''}"
         )
 
     def _track(self, step: int, groups: dict[str, dict[str, float]]) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rankings import random_run
 
+from erniesearch.data.ranking_metrics import parse_metrics, per_query
 from erniesearch.data.trec import read_trec_run, write_trec_run
 from erniesearch.errors import UserError
-from erniesearch.evaluation.metrics import parse_metrics, per_query
 
 GOOD = "q1 Q0 p1 1 2.5 tag\nq1 Q0 p2 2 2.5 tag\nq2 Q0 p1 1 -1 tag\nq1 Q0 p3 3 1e-3 tag\n"
 

@@ -138,10 +138,10 @@ def repository(root: Path) -> str:
 RECORD = """
 import json, sys
 from pathlib import Path
-from erniesearch.pipeline import run as pipeline
+from erniesearch.run_folder import RunFolder
 from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
 out = Path(sys.argv[1])
-pipeline._write_record(RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x")), out)
+RunFolder(out).record(RunConfig("runs/x", DataConfig("data/x"), StudentConfig("models/x")))
 print(json.loads((out / "environment.json").read_text())["commit"])
 """
 

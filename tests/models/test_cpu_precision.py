@@ -12,8 +12,7 @@ from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
 from erniesearch.models.backbone import load_encoder, save_weights
 from erniesearch.models.precision import use_bf16
 from erniesearch.retrieval.retriever import PairScorer
-from erniesearch.training.checkpoints.resume import Resume
-from erniesearch.training.trainer import goes_on_in_bf16
+from erniesearch.training.checkpoints.resume import Resume, goes_on_in_bf16
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from support.unvalidated import train as train_stage
 
 from erniesearch import exiting
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
-from erniesearch.training.trainer import train_stage
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.unvalidated import train as train_stage
 
 from erniesearch import distributed, exiting
 from erniesearch.cli import main
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
 from erniesearch.models.joint import JointModel
-from erniesearch.training.trainer import train_stage
 
 Terms = dict[str, torch.Tensor]
 

@@ -19,12 +19,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from support.unvalidated import train as train_stage
+
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
 from erniesearch.distributed import free_port
 from erniesearch.errors import RankFailed
 from erniesearch.run_folder import RunFolder
-from erniesearch.training.trainer import train_stage
 
 PATIENCE = 240  # seconds for anything on a machine under load
 

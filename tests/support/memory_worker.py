@@ -64,7 +64,7 @@ def measure_update(config: RunConfig) -> None:
         return made
 
     trainer.update = update
-    trainer.train_stage(config, "cascade")
+    trainer.Trainer(config, "cascade").train()
     tell(found.pop("peak"), **found)
 
 

@@ -17,7 +17,7 @@ from erniesearch.config.keys import TrainingConfig
 from erniesearch.config.stage_keys import StageConfig
 from erniesearch.training.checkpoints.weights import gathered_state
 from erniesearch.training.engine import build_engine
-from erniesearch.training.trainer import update
+from erniesearch.training.update import update
 
 MICRO_STEPS = 64
 

@@ -23,7 +23,7 @@ from erniesearch.planning.trial import full_batches
 from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine
-from erniesearch.training.trainer import update
+from erniesearch.training.update import update
 
 
 class Count(TorchDispatchMode):

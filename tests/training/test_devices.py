@@ -19,8 +19,8 @@ from erniesearch.planning.accounting import fake_world
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
 from erniesearch.training.engine import _keep_deepspeed_from_nvml
-from erniesearch.training.trainer import update
-from erniesearch.training.validation import Validation, is_validated
+from erniesearch.training.quality_watch import QualityWatch, is_watched
+from erniesearch.training.update import update
 
 
 def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **changes: Any) -> Any:
@@ -49,8 +49,9 @@ def one_update(make_config: ConfigMaker, stage: str, ranks: int, gpu: bool, **ch
             assert not gpu or PretendGpu.waits.total() <= micro_steps * ((ranks > 1) + gates) + 1
             means = distributed.mean_over_ranks(made.terms)
             assert not distributed.any_rank(False, device)
-            if is_validated(Stage(config, stage)):
-                figures = Validation(Stage(config, stage), data, batches).measure(engine, device)
+            if is_watched(Stage(config, stage)):
+                watch = QualityWatch(Stage(config, stage), data, batches, {})
+                figures, _ = watch.measure(engine, device, 1, lambda what: None)
                 means |= {f"validation {name}": value for name, value in figures.items()}
     return means, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -63,7 +64,7 @@ SPANS = {"weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
     ("stage", "changes"),
     [
         ("cascade", {"competence_gate": True, "validation_split": "dev",
-                     "validation_queries": 8}),
+                     "validation_queries": 8, "validation_metrics": ["MRR@10"]}),
         ("cascade", {"late_interaction_exchange": "ring", "precision": "bf16",
                      "weights": WITH_VIRT}),
         ("post_train", SPANS),
@@ -75,6 +76,7 @@ def test_an_update_mixes_no_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.distributed, "batch_isend_irecv", pass_on)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value, group=None: [value] * 3)
     means, gradients = one_update(
         make_config, stage, 3, True, accumulation_steps=2, chunk_size=chunk_size, **changes
     )
@@ -101,8 +103,8 @@ def test_the_pretended_gpu_computes_what_the_cpu_does(
 def test_a_poll_answers_the_question_before() -> None:
     with PretendGpu(), fake_world(2, "cuda"):
         poll = distributed.Poll(GPU)
-        answers = [poll.any_rank(asked) for asked in (False, True, False, False)]
-    assert answers == [False, False, True, False]
+        answers = [poll.highest(asked) for asked in (0, 1, 2, 0, 0)]
+    assert answers == [0, 0, 1, 2, 0]
 
 
 def test_mixed_devices_are_told() -> None:

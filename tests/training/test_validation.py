@@ -74,7 +74,7 @@ def test_the_best_checkpoint_stays_and_is_exported(
 
     file.write_text(to_yaml(plain))
     assert main([*arguments, "--best", "--out", str(tmp_path / "none")]) == 2
-    assert "no checkpoint has a validation loss" in capsys.readouterr().err
+    assert "no checkpoint was measured" in capsys.readouterr().err
 
 
 def test_ranks_and_chunks_measure_the_same(make_config: ConfigMaker, tmp_path: Path) -> None:

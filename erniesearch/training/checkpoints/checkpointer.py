@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from erniesearch.errors import UserError
 from erniesearch.files import hash_file, sync
 from erniesearch.training.checkpoints import manifest
 from erniesearch.training.checkpoints.checkpoint_writer import CheckpointWriter
-from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest
+from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest, Quality
 
 if TYPE_CHECKING:
     import deepspeed
@@ -54,9 +55,9 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, step: int, state: dict[str, Any], quality: Quality | None = None) -> None:
         """Save after ``step`` updates, with ``state`` for :func:`load_checkpoint` to return.
-        Of the checkpoints measured, the one with the lowest ``validation_loss`` stays too.
+        Of the checkpoints measured, the best by ``quality`` stays too.
 
         Raises:
             UserError: on every rank, if any rank could not write (a full disk); the older
@@ -73,10 +74,10 @@ class Checkpointer:
             client_state={"universal_checkpoint_info": {}, "erniesearch": state},
         )  # fmt: skip
         if not self.writer.in_background:
-            self._publish(step, aside, validation_loss)
+            self._publish(step, aside, quality)
             return
         self._thread = threading.Thread(
-            target=self._publish_in_background, args=(step, aside, validation_loss), daemon=True
+            target=self._publish_in_background, args=(step, aside, quality), daemon=True
         )
         self._thread.start()
 
@@ -93,20 +94,20 @@ class Checkpointer:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _publish_in_background(self, step: int, aside: Path, loss: float | None) -> None:
+    def _publish_in_background(self, step: int, aside: Path, quality: Quality | None) -> None:
         try:
-            self._publish(step, aside, loss)
+            self._publish(step, aside, quality)
         except BaseException as error:  # raised again by wait()
             self._failure = error
 
-    def _publish(self, step: int, aside: Path, loss: float | None) -> None:
+    def _publish(self, step: int, aside: Path, quality: Quality | None) -> None:
         """Manifest, sync, rename: once every rank has written its part."""
         parts = distributed.gather_objects(self.writer.finish(), self._group)
         errors = [f"{error} (rank {rank})" for rank, (_, error) in enumerate(parts) if error]
         error = errors[0] if errors else None
         if distributed.is_main() and not error:
             files = {name: facts for part, _ in parts for name, facts in part.items()}
-            error = self._finish(step, aside, files, loss)
+            error = self._finish(step, aside, files, quality)
         self._check(step, error, aside)
 
     def _make_room(self, aside: Path) -> str | None:
@@ -119,7 +120,7 @@ class Checkpointer:
         return None
 
     def _finish(
-        self, step: int, aside: Path, files: dict[str, FileFacts], loss: float | None
+        self, step: int, aside: Path, files: dict[str, FileFacts], quality: Quality | None
     ) -> str | None:
         try:
             for path in aside.rglob("*"):  # what DeepSpeed writes past the writer: offloaded states
@@ -128,7 +129,14 @@ class Checkpointer:
                     files[name] = FileFacts(path.stat().st_size, hash_file(path))
             stage = self.engine.zero_optimization_stage()
             bf16 = bool(self.engine.bfloat16_enabled())
-            Manifest(step, distributed.world_size(), int(stage), files, loss, bf16).write(aside)
+            made = Manifest(step, distributed.world_size(), int(stage), files, bf16=bf16)
+            if quality is not None:
+                value = quality.value if math.isfinite(quality.value) else None
+                made = replace(
+                    made, validation_loss=quality.loss, metric=quality.metric, metric_value=value,
+                    greater_is_better=quality.greater_is_better,
+                )  # fmt: skip
+            made.write(aside)
             sync(aside)
             os.rename(aside, self.folder / _name(step))
             sync(self.folder)
@@ -168,17 +176,39 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, the earliest of equals; None if none was
-    measured. Reads manifests only."""
-    losses: dict[Path, float] = {}
+    """The best checkpoint by the metric that the newest measured one goes by, the earliest of
+    equals; None if none was measured. Reads manifests only."""
+    measured: dict[Path, tuple[str, float]] = {}
     for checkpoint in find_checkpoints(folder):
         try:
-            loss = manifest.read_manifest(checkpoint).validation_loss
+            found = manifest.read_manifest(checkpoint).measured
         except Damaged:
             continue  # told when it is about to be loaded
-        if loss is not None and math.isfinite(loss):
-            losses[checkpoint] = loss
-    return min(losses, key=losses.__getitem__) if losses else None
+        if found is not None:
+            measured[checkpoint] = found
+    if not measured:
+        return None
+    (*_, (metric, _)) = measured.values()
+    values = {path: value for path, (name, value) in measured.items() if name == metric}
+    return min(values, key=values.__getitem__)
+
+
+def best_whole(folder: Path) -> tuple[Path, Manifest]:
+    """The best checkpoint; rank 0 alone reads it.
+
+    Raises:
+        UserError: if none was measured, or it is damaged.
+    """
+    checkpoint = find_best(folder)
+    if checkpoint is None:
+        raise UserError(
+            f"{folder}: no checkpoint was measured; train with"
+            " training.validation_split, or leave --best out"
+        )
+    try:
+        return checkpoint, manifest.verify(checkpoint)
+    except Damaged as problem:
+        raise UserError(f"{checkpoint}: the best checkpoint is damaged: {problem}") from None
 
 
 def step_of(checkpoint: Path) -> int:

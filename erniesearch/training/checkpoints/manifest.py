@@ -6,9 +6,10 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from erniesearch.files import hash_file, write_atomically
 
@@ -23,10 +24,22 @@ class FileFacts:
     sha256: str
 
 
+class Quality(NamedTuple):
+    """What was measured of a checkpoint: its validation loss, the metric that decides which one is
+    the best with its value, and whether it was the best so far; None or NaN where there is none."""
+
+    loss: float | None
+    metric: str | None
+    value: float
+    greater_is_better: bool
+    is_best: bool
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint is: updates done, ranks and ZeRO stage that wrote it, its files, its
-    validation loss if it was measured, and whether it is of weights in bf16 (None: unrecorded)."""
+    validation loss and the metric that decides which one is the best if they were measured, and
+    whether it is of weights in bf16 (None: unrecorded)."""
 
     step: int
     world_size: int
@@ -34,6 +47,20 @@ class Manifest:
     files: dict[str, FileFacts]
     validation_loss: float | None = None
     bf16: bool | None = None
+    metric: str | None = None
+    metric_value: float | None = None
+    greater_is_better: bool = False
+
+    @property
+    def measured(self) -> tuple[str, float] | None:
+        """The metric that it goes by, with a value of which the lowest is the best; None if there
+        is none."""
+        name, value = self.metric, self.metric_value
+        if name is None:  # measured before there was a choice
+            name, value = "loss", self.validation_loss
+        if value is None or not math.isfinite(value):
+            return None
+        return name, -value if self.greater_is_better else value
 
     def write(self, checkpoint: Path) -> None:
         """Write ``manifest.json`` into the checkpoint's folder."""

@@ -18,8 +18,16 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from erniesearch import distributed
+from erniesearch.config.keys import Precision
 from erniesearch.errors import UserError
-from erniesearch.training.checkpoints.checkpointer import newest_whole, step_of
+from erniesearch.models.precision import use_bf16
+from erniesearch.training.checkpoints.checkpointer import (
+    best_whole,
+    find_best,
+    newest_whole,
+    step_of,
+)
+from erniesearch.training.checkpoints.manifest import Manifest
 
 if TYPE_CHECKING:
     import deepspeed
@@ -47,8 +55,15 @@ def find_resume(folder: Path, zero_stage: int) -> Resume | None:
         UserError: if all checkpoints are damaged, or there is no room for the conversion.
     """
     found = newest_whole(folder)
-    if found is None:
-        return None
+    return None if found is None else _prepared(folder, found, zero_stage)
+
+
+def _prepared(folder: Path, found: tuple[Path, Manifest], zero_stage: int) -> Resume:
+    """A whole checkpoint in a form that this number of ranks can load. Every rank must call it.
+
+    Raises:
+        UserError: if there is no room for the conversion.
+    """
     checkpoint, manifest = found
     same = (manifest.world_size, manifest.zero_stage) == (distributed.world_size(), zero_stage)
     if same or zero_stage == 0:  # without ZeRO every rank's state is whole
@@ -63,6 +78,24 @@ def find_resume(folder: Path, zero_stage: int) -> Resume | None:
             f" {distributed.world_size()}: {error}"
         )
     return Resume(folder / UNIVERSAL, checkpoint.name, step_of(checkpoint), True, manifest.bf16)
+
+
+def find_best_resume(folder: Path, zero_stage: int) -> Resume | None:
+    """The same of the best checkpoint, None if none was measured.
+
+    Raises:
+        UserError: if it is damaged, or there is no room for the conversion.
+    """
+    found: tuple[Path, Manifest] | str | None = None
+    if distributed.is_main() and find_best(folder) is not None:
+        try:
+            found = best_whole(folder)
+        except UserError as error:
+            found = str(error)
+    found = distributed.gather_objects(found)[0]
+    if isinstance(found, str):
+        raise UserError(found)
+    return None if found is None else _prepared(folder, found, zero_stage)
 
 
 def load_checkpoint(
@@ -108,6 +141,13 @@ def _convert(checkpoint: Path, out: Path) -> str | None:
         shutil.rmtree(out.parent, ignore_errors=True)
         return str(error)
     return None
+
+
+def goes_on_in_bf16(precision: Precision, resume: Resume | None, device: torch.device) -> bool:
+    """``auto`` is what a checkpoint was written in, else what every rank's device is fast in."""
+    if precision == "auto" and resume is not None and resume.bf16 is not None:
+        return resume.bf16
+    return not distributed.any_rank(not use_bf16(precision, device), device)
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from erniesearch.files import written_aside
 from erniesearch.models.joint import JointModel
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_model
-from erniesearch.training.checkpoints.checkpointer import find_best, newest_whole, step_of
-from erniesearch.training.checkpoints.manifest import Damaged, Manifest, verify
+from erniesearch.training.checkpoints.checkpointer import best_whole, newest_whole, step_of
 from erniesearch.training.checkpoints.resume import quiet
 
 
@@ -68,8 +67,8 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def export_checkpoint(stage: Stage, out: Path, best: bool = False) -> int:
-    """Write the model of a stage's newest whole checkpoint, or of the one with the lowest
-    validation loss, as :func:`save_model` would have.
+    """Write the model of a stage's newest whole checkpoint, or of the best one by
+    ``training.best_metric``, as :func:`save_model` would have.
 
     One process, no GPU, whatever ZeRO stage and number of ranks wrote the checkpoint. Frozen
     parameters, which no checkpoint needs, are those that the stage starts from.
@@ -84,7 +83,7 @@ def export_checkpoint(stage: Stage, out: Path, best: bool = False) -> int:
     folder = stage.folder / "checkpoints"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name another folder or delete it")
-    found = _best_whole(folder) if best else newest_whole(folder, set_aside=False)
+    found = best_whole(folder) if best else newest_whole(folder, set_aside=False)
     if found is None:
         raise UserError(f"{folder}: no checkpoint; train stage {stage.name} first")
     checkpoint, manifest = found
@@ -104,19 +103,6 @@ def export_checkpoint(stage: Stage, out: Path, best: bool = False) -> int:
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     _write_parts(model, parameters, out, tokenizer)
     return step_of(checkpoint)
-
-
-def _best_whole(folder: Path) -> tuple[Path, Manifest]:
-    checkpoint = find_best(folder)
-    if checkpoint is None:
-        raise UserError(
-            f"{folder}: no checkpoint has a validation loss; train with"
-            " training.validation_split, or leave --best out"
-        )
-    try:
-        return checkpoint, verify(checkpoint)
-    except Damaged as problem:
-        raise UserError(f"{checkpoint}: the best checkpoint is damaged: {problem}") from None
 
 
 def _trained_state(

@@ -1,7 +1,7 @@
 """Metrics by name: the field's names onto ir-measures, and the answer-string recall A@k.
 
     MRR@10  nDCG@10  R@100  success@5  P@10  MAP    upper or lower case alike
-    A@20 or answer@20                               answer-string recall (retrieval/answers.py)
+    A@20 or answer@20                               answer-string recall (evaluation/answers.py)
 
 Any other name is taken as ir-measures spells it, for example ``R(rel=2)@10``.
 """
@@ -9,7 +9,7 @@ Any other name is taken as ir-measures spells it, for example ``R(rel=2)@10``.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ir_measures
 import numpy as np
@@ -17,7 +17,6 @@ from ir_measures import AP, RR, P, R, Success, nDCG
 
 from erniesearch.data.collection import Run
 from erniesearch.errors import UserError
-from erniesearch.evaluation.answers import AnswerRecall
 
 DEFAULT_METRICS = "MRR@10,nDCG@10,R@10,R@100"
 Mean = Literal["qrels", "run"]
@@ -26,6 +25,13 @@ _NAMES: dict[str, tuple[str, Any]] = {
     "recall": ("R", R), "success": ("success", Success), "p": ("P", P), "map": ("MAP", AP),
 }  # fmt: skip
 _WITHOUT_CUTOFF = ("MRR", "MAP", "nDCG")
+
+
+class Answers(Protocol):
+    """Answer-string recall of the queries."""
+
+    def per_query(self, run: Run, qids: list[str], depth: int) -> np.ndarray:
+        """``[num_queries]``."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +44,35 @@ class Metric:
     measure: Any
 
 
-def parse_metrics(names: str) -> list[Metric]:
-    """Metrics from names separated by commas.
+def parse_metrics(names: str, option: str = "--metrics") -> list[Metric]:
+    """Metrics from names separated by commas; errors name the ``option`` that they come from.
 
     Raises:
         UserError: for a name that is unknown, stands twice or misses its cutoff.
     """
-    metrics = [_parse(name.strip()) for name in names.split(",") if name.strip()]
+    metrics = [_parse(name.strip(), option) for name in names.split(",") if name.strip()]
     if not metrics:
-        raise UserError(f"--metrics {names!r}: no metric; for example {DEFAULT_METRICS}")
+        raise UserError(f"{option} {names!r}: no metric; for example {DEFAULT_METRICS}")
     listed = [metric.name for metric in metrics]
     for name in listed:
         if listed.count(name) > 1:
-            raise UserError(f"--metrics: {name} stands twice")
+            raise UserError(f"{option}: {name} stands twice")
     return metrics
 
 
-def _parse(name: str) -> Metric:
+def _parse(name: str, option: str) -> Metric:
     plain = re.fullmatch(r"([A-Za-z]+)(?:@(\d+))?", name)
     base, cutoff = (plain[1].lower(), plain[2]) if plain else ("", None)
     if cutoff is not None and int(cutoff) < 1:
-        raise UserError(f"--metrics {name}: the cutoff must be 1 or more")
+        raise UserError(f"{option} {name}: the cutoff must be 1 or more")
     if base in ("a", "answer"):
         if cutoff is None:
-            raise UserError(f"--metrics {name}: give a cutoff, for example A@20")
+            raise UserError(f"{option} {name}: give a cutoff, for example A@20")
         return Metric(f"A@{cutoff}", int(cutoff), None)
     if base in _NAMES:
         label, measure = _NAMES[base]
         if cutoff is None and label not in _WITHOUT_CUTOFF:
-            raise UserError(f"--metrics {name}: give a cutoff, for example {label}@10")
+            raise UserError(f"{option} {name}: give a cutoff, for example {label}@10")
         if cutoff is None:
             return Metric(label, None, measure)
         return Metric(f"{label}@{cutoff}", int(cutoff), measure @ int(cutoff))
@@ -78,7 +84,7 @@ def _parse(name: str) -> Metric:
         supported = False
     if not supported:
         raise UserError(
-            f"--metrics {name}: unknown; known are MRR, nDCG, R, success, P, MAP, A (answer"
+            f"{option} {name}: unknown; known are MRR, nDCG, R, success, P, MAP, A (answer"
             " strings), each as NAME@K, and the names of ir-measures"
         )
     return Metric(name, measure.params.get("cutoff"), measure)
@@ -103,7 +109,7 @@ def per_query(
     qrels: dict[str, dict[str, int]],
     qids: list[str],
     metrics: list[Metric],
-    answers: AnswerRecall | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, np.ndarray]:
     """Each metric's value for each of ``qids``, ``[num_queries]``; without results it is 0."""
     by_measure = {metric.measure: metric.name for metric in metrics if metric.measure is not None}

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from support.rankings import random_run
 
+from erniesearch.data.ranking_metrics import averaged_queries, parse_metrics, per_query
 from erniesearch.errors import UserError
-from erniesearch.evaluation.metrics import averaged_queries, parse_metrics, per_query
 from erniesearch.evaluation.significance import compare
 
 QRELS = {"a": {"x": 1}, "b": {"y": 2, "z": 1}, "c": {"x": 1}}

@@ -109,7 +109,7 @@ def write_passages(words: list[str], number: int, root: Path) -> None:
     rng = np.random.default_rng(number)
     vocabulary = np.array(words)
     root.mkdir(parents=True)
-    queries = []
+    queries: list[str] = []
     with (root / "corpus.jsonl").open("w") as corpus:
         for first in range(0, number, 1000):
             lengths = rng.integers(*WORDS_A_PASSAGE, size=min(1000, number - first))

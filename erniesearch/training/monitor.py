@@ -10,7 +10,6 @@ from accelerate.tracking import GeneralTracker
 
 from erniesearch.files import write_atomically
 from erniesearch.progress import Meter
-from erniesearch.training.checkpoints.manifest import Quality
 
 
 class Monitor:
@@ -68,7 +67,7 @@ class Monitor:
             f"  {speed['tokens_per_second']:.0f} tokens/s",
         )  # fmt: skip
 
-    def log_validation(self, step: int, figures: dict[str, float], measured: Quality) -> None:
+    def log_validation(self, step: int, figures: dict[str, float], is_best: bool = False) -> None:
         """Write the figures on the validation split."""
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         with self.validation_path.open("a", encoding="utf-8") as handle:
@@ -76,14 +75,13 @@ class Monitor:
             handle.flush()
             os.fsync(handle.fileno())
         self._track(step, {"validation": figures})
-        told = {"validation loss": measured.loss}
-        told |= {name: value for name, value in figures.items() if "@" in name}
-        if measured.metric is not None:
-            told.setdefault(measured.metric.replace("loss", "validation loss"), measured.value)
-        line = "  ".join(f"{k} {value:.4f}" for k, value in told.items() if value is not None)
+        told = [f"validation {name} {value:.4f}" if name == "loss" else f"{name} {value:.4f}"
+                for name, value in figures.items() if name == "loss" or "@" in name]  # fmt: skip
+        if "seconds" in figures:
+            told.append(f"in {figures['seconds']:.1f} s")
         self.meter.console.print(
-            f"{self.meter.name} {step}/{self.meter.total}  {line}  {figures['seconds']:.1f} s"
-            f"{'  best' if measured.is_best else ''}"
+            f"{self.meter.name} {step}/{self.meter.total}  {'  '.join(told)}"
+            f"{', the best so far' if is_best else ''}"
         )
 
     def _track(self, step: int, groups: dict[str, dict[str, float]]) -> None:

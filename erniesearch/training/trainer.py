@@ -296,7 +296,7 @@ class Trainer:
         )
         self._since_log.began += figures["seconds"]  # no part of the training's speed
         if self.monitor:
-            self.monitor.log_validation(done, figures, measured)
+            self.monitor.log_validation(done, figures, measured.is_best)
         state.evaluation = figures
         state.best_metric, state.best_step = progress.best, progress.best_step
         if reason := self.quality.reason_to_stop:

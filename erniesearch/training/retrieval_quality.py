@@ -175,6 +175,7 @@ class RetrievalQuality:
                 ranked = self._run(found, self._rerank(model, found[:, : self.depth]))
             figures |= self._figures(model, ranked)
         engine.train()
+        del self._engine  # a result that is the best checkpoint needs its room
         return figures
 
     def _figures(self, model: str, run: Run) -> dict[str, float]:

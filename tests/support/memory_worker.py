@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.unvalidated import train
 
 from erniesearch import distributed, exiting
 from erniesearch.config.keys import RunConfig
@@ -64,7 +65,7 @@ def measure_update(config: RunConfig) -> None:
         return made
 
     trainer.update = update
-    trainer.Trainer(config, "cascade").train()
+    train(config, "cascade")
     tell(found.pop("peak"), **found)
 
 

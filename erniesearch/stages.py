@@ -52,7 +52,7 @@ def needs_teacher(weights: LossWeights) -> bool:
 
 def runs_teacher(stage: TrainingStageConfig) -> bool:
     """Whether the stage runs the cross-encoder, rather than read scores that it has stored."""
-    return needs_teacher(stage.weights) and stage.teacher_scores == "live"
+    return needs_teacher(stage.weights) and stage.teacher_scores != "stored"
 
 
 def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[int]:
@@ -239,6 +239,8 @@ SPEED_ONLY = (
     *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
     "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",
 )  # fmt: skip
+LATER = ("tau_stored", "tau_de_margin", "tau_li_margin")
+"""Keys that runs of before did not have; null, they decide nothing."""
 
 
 def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
@@ -321,8 +323,13 @@ def _decisive_objective(stage: Stage) -> dict[str, Any]:
         # Here the ranks count: a query is compared with its own rank's passages.
         own = f"in_batch of {stage.queries_per_rank}"
         settings["candidates"] = own if stage.ranks > 1 else "cross_batch"
+    if stage.settings.teacher_scores != "live":
+        read = read | {"tau_stored"}
     return {key: value for key, value in settings.items() if key in read}
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in SPEED_ONLY}
+    return {
+        key: value for key, value in settings.items()
+        if key not in SPEED_ONLY and not (key in LATER and value is None)
+    }  # fmt: skip

@@ -66,6 +66,23 @@ def read_scored_negatives(
     return negatives, scores
 
 
+def scored_lists(path: Path, most: int) -> list[list[float]]:
+    """Scores of the file's first ``most`` lists that can be ranked: one positive's, then the
+    negatives'.
+
+    Raises:
+        UserError: as :func:`read_scored_negatives`.
+    """
+    lists = []
+    for _, _, record, where in _lines(path, None):
+        own = [list(_scores(record, kind, where).values()) for kind in ("positive", "negative")]
+        if all(own):
+            lists.append(own[0][:1] + own[1])
+        if len(lists) == most:
+            break
+    return lists
+
+
 def _lines(
     path: Path, data: RetrievalData | None
 ) -> Iterator[tuple[str, list[str], dict[str, Any], str]]:
@@ -92,8 +109,9 @@ def _scores(record: dict[str, Any], kind: str, where: str) -> dict[str, float]:
     pids, scores = record.get(f"{kind}_document_ids"), record.get(f"{kind}_scores")
     if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
         raise UserError(
-            f"{where}: no {kind}_scores, numbers that go with {kind}_document_ids: mine with a"
-            " teacher (`erniesearch mine --write_scores true`), or set teacher_scores: live"
+            f"{where}: no {kind}_scores, finite numbers that go with {kind}_document_ids: score the"
+            " lists (`erniesearch score`), mine with a teacher (`erniesearch mine --write_scores"
+            " true`), or set teacher_scores: live"
         )
     if not isinstance(pids, list) or len(pids) != len(scores):
         raise UserError(

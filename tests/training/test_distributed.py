@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.processes import SUPPORT, losses_of, run_python
-from support.tiny import WITH_VIRT, ConfigMaker
+from support.tiny import EVERY_TERM, ConfigMaker
 
 from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights
@@ -148,7 +148,8 @@ def test_caching_and_ring_train_like_the_plain_path(
 
 OTHER_SETTINGS = {
     "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5, "tau_li_target": 0.25, "layers": [1],
-    "freeze_embeddings": True, "teacher_head_lr": 5e-3, "weights": WITH_VIRT,
+    "tau_de_margin": 2.5, "tau_li_margin": 1.5,
+    "freeze_embeddings": True, "teacher_head_lr": 5e-3, "weights": EVERY_TERM,
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class ObjectiveConfig:
     the stage teacher finds on held-out lists when it ends and stores with the model."""
     tau_stored: float | Literal["auto"] | None = None
     """Temperature of stored scores as a target (stages.NAME.teacher_scores); null is tau_ce. auto:
-    the likelihood-best one on the stored lists themselves, for teachers whose scale is not known."""
+    the likelihood-best one on the stored lists themselves, for a teacher of unknown scale."""
     tau_de_kl: float | None = None
     """Temperature of the dual-encoder in ce_to_de and li_to_de; null is tau_de."""
     tau_li_kl: float | None = None

@@ -189,7 +189,17 @@ class ImportOptions:
     positive: str = "positive"
     """parquet, hf: column of the relevant passages (text or list)."""
     negative: str = "negative"
-    """parquet, hf: column of the hard negatives; also NAME_1, NAME_2 and so on."""
+    """parquet, hf: column of the hard negatives; also NAME_1, NAME_2 (or NAME1) and so on."""
+    documents: str = ""
+    """parquet, hf: column of lists, the relevant passage first, in place of --positive and
+    --negative."""
+    scores: str | None = ""
+    """parquet, hf: column of a teacher's scores of positive and negatives, or of margins (the
+    positive's score minus each negative's); empty: the first of label, labels, score and scores
+    that is there. All formats: null reads no scores."""
+    relevant: Literal["first", "best"] | None = None
+    """pylate: which passage of a list is relevant, the first or the one of the highest score; its
+    lists do not say it."""
     query_id: str = ""
     """parquet, hf: column of the query ids; empty: a hash of the text."""
     positive_id: str = ""

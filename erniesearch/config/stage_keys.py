@@ -100,9 +100,10 @@ class StageConfig(AnyStageConfig):
     """Where ce_to_li, ce_to_de and the MarginMSE terms have a teacher's scores from. live: the
     cross-encoder reads every group, and may be trained. stored: from the file of the hard negatives
     (positive_scores, negative_scores), where mining with a teacher, `erniesearch score` and `data
-    import` leave them; any model may have given them, and no cross-encoder is loaded. both: the mean
-    of the two, each divided by its temperature (objective.tau_ce, objective.tau_stored). A passage
-    without a stored score, a random one that fills a group up, has no part in these terms."""
+    import` leave them; any model may have given them, and no cross-encoder is loaded. both: the
+    mean of the two, each divided by its temperature (objective.tau_ce, objective.tau_stored). A
+    passage without a stored score, a random one that fills a group up, has no part in these
+    terms."""
     easy_steps: int = 0
     """For this many first updates draw random negatives instead (curriculum)."""
     teacher_lr: float = 1e-5

@@ -40,7 +40,6 @@ from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
 from erniesearch.training.retrieval_quality import check_best_metric
 
-
 STORED_LISTS = 4096
 """Lists that ``objective.tau_stored: auto`` is fitted on, the first ones of the file."""
 
@@ -119,8 +118,8 @@ def _temperature_of_stored(stage: Stage) -> float:
     lists = scored_lists(path, STORED_LISTS)
     if not lists:
         raise UserError(
-            f"{path}: objective.tau_stored is auto, but no list has a positive and a negative to fit"
-            " a temperature to: set it to a number"
+            f"{path}: objective.tau_stored is auto, but no list has a positive and a negative to"
+            " fit a temperature to: set it to a number"
         )
     rows = [torch.tensor(scores, dtype=torch.float64) for scores in lists]
     scores = pad_sequence(rows, batch_first=True, padding_value=math.nan)

@@ -59,7 +59,9 @@ def assert_same(ours: Any, wanted: Any, factor: float = 1.0) -> None:
 def test_all_terms_have_the_plain_gradient(make_config: ConfigMaker, size: int) -> None:
     # Groups of 3 and 5 queries: chunks cut through groups and do not divide the batch.
     model, batch = build(
-        make_config(dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05, weights=EVERY_TERM)
+        make_config(
+            dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05, weights=EVERY_TERM
+        )
     )
     assert_same(cached(model, batch, size), plain(model, batch))
 

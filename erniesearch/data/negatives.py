@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,46 @@ def scored_lists(path: Path, most: int) -> list[list[float]]:
     return lists
 
 
+@dataclass(frozen=True)
+class NegativesOf:
+    """A query's list: passages that are relevant to it, and hard negatives."""
+
+    qid: str
+    positives: list[str]
+    negatives: list[str]
+
+    @property
+    def passages(self) -> list[str]:
+        """Positives, then negatives."""
+        return self.positives + self.negatives
+
+
+def read_lists(path: Path, data: RetrievalData) -> list[NegativesOf]:
+    """The lists of a file of hard negatives; positives are those of the line and of the qrels.
+
+    Raises:
+        UserError: for an odd line, or a query or passage that is not in ``data``.
+    """
+    relevant = data.relevant()
+    lists = []
+    for qid, negatives, record, where in _lines(path, data):
+        given = record.get("positive_document_ids") or []
+        if not isinstance(given, list):
+            raise UserError(f"{where}: positive_document_ids must be a list")
+        positives = list(dict.fromkeys([*map(str, given), *relevant.get(qid, [])]))
+        _check_known(positives, data, where)
+        lists.append(NegativesOf(qid, positives, negatives))
+    if not lists:
+        raise UserError(f"{path}: no lists")
+    return lists
+
+
+def _check_known(pids: list[str], data: RetrievalData, where: str) -> None:
+    for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
+        if row < 0:
+            raise UserError(f"{where}: passage '{pid}' is not in corpus.jsonl")
+
+
 def _lines(
     path: Path, data: RetrievalData | None
 ) -> Iterator[tuple[str, list[str], dict[str, Any], str]]:
@@ -98,9 +139,7 @@ def _lines(
                 raise UserError(f"{where}: query '{qid}' is not in queries.jsonl")
             if qid in seen:
                 raise UserError(f"{where}: a second line for query '{qid}'; join them")
-            for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
-                if row < 0:
-                    raise UserError(f"{where}: passage '{pid}' is not in corpus.jsonl")
+            _check_known(pids, data, where)
             seen.add(qid)
         yield qid, pids, record, where
 

@@ -112,18 +112,19 @@ def _temperature_of_stored(stage: Stage) -> float:
     """What ``objective.tau_stored: auto`` stands for in a stage."""
     if stage.settings.teacher_scores == "live" or not weights_wanted():
         return 1.0  # nothing depends on it
-    from erniesearch.training.calibration import LOWEST, fit_temperature
+    from erniesearch.training.calibration import fit_temperature
 
     path = _negatives_file(stage)
     lists = scored_lists(path, STORED_LISTS)
-    if not lists:
-        raise UserError(
-            f"{path}: objective.tau_stored is auto, but no list has a positive and a negative to"
-            " fit a temperature to: set it to a number"
-        )
     rows = [torch.tensor(scores, dtype=torch.float64) for scores in lists]
+    unit = float(torch.cat(rows).std()) if rows else 0.0  # theirs; the fit has bounds
+    if not unit:
+        raise UserError(
+            f"{path}: objective.tau_stored is auto, but no list has a positive and a negative of"
+            " different scores to fit a temperature to: set it to a number"
+        )
     scores = pad_sequence(rows, batch_first=True, padding_value=math.nan)
-    temperature = fit_temperature(scores.nan_to_num(), scores.isfinite(), LOWEST / 100)
+    temperature = unit * fit_temperature(scores.nan_to_num() / unit, scores.isfinite())
     if distributed.is_main():
         Console(stderr=True).print(
             f"{stage.name}: temperature {temperature:.3g} of the stored scores by likelihood on"

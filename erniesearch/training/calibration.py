@@ -58,9 +58,9 @@ class Calibration(NamedTuple):
         return text
 
 
-def fit_temperature(scores: Tensor, mask: Tensor, lowest: float = LOWEST) -> float:
+def fit_temperature(scores: Tensor, mask: Tensor) -> float:
     """The likelihood-best temperature of scores ``[num_lists, G]``, each list's positive first;
-    ``mask`` is True on candidates, ``lowest`` the lower bound."""
+    ``mask`` is True on candidates."""
     scores = scores.double().cpu()
     mask = mask.cpu()
     labels = torch.zeros(len(scores), dtype=torch.long)
@@ -68,7 +68,7 @@ def fit_temperature(scores: Tensor, mask: Tensor, lowest: float = LOWEST) -> flo
     def loss(log_temperature: float) -> float:
         return float(contrastive_loss(scores / math.exp(log_temperature), labels, mask))
 
-    bounds = (math.log(lowest), math.log(HIGHEST))
+    bounds = (math.log(LOWEST), math.log(HIGHEST))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 

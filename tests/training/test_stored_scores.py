@@ -276,14 +276,14 @@ def test_the_scale_of_stored_scores_is_found(scored: Callable[..., RunConfig]) -
         model, _ = build_model(Stage(config, "cascade"))
         found[factor] = model.objective.settings.tau_stored
         assert model.objective.settings.tau_ce == 1.0
-    # With r the odds e^(1/T) of the positive against one of four negatives, the likelihood is
-    # 3/4 · log(r / (r + 4)) + 1/4 · log(1 / (1 + 4 r)); its root by bisection:
+    # With r = e^(1/T), the positive's odds against one of four negatives, the log-likelihood is
+    # 3/4 · log(r / (r + 4)) + 1/4 · log(1 / (1 + 4 r)); the root of its derivative by bisection:
     low, high = 0.05, 20.0
     for _ in range(60):
         tau = (low + high) / 2
         right, wrong = (np.exp(lead / tau) / (np.exp(lead / tau) + 4) for lead in (1, -1))
         # d/d(1/T): the lead times how much probability the positive still lacks
-        low, high = (low, tau) if 0.75 * (1 - right) - 0.25 * (1 - wrong) < 0 else (tau, high)
+        low, high = (low, tau) if 0.75 * (1 - right) > 0.25 * (1 - wrong) else (tau, high)
     assert found[1.0] == pytest.approx(tau, rel=1e-3)
     assert found[100.0] / found[1.0] == pytest.approx(100.0, rel=1e-3)
 

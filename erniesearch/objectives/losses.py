@@ -55,9 +55,10 @@ def margin_mse(
 def margin_statistics(
     target_logits: Tensor, logits: Tensor, mask: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Mean margins of both sides, ``{target,student}_margin``: whether they are of one scale."""
+    """How large margins are on average, whatever their sign, ``{target,student}_margin``: whether
+    both sides are of one scale."""
     return {
-        f"{side}_margin": _mean_over_negatives(_margins(scores), mask).mean()
+        f"{side}_margin": _mean_over_negatives(_margins(scores).abs(), mask).mean()
         for side, scores in (("target", target_logits), ("student", logits))
     }
 

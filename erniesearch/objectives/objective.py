@@ -177,7 +177,7 @@ class Objective:
     def _match_margins(
         self, name: str, target: Tensor, student: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """The MarginMSE term ``name``, 0 while its gate is closed, and the mean margins."""
+        """The MarginMSE term ``name``, 0 while its gate is closed, and how large margins are."""
         statistics = losses.margin_statistics(target, student, mask)
         if self.is_open(name):
             term = losses.margin_mse(target, student, mask, self.settings.detach_targets)

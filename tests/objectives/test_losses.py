@@ -112,10 +112,10 @@ def test_margin_mse_does_not_see_a_constant_and_its_gradient() -> None:
     torch.testing.assert_close(target.grad, -expected)
 
 
-def test_mean_margins_by_hand() -> None:
+def test_sizes_of_margins_by_hand() -> None:
     found = margin_statistics(TEACHER, STUDENT, SCORED)
     assert found["target_margin"].item() == pytest.approx((3 + 0.5) / 2)
-    assert found["student_margin"].item() == pytest.approx((2.5 - 1 / 6) / 2)
+    assert found["student_margin"].item() == pytest.approx((2.5 + 3.5 / 3) / 2)
 
 
 def test_margins_in_bf16_are_taken_in_fp32() -> None:

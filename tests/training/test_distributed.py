@@ -55,8 +55,9 @@ def compare(ours: RunFolder, reference: RunFolder, atol: float = 2e-5) -> None:
         for name, value in expected.items():
             if name.startswith("accuracy"):
                 continue  # a step function: rounding decides near ties
-            # dual_reg is 0 up to rounding without dropout.
-            assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, own["step"])
+            # dual_reg is 0 up to rounding without dropout; margins are differences of scores.
+            close = pytest.approx(value, rel=1e-4, abs=1e-5 if name.endswith("margin") else 1e-6)
+            assert own[name] == close, (name, own["step"])
     for part in ("student", "teacher"):
         weights, wanted = (load_file(f.model("cascade", part) / "model.safetensors")
                            for f in (ours, reference))  # fmt: skip

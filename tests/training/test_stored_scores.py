@@ -110,7 +110,9 @@ def test_stored_scores_train_as_the_frozen_teacher_does(
             assert own.keys() == expected.keys()
             for key, value in expected.items():
                 if not key.startswith("accuracy") and key != "learning_rate":
-                    assert own[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
+                    # The tiny student's scores of 30 differ by 1e-4: fp32 has no more of a margin.
+                    close = pytest.approx(value, rel=1e-5, abs=1e-5 if "margin" in key else 1e-6)
+                    assert own[key] == close, (name, key)
         trained = load_file(folders[name].model("cascade", "student") / "model.safetensors")
         for key, value in weights.items():
             torch.testing.assert_close(trained[key], value, rtol=1e-4, atol=1e-5)

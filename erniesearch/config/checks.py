@@ -14,7 +14,7 @@ from erniesearch.config.keys import (
     training_stages,
 )
 from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
-from erniesearch.config.terms import TERMS, comparing, own_terms, reads, weight_of
+from erniesearch.config.terms import TERMS, comparing, own_terms, reads, settings_read, weight_of
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 

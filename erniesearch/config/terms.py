@@ -141,7 +141,7 @@ class LossTerm:
 
 LOGGED = ("loss", "step", "grad_norm", "num_tokens", "skipped_updates", "learning_rate", "speed")
 """What metrics.jsonl has beside the terms."""
-LOGGED_OF_A_TERM = re.compile(r"^accuracy_|_(top1|entropy)$")
+LOGGED_OF_A_TERM = re.compile(r"^accuracy_|_(top1|entropy|margin)$")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ commands:
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
   mine                 hard negatives for a split from an index, dropped by a cross-encoder
+  score                a teacher's scores of given lists, by any CrossEncoder
   data import          convert MS MARCO, DPR, SQuAD, Tevatron, … to BEIR layout
   data check           lengths, copies, judgements and splits of a data set
   data pydocs          write the embedded docstring corpus in BEIR layout
@@ -92,6 +93,7 @@ COMMANDS = {
     "encode": "encode:encode_command",
     "index": "index:index_command",
     "mine": "mine:mine_command",
+    "score": "score:score_command",
     "data import": "data:import_command",
     "data check": "data:check_command",
     "data pydocs": "data:pydocs_command",

@@ -52,7 +52,7 @@ def needs_teacher(weights: LossWeights) -> bool:
 
 def runs_teacher(stage: TrainingStageConfig) -> bool:
     """Whether the stage runs the cross-encoder, rather than read scores that it has stored."""
-    return needs_teacher(stage.weights) and stage.teacher_scores == "live"
+    return needs_teacher(stage.weights) and stage.teacher_scores != "stored"
 
 
 def attention_layers(weights: LossWeights, objective: ObjectiveConfig) -> list[int]:
@@ -66,12 +66,21 @@ def distilled_from(weights: LossWeights) -> tuple[str, ...]:
     return tuple(name for name in ("late_interaction", "cross_encoder") if name in teachers)
 
 
+def checked_teachers(config: RunConfig) -> tuple[str, ...]:
+    """The models that ``teacher_check`` measures: those that the cascade distils from, but no
+    cross-encoder where all that is here of it are scores that came with the data."""
+    cascade = config.stages.cascade
+    elsewhere = not runs_teacher(cascade) and cascade.negatives == "given"
+    found = distilled_from(cascade.weights)
+    return tuple(name for name in found if not (elsewhere and name == "cross_encoder"))
+
+
 def is_enabled(config: RunConfig, stage: str) -> bool:
     """Whether the run contains this stage."""
     all_stages, cascade = config.stages, config.stages.cascade
     if stage == "teacher_check":
         check = all_stages.teacher_check
-        return bool(check.enabled and cascade.steps and distilled_from(cascade.weights))
+        return bool(check.enabled and cascade.steps and checked_teachers(config))
     if stage == "mine":
         return all_stages.mine.enabled
     return training_stages(config)[stage].steps > 0
@@ -85,8 +94,7 @@ def student_source(config: RunConfig, stage: str) -> str | None:
 def teacher_source(config: RunConfig, stage: str) -> str | None:
     """The stage whose cross-encoder this stage starts from; None for the pretrained weights."""
     wanted = stage in ("mine", "cascade") or (
-        stage == "teacher_check"
-        and "cross_encoder" in distilled_from(config.stages.cascade.weights)
+        stage == "teacher_check" and "cross_encoder" in checked_teachers(config)
     )
     return "teacher" if wanted and is_enabled(config, "teacher") else None
 
@@ -199,7 +207,7 @@ def models_hash(config: RunConfig, stage: str) -> list[Any]:
     """Settings of the models that a stage runs, with the contents of those that are folders."""
     student, teacher = asdict(config.student), asdict(config.teacher)
     if stage == "teacher_check":
-        if "cross_encoder" not in distilled_from(config.stages.cascade.weights):
+        if "cross_encoder" not in checked_teachers(config):
             teacher = {"path": ""}
     elif stage in TRAINING_STAGES:
         weights = Stage(config, stage).weights
@@ -239,6 +247,8 @@ SPEED_ONLY = (
     *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
     "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",
 )  # fmt: skip
+LATER = ("tau_stored", "tau_de_margin", "tau_li_margin")
+"""Keys that runs of before did not have; null, they decide nothing."""
 
 
 def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
@@ -262,7 +272,7 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["evaluation"] = asdict(config.evaluation)
     elif stage == "teacher_check":
         settings["settings"] = asdict(config.stages.teacher_check) | {"split": check_split(config)}
-        settings["teachers"] = distilled_from(config.stages.cascade.weights)
+        settings["teachers"] = checked_teachers(config)
     elif stage == "mine":
         settings["settings"] = asdict(config.stages.mine)
     elif stage in TRAINING_STAGES:
@@ -321,8 +331,13 @@ def _decisive_objective(stage: Stage) -> dict[str, Any]:
         # Here the ranks count: a query is compared with its own rank's passages.
         own = f"in_batch of {stage.queries_per_rank}"
         settings["candidates"] = own if stage.ranks > 1 else "cross_batch"
+    if stage.settings.teacher_scores != "live":
+        read = read | {"tau_stored"}
     return {key: value for key, value in settings.items() if key in read}
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in SPEED_ONLY}
+    return {
+        key: value for key, value in settings.items()
+        if key not in SPEED_ONLY and not (key in LATER and value is None)
+    }  # fmt: skip

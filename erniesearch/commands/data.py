@@ -51,8 +51,8 @@ def import_command(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "format", type=str,
-        help="beir, msmarco, dpr (also nq), tevatron, flagembedding, dureader, squad (also CMRC"
-        " 2018, DRCD, XQuAD, KorQuAD 1.0), parquet (also JSON, CSV and TSV tables), or hf (a"
+        help="beir, msmarco, dpr (also nq), tevatron, flagembedding, pylate, dureader, squad (also"
+        " CMRC 2018, DRCD, XQuAD, KorQuAD 1.0), parquet (also JSON, CSV and TSV tables), or hf (a"
         " dataset's name).",
     )  # fmt: skip
     parser.add_argument("sources", type=str, nargs="+", help="Files or folders of that format.")
@@ -66,15 +66,18 @@ def import_command(argv: list[str]) -> int:
     for name in ("max_words", "max_chars", "dev_articles", "test_articles"):
         if getattr(options, name) and found.format != "squad":
             raise UserError(f"--{name}: format squad alone knows it, not {found.format}")
+    if options.relevant and found.format != "pylate":
+        raise UserError(f"--relevant: format pylate alone knows it, not {found.format}")
     from erniesearch.data.importers.import_data import convert
 
     sources, out = [Path(source) for source in found.sources], Path(found.out)
     facts = convert(found.format, sources, out, options)
     splits = ", ".join(f"{name} {count}" for name, count in facts["judged_queries"].items())
-    negatives = facts["queries_with_negatives"]
+    negatives, scored = facts["queries_with_negatives"], facts["queries_with_scores"]
+    told = f", {scored} of them with a teacher's scores" if scored else ""
     sys.stdout.write(
         f"{out}: {facts['passages']} passages, {facts['queries']} queries (judged:"
-        f" {splits}; with hard negatives: {negatives})\n"
+        f" {splits}; with hard negatives: {negatives}{told})\n"
     )
     for title, kinds in (("left out", facts["left_out"]), ("note", facts["notes"])):
         for kind, told in kinds.items():

@@ -14,7 +14,7 @@ from erniesearch.config.keys import (
     training_stages,
 )
 from erniesearch.config.stage_keys import StageConfig, TrainingStageConfig
-from erniesearch.config.terms import TERMS, comparing, own_terms, reads, weight_of
+from erniesearch.config.terms import TERMS, comparing, own_terms, reads, settings_read, weight_of
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError
 
@@ -114,7 +114,7 @@ def _check_stage(
             stage.num_negatives > 0 or not over_group, f"{prefix}.num_negatives", 0,
             f"1 or more: the terms {over_group} compare the passages of a group",
         )  # fmt: skip
-        if isinstance(stage, StageConfig) and stage.teacher_scores == "stored":
+        if isinstance(stage, StageConfig) and stage.teacher_scores != "live":
             _check_stored_scores(config, name, stage, require)
     if name == "post_train":
         for key in (term for term in TERMS if "teacher" in TERMS[term].reads):
@@ -139,25 +139,27 @@ def _check_stored_scores(
     config: RunConfig, name: str, stage: StageConfig, require: Require
 ) -> None:
     """A cross-encoder that is not there can only give the scores that it left."""
-    prefix, weights = f"stages.{name}", stage.weights
-    for key in ("ce", *comparing(weights, "pairs")):
-        require(getattr(weights, key) == 0, f"{prefix}.weights.{key}", getattr(weights, key),
-                f"0 while {prefix}.teacher_scores is stored: it runs the teacher")  # fmt: skip
-    for term in own_terms(weights):
-        require(not term.trains_teacher, f"{prefix}.teacher_scores", "stored",
-                f"live: LossTerm '{term.name}' trains the cross-encoder")  # fmt: skip
-    require(reads(weights, "teacher"), f"{prefix}.teacher_scores", "stored",
-            "live while ce_to_li and ce_to_de are 0: nothing reads the scores")  # fmt: skip
-    require(stage.negatives in ("mined", "given") and stage.num_negatives > 0,
-            f"{prefix}.teacher_scores", "stored",
+    prefix, weights, kind = f"stages.{name}", stage.weights, stage.teacher_scores
+    key = f"{prefix}.teacher_scores"
+    if kind == "stored":
+        for term in ("ce", *comparing(weights, "pairs")):
+            require(getattr(weights, term) == 0, f"{prefix}.weights.{term}", getattr(weights, term),
+                    f"0 while {key} is stored: it runs the teacher")  # fmt: skip
+        for own in own_terms(weights):
+            require(not own.trains_teacher, key, kind,
+                    f"live: LossTerm '{own.name}' trains the cross-encoder")  # fmt: skip
+        require(config.objective.detach_targets, "objective.detach_targets", False,
+                f"true while {key} is stored: scores cannot be trained")  # fmt: skip
+    reading = reads(weights, "teacher") if kind == "stored" else "tau_ce" in settings_read(weights)
+    require(reading, key, kind,
+            "live while ce_to_li, ce_to_de, margin_mse_li and margin_mse_de are 0: nothing reads"
+            " the scores")  # fmt: skip
+    require(stage.negatives in ("mined", "given") and stage.num_negatives > 0, key, kind,
             "live unless negatives are mined or given: others have no scores")  # fmt: skip
     require(stage.easy_steps == 0, f"{prefix}.easy_steps", stage.easy_steps,
-            f"0 while {prefix}.teacher_scores is stored: random negatives have none")  # fmt: skip
-    require(config.objective.detach_targets, "objective.detach_targets", False,
-            f"true while {prefix}.teacher_scores is stored: scores cannot be trained")  # fmt: skip
+            f"0 while {key} is {kind}: random negatives have none")  # fmt: skip
     asked = config.stages.mine.asks_teacher
-    require(stage.negatives == "given" or (asked and config.stages.teacher.steps > 0),
-            f"{prefix}.teacher_scores", "stored",
+    require(stage.negatives == "given" or (asked and config.stages.teacher.steps > 0), key, kind,
             "live unless mining asks a teacher: stages.teacher.steps above 0 and"
             " stages.mine.denoise_margin a number (one far below 0 drops nothing)")  # fmt: skip
 
@@ -197,9 +199,15 @@ def _check_validation(training: TrainingConfig, require: Require) -> None:
 def _check_objective(config: RunConfig, require: Require) -> None:
     """Temperatures, candidates, and terms that could be nothing but 0."""
     objective = config.objective
-    for key in ("tau_de", "tau_li", "tau_att", "tau_ce", "tau_de_kl", "tau_li_kl", "tau_li_target"):
+    for key in (name for name in vars(objective) if name.startswith("tau_")):
         tau = getattr(objective, key)
         require(tau is None or tau == "auto" or tau > 0, f"objective.{key}", tau, "above 0")
+    reads_stored = any(
+        stage.steps and stage.teacher_scores != "live" for stage in training_stages(config).values()
+    )
+    require(objective.tau_stored is None or reads_stored, "objective.tau_stored",
+            objective.tau_stored, "null while no stage reads stored scores"
+            " (stages.NAME.teacher_scores: stored or both)")  # fmt: skip
     layers = objective.virt_layers
     require(bool(layers) and len({*layers}) == len(layers), "objective.virt_layers", layers,
             "one layer of the teacher or more, none of them twice")  # fmt: skip

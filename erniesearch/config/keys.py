@@ -87,12 +87,20 @@ class ObjectiveConfig:
     tau_ce: float | Literal["auto"] = 1.0
     """Temperature of the cross-encoder as the target of a KL. auto: the likelihood-best one, which
     the stage teacher finds on held-out lists when it ends and stores with the model."""
+    tau_stored: float | Literal["auto"] | None = None
+    """Temperature of stored scores as a target (stages.NAME.teacher_scores); null is tau_ce. auto:
+    the likelihood-best one on the stored lists themselves, for a teacher of unknown scale."""
     tau_de_kl: float | None = None
     """Temperature of the dual-encoder in ce_to_de and li_to_de; null is tau_de."""
     tau_li_kl: float | None = None
     """Temperature of late interaction in ce_to_li; null is tau_li."""
     tau_li_target: float | None = None
     """Temperature of late interaction as the target of li_to_de; null is tau_li."""
+    tau_de_margin: float | None = None
+    """Temperature of the dual-encoder in margin_mse_de, the scale on which its margins are compared
+    with the teacher's; null is tau_de."""
+    tau_li_margin: float | None = None
+    """Temperature of late interaction in margin_mse_li; null is tau_li."""
     virt_layers: list[int] = field(default_factory=lambda: [-1])
     """The teacher's layers that virt takes as targets, counted from 0, or from the last one, -1.
     The student's last layer goes with the teacher's last, and evenly from there."""

@@ -108,6 +108,39 @@ class MineOptions:
 
 
 @dataclass(frozen=True)
+class ScoreOptions:
+    """``erniesearch score``."""
+
+    model: str
+    """Any CrossEncoder of sentence-transformers with one score: a folder, or a hub name. Its
+    vocabulary and size need not be those of any model of a run."""
+    data: str
+    """Folder in BEIR layout that has the lists' texts."""
+    out: str
+    """File to write, JSON lines; a run reads it as negatives.jsonl in data.path."""
+    lists: str | None = None
+    """File of hard negatives as `erniesearch mine` and `data import` write it; DATA/negatives.jsonl
+    by default."""
+    overwrite: bool = False
+    """Replace --out if it is there; it may be --lists itself."""
+    split: str = "train"
+    """Name of the qrels file whose relevant passages are scored too."""
+    use_titles: bool = True
+    """Put a passage's title before its text."""
+    activation: Literal["none", "model"] = "none"
+    """none writes logits. model applies the model's own activation, often a sigmoid, which leaves
+    little between the best passages."""
+    max_length: int | None = None
+    """Longest pair in tokens; the model's own by default."""
+    batch_size: int = 64
+    """Pairs that the model gets at a time."""
+    precision: Precision = "auto"
+    """Computed in, as in `erniesearch encode`."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Only for checkpoints you trust."""
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """``erniesearch evaluate``."""
 
@@ -189,7 +222,17 @@ class ImportOptions:
     positive: str = "positive"
     """parquet, hf: column of the relevant passages (text or list)."""
     negative: str = "negative"
-    """parquet, hf: column of the hard negatives; also NAME_1, NAME_2 and so on."""
+    """parquet, hf: column of the hard negatives; also NAME_1, NAME_2 (or NAME1) and so on."""
+    documents: str = ""
+    """parquet, hf: column of lists, the relevant passage first, in place of --positive and
+    --negative."""
+    scores: str | None = ""
+    """parquet, hf: column of a teacher's scores of positive and negatives, or of margins (the
+    positive's score minus each negative's); empty: the first of label, labels, score and scores
+    that is there. All formats: null reads no scores."""
+    relevant: Literal["first", "best"] | None = None
+    """pylate: which passage of a list is relevant, the first or the one of the highest score; its
+    lists do not say it."""
     query_id: str = ""
     """parquet, hf: column of the query ids; empty: a hash of the text."""
     positive_id: str = ""

@@ -20,6 +20,11 @@ class LossWeights:
     """KL(cross-encoder || dual-encoder) over the group."""
     li_to_de: float = 0.0
     """KL(late interaction || dual-encoder) over the candidates."""
+    margin_mse_li: float = 0.0
+    """MarginMSE (Hofstätter et al. 2020): the squared difference between late interaction's margins
+    of the positive over each hard negative and the cross-encoder's."""
+    margin_mse_de: float = 0.0
+    """MarginMSE between the dual-encoder's margins and the cross-encoder's."""
     attention: float = 0.0
     """KL(cross-encoder's attention || late interaction's token softmax) over the group."""
     dual_reg: float = 0.0
@@ -91,11 +96,14 @@ class StageConfig(AnyStageConfig):
     data.path ({"query_id", "negative_document_ids"} a line, as `erniesearch data import` writes
     it). A query with too few is filled up with random passages; a query without a line is left
     out."""
-    teacher_scores: Literal["live", "stored"] = "live"
-    """Where ce_to_li and ce_to_de have the cross-encoder's scores from. live: it reads every group,
-    and may be trained. stored: from the file of the hard negatives, where mining with a teacher
-    leaves them (positive_scores, negative_scores); no cross-encoder is loaded. A passage without a
-    score, a random one that fills a group up, has no part in the KL."""
+    teacher_scores: Literal["live", "stored", "both"] = "live"
+    """Where ce_to_li, ce_to_de and the MarginMSE terms have a teacher's scores from. live: the
+    cross-encoder reads every group, and may be trained. stored: from the file of the hard negatives
+    (positive_scores, negative_scores), where mining with a teacher, `erniesearch score` and `data
+    import` leave them; any model may have given them, and no cross-encoder is loaded. both: the
+    mean of the two, each divided by its temperature (objective.tau_ce, objective.tau_stored). A
+    passage without a stored score, a random one that fills a group up, has no part in these
+    terms."""
     easy_steps: int = 0
     """For this many first updates draw random negatives instead (curriculum)."""
     teacher_lr: float = 1e-5

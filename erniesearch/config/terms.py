@@ -56,6 +56,14 @@ TERMS = {
         _reads("tokens", "vectors"), "candidates", "late_interaction",
         ("tau_li", "tau_li_target", "tau_de", "tau_de_kl"), ("li", "de"),
     ),
+    "margin_mse_li": Term(
+        _reads("teacher", "tokens"), "group", "cross_encoder",
+        ("tau_ce", "tau_li", "tau_li_margin"), ("group_ce", "group_li"),
+    ),
+    "margin_mse_de": Term(
+        _reads("teacher", "vectors"), "group", "cross_encoder",
+        ("tau_ce", "tau_de", "tau_de_margin"), ("group_ce", "group_de"),
+    ),
     "attention": Term(
         _reads("teacher", "tokens"), "pairs", "cross_encoder", ("tau_att",),
         ("group_ce", "group_li"),
@@ -133,7 +141,7 @@ class LossTerm:
 
 LOGGED = ("loss", "step", "grad_norm", "num_tokens", "skipped_updates", "learning_rate", "speed")
 """What metrics.jsonl has beside the terms."""
-LOGGED_OF_A_TERM = re.compile(r"^accuracy_|_(top1|entropy)$")
+LOGGED_OF_A_TERM = re.compile(r"^accuracy_|_(top1|entropy|margin)$")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,63 @@ def read_scored_negatives(
     return negatives, scores
 
 
+def scored_lists(path: Path, most: int) -> list[list[float]]:
+    """Scores of the file's first ``most`` lists that can be ranked: one positive's, then the
+    negatives'.
+
+    Raises:
+        UserError: as :func:`read_scored_negatives`.
+    """
+    lists = []
+    for _, _, record, where in _lines(path, None):
+        own = [list(_scores(record, kind, where).values()) for kind in ("positive", "negative")]
+        if all(own):
+            lists.append(own[0][:1] + own[1])
+        if len(lists) == most:
+            break
+    return lists
+
+
+@dataclass(frozen=True)
+class NegativesOf:
+    """A query's list: passages that are relevant to it, and hard negatives."""
+
+    qid: str
+    positives: list[str]
+    negatives: list[str]
+
+    @property
+    def passages(self) -> list[str]:
+        """Positives, then negatives."""
+        return self.positives + self.negatives
+
+
+def read_lists(path: Path, data: RetrievalData) -> list[NegativesOf]:
+    """The lists of a file of hard negatives; positives are those of the line and of the qrels.
+
+    Raises:
+        UserError: for an odd line, or a query or passage that is not in ``data``.
+    """
+    relevant = data.relevant()
+    lists = []
+    for qid, negatives, record, where in _lines(path, data):
+        given = record.get("positive_document_ids") or []
+        if not isinstance(given, list):
+            raise UserError(f"{where}: positive_document_ids must be a list")
+        positives = list(dict.fromkeys([*map(str, given), *relevant.get(qid, [])]))
+        _check_known(positives, data, where)
+        lists.append(NegativesOf(qid, positives, negatives))
+    if not lists:
+        raise UserError(f"{path}: no lists")
+    return lists
+
+
+def _check_known(pids: list[str], data: RetrievalData, where: str) -> None:
+    for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
+        if row < 0:
+            raise UserError(f"{where}: passage '{pid}' is not in corpus.jsonl")
+
+
 def _lines(
     path: Path, data: RetrievalData | None
 ) -> Iterator[tuple[str, list[str], dict[str, Any], str]]:
@@ -81,9 +139,7 @@ def _lines(
                 raise UserError(f"{where}: query '{qid}' is not in queries.jsonl")
             if qid in seen:
                 raise UserError(f"{where}: a second line for query '{qid}'; join them")
-            for pid, row in zip(pids, rows_of(data.index_of, pids), strict=True):
-                if row < 0:
-                    raise UserError(f"{where}: passage '{pid}' is not in corpus.jsonl")
+            _check_known(pids, data, where)
             seen.add(qid)
         yield qid, pids, record, where
 
@@ -92,8 +148,9 @@ def _scores(record: dict[str, Any], kind: str, where: str) -> dict[str, float]:
     pids, scores = record.get(f"{kind}_document_ids"), record.get(f"{kind}_scores")
     if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
         raise UserError(
-            f"{where}: no {kind}_scores, numbers that go with {kind}_document_ids: mine with a"
-            " teacher (`erniesearch mine --write_scores true`), or set teacher_scores: live"
+            f"{where}: no {kind}_scores, finite numbers that go with {kind}_document_ids: score the"
+            " lists (`erniesearch score`), mine with a teacher (`erniesearch mine --write_scores"
+            " true`), or set teacher_scores: live"
         )
     if not isinstance(pids, list) or len(pids) != len(scores):
         raise UserError(

@@ -23,7 +23,7 @@ REMEDIES = {
     "late_interaction": "train the stage interaction longer or with a higher head_lr, or set"
     " li_to_de to 0",
     "cross_encoder": "train the stage teacher longer, on longer lists or at another learning rate,"
-    " or set ce_to_li, ce_to_de and attention to 0",
+    " or set ce_to_li, ce_to_de, margin_mse_li, margin_mse_de and attention to 0",
 }
 
 

@@ -39,11 +39,15 @@ def use_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def convert(model: nn.Module, bf16: bool) -> None:
-    """For inference: to bf16, or as it is. A score head stays in fp32: scores in bf16 would fall on
-    few values, and many passages on the same."""
-    if not bf16:
-        return
-    model.bfloat16()
+    """For inference: to bf16, or as it is; a score head stays in fp32 (:func:`widen_head`)."""
+    if bf16:
+        model.bfloat16()
+        widen_head(model)
+
+
+def widen_head(model: nn.Module) -> None:
+    """The score head of a model in bf16 to fp32: scores in bf16 would fall on few values, and many
+    passages on the same."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     if last.out_features == 1:
         last.float().register_forward_pre_hook(_widen)

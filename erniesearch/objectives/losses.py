@@ -36,6 +36,33 @@ def kl_divergence(
     return (target.exp() * (target - student)).sum(-1).mean()
 
 
+def margin_mse(
+    target_logits: Tensor, logits: Tensor, mask: Tensor | None = None, detach: bool = True
+) -> Tensor:
+    """L = mean over q of mean over p ≠ p+ of ( (s(q,p+) - s(q,p)) - (t(q,p+) - t(q,p)) )².
+
+    MarginMSE (Hofstätter et al. 2020, arXiv 2010.02666) over lists ``[num_queries, G]`` whose
+    column 0 is the positive: not the scores must agree but their distances. Scores are divided by
+    their temperatures already; a query without another candidate counts as 0.
+    """
+    if detach:
+        target_logits = target_logits.detach()
+    squared = (_margins(logits) - _margins(target_logits)).square()
+    return _mean_over_negatives(squared, mask).mean()
+
+
+@torch.no_grad()
+def margin_statistics(
+    target_logits: Tensor, logits: Tensor, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """How large margins are on average, whatever their sign, ``{target,student}_margin``: whether
+    both sides are of one scale."""
+    return {
+        f"{side}_margin": _mean_over_negatives(_margins(scores).abs(), mask).mean()
+        for side, scores in (("target", target_logits), ("student", logits))
+    }
+
+
 @torch.no_grad()
 def kl_statistics(
     target_logits: Tensor, logits: Tensor, mask: Tensor | None = None
@@ -68,6 +95,23 @@ def accuracy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tens
     return (_masked(logits, mask).argmax(-1) == labels).float().mean()
 
 
+def _margins(logits: Tensor) -> Tensor:
+    """``[num_queries, G]`` to the positive's lead over each of the others, ``[num_queries, n]``."""
+    logits = _wide(logits)
+    return logits[:, :1] - logits[:, 1:]
+
+
+def _mean_over_negatives(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean(-1)
+    others = mask[:, 1:]
+    return values.masked_fill(~others, 0.0).sum(-1) / others.sum(-1).clamp(min=1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = _wide(logits)
     return logits if mask is None else logits.masked_fill(~mask, float("-inf"))

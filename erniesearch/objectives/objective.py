@@ -52,7 +52,8 @@ class Scores:
     Attributes:
         dual_encoder, late_interaction: ``[B, P]``, divided by ``tau_de`` and ``tau_li``; None where
             no term of the stage asks for them.
-        cross_encoder: ``[B, G]``, without a temperature, live or stored; None likewise.
+        cross_encoder: ``[B, G]``, without a temperature, live (also where the stage has both) or
+            stored; None likewise.
         labels: ``[B]``, the column of each query's positive in ``[B, P]``.
         mask: ``[B, P]``, False on false negatives, which no term compares.
         group_mask: ``[B, G]``, False on false negatives, and where a passage has no stored score.
@@ -173,6 +174,17 @@ class Objective:
             kl = _nothing(student)
         return {name: kl} | {f"{name}_{key}": value for key, value in statistics.items()}
 
+    def _match_margins(
+        self, name: str, target: Tensor, student: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """The MarginMSE term ``name``, 0 while its gate is closed, and how large margins are."""
+        statistics = losses.margin_statistics(target, student, mask)
+        if self.is_open(name):
+            term = losses.margin_mse(target, student, mask, self.settings.detach_targets)
+        else:
+            term = _nothing(student)
+        return {name: term} | {f"{name}_{key}": value for key, value in statistics.items()}
+
     def _student_terms(
         self, outputs: Outputs, student: StudentScores, training: bool
     ) -> dict[str, Tensor]:
@@ -234,11 +246,12 @@ class Objective:
     ) -> dict[str, Tensor]:  # fmt: skip
         w = self.weights
         terms: dict[str, Tensor] = {}
-        teacher_scores, mask = teacher
-        labels = zeros(len(teacher_scores), dtype=long, device=teacher_scores.device)
-        terms["accuracy_ce"] = losses.accuracy(teacher_scores, labels, mask)
+        own_scores, mask = teacher
+        labels = zeros(len(own_scores), dtype=long, device=own_scores.device)
+        terms["accuracy_ce"] = losses.accuracy(own_scores, labels, mask)
         if w.ce:
-            terms["ce"] = losses.contrastive_loss(teacher_scores, labels, mask)
+            terms["ce"] = losses.contrastive_loss(own_scores, labels, mask)
+        target, mask = self._teacher_target(batch, outputs, mask)
         if student is None:
             return terms
         own = {
@@ -247,16 +260,14 @@ class Objective:
             if logits is not None
         }
         settings = self.settings
-        for weight, name, tau, tau_kl in (
-            (w.ce_to_li, "li", settings.tau_li, settings.tau_li_kl),
-            (w.ce_to_de, "de", settings.tau_de, settings.tau_de_kl),
+        for name, side, make, tau, wanted in (
+            ("ce_to_li", "li", self._distill, settings.tau_li, settings.tau_li_kl),
+            ("ce_to_de", "de", self._distill, settings.tau_de, settings.tau_de_kl),
+            ("margin_mse_li", "li", self._match_margins, settings.tau_li, settings.tau_li_margin),
+            ("margin_mse_de", "de", self._match_margins, settings.tau_de, settings.tau_de_margin),
         ):
-            if weight:
-                assert settings.tau_ce != "auto"
-                terms |= self._distill(
-                    f"ce_to_{name}", _at_temperature(teacher_scores, 1.0, settings.tau_ce),
-                    _at_temperature(own[name], tau, tau_kl), mask,
-                )  # fmt: skip
+            if getattr(w, name):
+                terms |= make(name, target, _at_temperature(own[side], tau, wanted), mask)
         assert outputs.queries is not None
         for name, made, read in (
             ("attention", outputs.attention, outputs.queries.tokens),
@@ -265,8 +276,30 @@ class Objective:
             if getattr(w, name):
                 terms[name] = _nothing(read) if made is None else made
         accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
-        self._track({"group_ce": terms["accuracy_ce"], **accuracies}, training)
+        self._track({"group_ce": losses.accuracy(target, labels, mask), **accuracies}, training)
         return terms
+
+    def _teacher_target(
+        self, batch: Batch, outputs: Outputs, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A teacher's scores of the groups at their temperatures, ``[B, G]``, and which of ``mask``
+        have one: the cross-encoder's, stored ones, or the mean of the two.
+
+        The mean of logits is that of log-probabilities up to a constant, which no term sees: the
+        softmax is the geometric mean of both distributions.
+        """
+        settings, stored = self.settings, batch.teacher_scores
+        targets = []
+        if outputs.teacher_scores is not None:
+            assert settings.tau_ce != "auto"
+            live = outputs.teacher_scores.view_as(mask)
+            targets.append(_at_temperature(live, 1.0, settings.tau_ce))
+        if stored is not None:  # a random passage that fills a group up has none: it is left out
+            tau = settings.tau_ce if settings.tau_stored is None else settings.tau_stored
+            assert tau != "auto"
+            mask = mask & stored.isfinite().view_as(mask)
+            targets.append(_at_temperature(stored.nan_to_num().view_as(mask), 1.0, tau))
+        return sum(targets[1:], targets[0]) / len(targets), mask
 
     def _track(self, accuracies: dict[str, Tensor], training: bool) -> None:
         """Update the running accuracies, the same on every rank (competence gate only)."""
@@ -287,13 +320,14 @@ class Objective:
 
 
 def _teacher_scores(batch: Batch, outputs: Outputs) -> tuple[Tensor, Tensor] | None:
-    """The cross-encoder's scores of the groups and their mask, both ``[B, G]``; None without."""
+    """The cross-encoder's scores of the groups, or stored ones where it does not run, and their
+    mask, both ``[B, G]``; None without."""
     if outputs.teacher_scores is None and batch.teacher_scores is None:
         return None
     mask = group_mask(batch)
-    if batch.teacher_scores is None:
-        assert outputs.teacher_scores is not None
+    if outputs.teacher_scores is not None:
         return outputs.teacher_scores.view_as(mask), mask
+    assert batch.teacher_scores is not None
     # A random passage that fills a group up has none, and the KL leaves it out.
     mask = mask & batch.teacher_scores.isfinite().view_as(mask)
     return batch.teacher_scores.nan_to_num().view_as(mask), mask

@@ -38,7 +38,7 @@ class Outputs(NamedTuple):
         queries, passages: the student's first pass.
         second_queries, second_passages: ``[B, hidden]`` and ``[B·G, hidden]``, dual-encoder vectors
             of a second pass with other dropout.
-        teacher_scores: ``[B·G]``, the cross-encoder's; None also where the batch has stored ones.
+        teacher_scores: ``[B·G]``, the cross-encoder's; None also where stored ones take its place.
         attention, virt, mlm: these terms themselves; they need no passage of another query.
     """
 

@@ -120,7 +120,7 @@ def make_teacher_check(config: RunConfig) -> dict[str, Any]:
     settings, split = config.stages.teacher_check, stages.check_split(config)
     data = with_split(_training_data(config), config.data.path, split)
     data = measures.draw_subset(data, settings.queries, settings.num_distractors, config.seed)
-    teachers = stages.distilled_from(config.stages.cascade.weights)
+    teachers = stages.checked_teachers(config)
     student, teacher = part_settings(config, "teacher_check")
     facts = check_teachers(
         data, make_retriever(config, student, told=True),

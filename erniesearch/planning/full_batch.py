@@ -32,7 +32,7 @@ def full_batch(
             "mlm_ids": passage_ids.masked_fill(chosen, tokenizer.mask_token_id),
             "mlm_labels": passage_ids.masked_fill(~chosen, -100),
         }
-    if settings.teacher_scores == "stored":
+    if settings.teacher_scores != "live":
         extra["teacher_scores"] = torch.rand(num_passages, generator=generator)
     index = torch.arange(num_passages)
     relevant = index.view(num_queries, -1)[:, :1]

@@ -1,15 +1,12 @@
 """Mine a whole split from an index on disk, on as many ranks as there are.
 
-Blocks of queries are dealt to ranks; each finished block is a file, so that an interrupted mining
-continues, and rank 0 joins them in the order of the qrels. Neither the number of ranks nor an
-interrupt changes the result.
+Blocks of queries are dealt to ranks (:mod:`erniesearch.retrieval.parts`), and rank 0 joins them in
+the order of the qrels.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +30,8 @@ from erniesearch.retrieval.miner import (
     told,
 )
 from erniesearch.retrieval.model_folder import ModelFolder, fingerprint, read_folder
+from erniesearch.retrieval.parts import PATIENCE, Parts
 from erniesearch.retrieval.vector_index import VectorIndex
-
-PATIENCE = timedelta(days=7)
-"""Ranks wait this long for the slowest; a rank that fails ends the others through the launcher."""
 
 
 def mine_collection(options: MineOptions, settings: MineConfig) -> None:
@@ -62,9 +57,9 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
         collection, retriever, found, scorer, settings, seed, always_score=options.write_scores
     )
     qids = drawn_queries(collection, settings, seed)
-    parts = target.with_name(f".{target.name}.parts")
+    parts = Parts(target)
     if distributed.is_main():
-        _claim(parts, json.dumps(_record(options, settings) | {"queries": qids}))
+        parts.claim(json.dumps(_record(options, settings) | {"queries": qids}))
     distributed.barrier()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if distributed.is_main():
@@ -114,47 +109,25 @@ def _compare_models(found: ModelFolder, index: Path, console: Console) -> None:
         )
 
 
-def _claim(parts: Path, record: str) -> None:
-    """Keep the parts of the same mining; those of another cannot be used."""
-    path = parts / "started.json"
-    if not (path.is_file() and path.read_text(encoding="utf-8") == record):
-        shutil.rmtree(parts, ignore_errors=True)
-        try:
-            write_atomically(path, record)
-        except OSError as error:
-            raise UserError(
-                f"{parts.parent}: cannot be written: {error.strerror}; change --out"
-            ) from None
-
-
-def _mine_blocks(miner: Miner, blocks: list[list[str]], parts: Path) -> None:
-    rank, world_size = distributed.rank(), distributed.world_size()
-    own = range(rank, len(blocks), world_size)
-    todo = [k for k in own if not _part(parts, k).is_file()]
-    queries = sum(len(blocks[k]) for k in todo)
-    with Meter("mine, rank 0", "queries", queries, shown=rank == 0 and queries > 0) as meter:
+def _mine_blocks(miner: Miner, blocks: list[list[str]], parts: Parts) -> None:
+    todo = parts.todo(len(blocks))
+    queries, main = sum(len(blocks[k]) for k in todo), distributed.is_main()
+    with Meter("mine, rank 0", "queries", queries, shown=main and queries > 0) as meter:
         for k in todo:
-            lines = [json.dumps(asdict(query)) + "\n" for query in miner.mine(blocks[k])]
-            write_atomically(_part(parts, k), "".join(lines))
-            meter.advance(len(lines))
+            parts.write(k, [json.dumps(asdict(query)) + "\n" for query in miner.mine(blocks[k])])
+            meter.advance(len(blocks[k]))
 
 
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"block-{number:05d}.jsonl"
+def _queries(parts: Parts) -> Iterator[MinedQuery]:
+    return (MinedQuery(**json.loads(line)) for line in parts.lines())
 
 
-def _read_parts(parts: Path) -> Iterator[MinedQuery]:
-    for path in sorted(parts.glob("block-*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            yield from (MinedQuery(**json.loads(line)) for line in lines)
-
-
-def _join(parts: Path, target: Path, write_scores: bool, console: Console) -> None:
-    facts = statistics(_read_parts(parts))
+def _join(parts: Parts, target: Path, write_scores: bool, console: Console) -> None:
+    facts = statistics(_queries(parts))
     with written_aside(target) as aside:
         with aside.open("w", encoding="utf-8") as handle:
-            for query in _read_parts(parts):
+            for query in _queries(parts):
                 handle.write(mined_line(query, write_scores))
         write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(parts)
+    parts.remove()
     console.print(f"{told(facts)}; {target}")

@@ -4,7 +4,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from erniesearch import distributed, stages
@@ -19,7 +21,7 @@ from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
 from erniesearch.config.terms import settings_read, trains_teacher
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.collection import RetrievalData, with_split
-from erniesearch.data.negatives import read_negatives, read_scored_negatives
+from erniesearch.data.negatives import read_negatives, read_scored_negatives, scored_lists
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import (
@@ -37,6 +39,9 @@ from erniesearch.models.joint import JointModel, connect_layers
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
 from erniesearch.training.retrieval_quality import check_best_metric
+
+STORED_LISTS = 4096
+"""Lists that ``objective.tau_stored: auto`` is fitted on, the first ones of the file."""
 
 
 def build_model(stage: Stage) -> tuple[JointModel, PreTrainedTokenizerBase]:
@@ -81,18 +86,50 @@ def assemble_model(
     if objective.tau_ce == "auto":
         tau = _teacher_temperature(stage, teacher_settings.path)
         objective = replace(objective, tau_ce=tau)
+    if objective.tau_stored == "auto":
+        objective = replace(objective, tau_stored=_temperature_of_stored(stage))
     model = JointModel(student, teacher, stage.weights, objective, tokenizer, stage.seed)
     return model, tokenizer
 
 
 def _teacher_temperature(stage: Stage, path: str) -> float:
     """What ``objective.tau_ce: auto`` stands for in a stage."""
-    needed = "tau_ce" in settings_read(stage.weights)
-    if not needed or not weights_wanted():
+    if not _reads_tau_ce(stage.settings, stage.config.objective) or not weights_wanted():
         return 1.0  # nothing depends on it
     temperature = stored_temperature(Path(resolve(path)))
     if temperature is None:
         raise UserError(no_temperature(path))
+    return temperature
+
+
+def _reads_tau_ce(settings: TrainingStageConfig, objective: ObjectiveConfig) -> bool:
+    """Whether a term divides scores by it: stored ones may have a temperature of their own."""
+    own = settings.teacher_scores == "stored" and objective.tau_stored is not None
+    return not own and "tau_ce" in settings_read(settings.weights)
+
+
+def _temperature_of_stored(stage: Stage) -> float:
+    """What ``objective.tau_stored: auto`` stands for in a stage."""
+    if stage.settings.teacher_scores == "live" or not weights_wanted():
+        return 1.0  # nothing depends on it
+    from erniesearch.training.calibration import fit_temperature
+
+    path = _negatives_file(stage)
+    lists = scored_lists(path, STORED_LISTS)
+    rows = [torch.tensor(scores, dtype=torch.float64) for scores in lists]
+    unit = float(torch.cat(rows).std()) if rows else 0.0  # theirs; the fit has bounds
+    if not unit:
+        raise UserError(
+            f"{path}: objective.tau_stored is auto, but no list has a positive and a negative of"
+            " different scores to fit a temperature to: set it to a number"
+        )
+    scores = pad_sequence(rows, batch_first=True, padding_value=math.nan)
+    temperature = unit * fit_temperature(scores.nan_to_num() / unit, scores.isfinite())
+    if distributed.is_main():
+        Console(stderr=True).print(
+            f"{stage.name}: temperature {temperature:.3g} of the stored scores by likelihood on"
+            f" {len(lists)} lists of {path}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     return temperature
 
 
@@ -123,7 +160,7 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
                 f" {config.data.train_split}"
             )
     for name, stage in training_stages(config).items():
-        if stage.steps and stage.teacher_scores == "stored" and stage.negatives == "given":
+        if stage.steps and stage.teacher_scores != "live" and stage.negatives == "given":
             build_sampler(Stage(config, name), data)
     check_best_metric(config)
     if config.training.validation_split is not None:
@@ -163,7 +200,7 @@ def _check_temperature(config: RunConfig, teacher: TeacherConfig) -> None:
     if config.objective.tau_ce != "auto":
         return
     for name, stage in training_stages(config).items():
-        needed = stage.steps and "tau_ce" in settings_read(stage.weights)
+        needed = stage.steps and _reads_tau_ce(stage, config.objective)
         if needed and not stages.teacher_source(config, name):
             folder = Path(resolve(teacher.path))
             if stored_temperature(folder) is None:
@@ -235,7 +272,7 @@ def build_sampler(stage: Stage, data: RetrievalData) -> GroupSampler:
     negatives = scores = None
     if settings.num_negatives and settings.negatives != "random":
         path, known = _negatives_file(stage), data if settings.negatives == "given" else None
-        if settings.teacher_scores == "stored":
+        if settings.teacher_scores != "live":
             negatives, scores = read_scored_negatives(path, known)
         else:
             negatives = read_negatives(path, known)

@@ -123,7 +123,7 @@ def test_older_tevatron(tmp_path: Path) -> None:
     assert read_negatives(tmp_path / "out" / "negatives.jsonl", data) == {
         "5": ["b", "c"], "6": ["b", "c"],
     }  # fmt: skip
-    assert facts["notes"]["scores of a teacher, not kept"]["count"] == 2
+    assert facts["queries_with_scores"] == 2
     assert facts["notes"]["passage that came before"]["count"] == 3
 
 

@@ -133,7 +133,8 @@ def test_command_converts_and_tells(tmp_path: Path, capsys: pytest.CaptureFixtur
     told = capsys.readouterr().out
     assert status == 0
     assert told.startswith(
-        f"{out}: 3 passages, 2 queries (judged: train 1, test 1; with hard negatives: 2)\n"
+        f"{out}: 3 passages, 2 queries (judged: train 1, test 1; with hard negatives: 2,"
+        " 2 of them with a teacher's scores)\n"
     )
     (left_out,) = (line for line in told.splitlines() if line.startswith("left out: 1 × "))
     assert "not valid JSON" in left_out

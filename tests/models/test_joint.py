@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import WITH_VIRT, ConfigMaker
+from support.tiny import EVERY_TERM, ConfigMaker
 from torch import Tensor
 
 from erniesearch import distributed
@@ -15,7 +15,7 @@ from erniesearch.data.batches import Batch
 from erniesearch.data.collection import load_beir
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives import losses, scores
-from erniesearch.objectives.losses import contrastive_loss, kl_divergence
+from erniesearch.objectives.losses import contrastive_loss, kl_divergence, margin_mse
 from erniesearch.objectives.scores import candidate_mask, own_group
 from erniesearch.stages import Stage
 from erniesearch.training.build import build_batches, build_model
@@ -74,7 +74,7 @@ def test_all_terms_reach_every_parameter(make_config: ConfigMaker) -> None:
 
 
 def test_padding_changes_nothing(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, dropout=0.0, weights=WITH_VIRT)
+    model, batch = build(make_config, dropout=0.0, weights=EVERY_TERM)
 
     def pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
         return torch.nn.functional.pad(tensor, (0, width))
@@ -96,7 +96,7 @@ def test_padding_changes_nothing(make_config: ConfigMaker) -> None:
 
 
 def test_order_of_hard_negatives_changes_nothing(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, dropout=0.0, num_negatives=3, weights=WITH_VIRT)
+    model, batch = build(make_config, dropout=0.0, num_negatives=3, weights=EVERY_TERM)
     size = batch.group_size
     order = torch.arange(len(batch.passage_ids)).view(-1, size)[:, [0, 3, 1, 2]].flatten()
     shuffled = replace(
@@ -129,7 +129,7 @@ def test_another_copy_of_the_positive_is_no_negative(make_config: ConfigMaker) -
 
 @pytest.mark.parametrize("kernels", ["torch", "eager"])
 def test_kernel_backends_give_the_same_losses(make_config: ConfigMaker, kernels: str) -> None:
-    model, batch = build(make_config, dropout=0.0, kernels="auto", weights=WITH_VIRT)
+    model, batch = build(make_config, dropout=0.0, kernels="auto", weights=EVERY_TERM)
     expected = model(batch)
     model.objective.settings = replace(model.objective.settings, kernels=kernels)
     for name, value in model(batch).items():
@@ -147,7 +147,7 @@ def test_dropout_depends_on_step_and_pass_only(make_config: ConfigMaker) -> None
 
 
 def test_competence_gate_silences_a_teacher_below_its_student(make_config: ConfigMaker) -> None:
-    model, batch = build(make_config, competence_gate=True, weights=WITH_VIRT)
+    model, batch = build(make_config, competence_gate=True, weights=EVERY_TERM)
     model.train()
     model.objective.running_accuracy = {
         "group_ce": 0.5,
@@ -170,7 +170,7 @@ def test_a_closed_gate_computes_nothing(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, size: int | None
 ) -> None:
     """And leaves every other term's gradient as it is without these terms."""
-    weights = replace(WITH_VIRT, dual_reg=0.0)
+    weights = replace(EVERY_TERM, dual_reg=0.0)
     model, batch = build(make_config, dropout=0.0, competence_gate=True, weights=weights)
     model.train()
     teachers, students = ("li", "group_ce"), ("de", "group_li", "group_de")
@@ -301,6 +301,51 @@ def test_temperatures_of_the_kl_terms(make_config: ConfigMaker) -> None:
               for side in ("target", "student") for what in ("top1", "entropy")}  # fmt: skip
     assert logged == {name for name in terms if name.endswith(("top1", "entropy"))}
     assert not any(terms[name].requires_grad for name in logged)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tau_stored"), [("live", None), ("stored", None), ("stored", 0.5), ("both", 0.5)]
+)
+def test_margins_and_the_mean_of_two_teachers(
+    make_config: ConfigMaker, kind: str, tau_stored: float | None
+) -> None:
+    """Live scores over tau_ce, stored ones over tau_stored (tau_ce where there is none), and the
+    mean of both: the target of the KL and of MarginMSE alike."""
+    weights = LossWeights(ce_to_li=1.0, ce_to_de=1.0, margin_mse_li=1.0, margin_mse_de=1.0)
+    settings = {"tau_de": 0.5, "tau_li": 2.0, "tau_ce": 3.0, "tau_stored": tau_stored,
+                "tau_de_margin": 0.7, "tau_li_margin": 1.5, "num_negatives": 3}  # fmt: skip
+    model, batch = build(make_config, dropout=0.0, weights=weights, **settings)
+    size = batch.group_size
+    stored = torch.randn(len(batch.passage_ids), generator=torch.Generator().manual_seed(3))
+    stored[size - 1] = torch.nan  # a passage that fills the first group up
+    if kind != "live":
+        batch = replace(batch, teacher_scores=stored)
+    if kind == "stored":
+        model.teacher = None
+    terms, outputs = model(batch), model.outputs(batch)
+    rows = torch.arange(len(batch.query_ids))
+    own = rows[:, None] * size + torch.arange(size)
+    mask = candidate_mask(batch.relevant_index, batch.passage_index, rows * size).gather(1, own)
+    targets = []
+    if kind != "stored":
+        targets.append(outputs.teacher_scores.view(-1, size) / 3.0)
+    if kind != "live":
+        targets.append(stored.nan_to_num().view(-1, size) / (tau_stored or 3.0))
+        mask = mask & stored.isfinite().view(-1, size)
+    target = sum(targets) / len(targets)
+    de = (outputs.queries.vectors @ outputs.passages.vectors.T).gather(1, own)
+    li = torch.einsum("qid,pjd->qpij", outputs.queries.tokens, outputs.passages.tokens)
+    li = li.masked_fill(~batch.passage_mask[:, None], -9.0).amax(-1)
+    li = (li * batch.query_mask[:, None]).sum(-1).gather(1, own)
+    expected = {
+        "ce_to_de": kl_divergence(target, de / 0.5, mask),
+        "ce_to_li": kl_divergence(target, li / 2.0, mask),
+        "margin_mse_de": margin_mse(target, de / 0.7, mask),
+        "margin_mse_li": margin_mse(target, li / 1.5, mask),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(terms["loss"], sum(expected.values()), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("candidates", ["in_batch", "group"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import WITH_VIRT, ConfigMaker
+from support.tiny import EVERY_TERM, ConfigMaker
 from torch import Tensor
 
 from erniesearch.config.stage_keys import LossWeights
@@ -47,7 +47,7 @@ def test_the_number_of_blocks_does_not_depend_on_the_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [WITH_VIRT, LossWeights(ce=1.0, de=1.0, li=1.0, ce_to_li=1.0, ce_to_de=1.0)]
+    "weights", [EVERY_TERM, LossWeights(ce=1.0, de=1.0, li=1.0, ce_to_li=1.0, ce_to_de=1.0)]
 )
 def test_same_terms_and_gradients_as_in_one_pass(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, weights: LossWeights

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import WITH_VIRT, ConfigMaker, write_model
+from support.tiny import EVERY_TERM, ConfigMaker, write_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
@@ -208,7 +208,7 @@ def test_without_weight_nothing_is_tapped(make_config: ConfigMaker) -> None:
     assert model.student.taps == {}
     assert model.teacher.tap is None
     assert model.outputs(batch).queries.projections.numel() == 0
-    model, batch = build(make_config, weights=replace(WITH_VIRT, dual_reg=0.0))
+    model, batch = build(make_config, weights=replace(EVERY_TERM, dual_reg=0.0))
     assert model.outputs(batch).queries.projections.shape[2:] == (1, 2, 32)
     hooks = [m for m in model.modules() if m._forward_hooks]
     assert hooks == []  # they are there while a model runs
@@ -217,7 +217,7 @@ def test_without_weight_nothing_is_tapped(make_config: ConfigMaker) -> None:
 def test_recomputed_activations_give_the_same_gradient(make_config: ConfigMaker) -> None:
     gradients = []
     for recompute in (False, True):
-        model, batch = build(make_config, weights=replace(WITH_VIRT, dual_reg=0.0))
+        model, batch = build(make_config, weights=replace(EVERY_TERM, dual_reg=0.0))
         if recompute:
             model.enable_activation_checkpointing()
         model.train()(batch)["loss"].backward()

@@ -10,6 +10,8 @@ from erniesearch.objectives.losses import (
     contrastive_loss,
     kl_divergence,
     kl_statistics,
+    margin_mse,
+    margin_statistics,
     symmetric_kl,
 )
 from erniesearch.objectives.outputs import TeacherAttention
@@ -67,6 +69,59 @@ def test_kl_target_is_detached_unless_asked() -> None:
         # d KL / d student logits = (P_s - P_t) / rows, 0 where masked
         expected = torch.tensor([[1 / 6, -1 / 6, 0], [-1 / 6, 0, 1 / 6]])
         torch.testing.assert_close(student.grad, expected)
+
+
+STUDENT = torch.tensor([[3.0, 1.0, 0.0, 9.0], [0.5, 2.0, -1.0, 1.0]])
+TEACHER = torch.tensor([[5.0, 4.0, 0.0, -9.0], [1.0, 1.0, 0.5, 0.0]])
+SCORED = torch.tensor([[True, True, True, False], [True, True, True, True]])
+
+
+def test_margin_mse_by_hand() -> None:
+    # Margins of the student (2, 3, -6) and (-1.5, 1.5, -0.5), of the teacher (1, 5, 14) and
+    # (0, 0.5, 1): differences (1, -2, -20) and (-1.5, 1, -1.5).
+    expected = ((1 + 4 + 400) / 3 + (2.25 + 1 + 2.25) / 3) / 2
+    assert margin_mse(TEACHER, STUDENT).item() == pytest.approx(expected)
+    # Hofstätter et al. take the mean over triples, of which every query has as many here.
+    triples = torch.nn.functional.mse_loss(
+        (STUDENT[:, :1] - STUDENT[:, 1:]).flatten(), (TEACHER[:, :1] - TEACHER[:, 1:]).flatten()
+    )
+    torch.testing.assert_close(margin_mse(TEACHER, STUDENT), triples)
+
+
+def test_margin_mse_leaves_masked_candidates_out() -> None:
+    expected = ((1 + 4) / 2 + (2.25 + 1 + 2.25) / 3) / 2
+    wild = TEACHER.masked_fill(~SCORED, 1e30)
+    assert margin_mse(wild, STUDENT, SCORED).item() == pytest.approx(expected)
+    alone = SCORED.clone()
+    alone[1, 1:] = False  # nothing to compare the second positive with
+    assert margin_mse(wild, STUDENT, alone).item() == pytest.approx((1 + 4) / 2 / 2)
+
+
+def test_margin_mse_does_not_see_a_constant_and_its_gradient() -> None:
+    student, target = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
+    shifted = target + torch.tensor([[7.0], [-3.0]])
+    loss = margin_mse(shifted, student + 2.0, SCORED)
+    loss.backward()
+    assert target.grad is None
+    # d/d s(p) = -2 (M_s - M_t) / (negatives · queries), and the positive's is minus their sum.
+    expected = torch.tensor([[-1.0, -1.0, 2.0, 0.0], [-2.0, 1.5, -1.0, 1.5]])
+    expected[0] /= 2
+    expected[1] /= 3
+    torch.testing.assert_close(student.grad, expected)
+    margin_mse(target, student, SCORED, detach=False).backward()
+    torch.testing.assert_close(target.grad, -expected)
+
+
+def test_sizes_of_margins_by_hand() -> None:
+    found = margin_statistics(TEACHER, STUDENT, SCORED)
+    assert found["target_margin"].item() == pytest.approx((3 + 0.5) / 2)
+    assert found["student_margin"].item() == pytest.approx((2.5 + 3.5 / 3) / 2)
+
+
+def test_margins_in_bf16_are_taken_in_fp32() -> None:
+    low = torch.tensor([[256.0, 255.0]], dtype=torch.bfloat16)
+    assert margin_mse(torch.tensor([[0.5, 0.0]]), low).item() == 0.25
+    assert margin_mse(torch.tensor([[0.5, 0.0]]), low).dtype == torch.float32
 
 
 def test_gradients_are_finite_where_everything_but_the_positive_is_masked() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 OLDER = {
     "query_id": 5, "query": "who?", "answers": ["me"],
     "positive_passages": [{"docid": "a", "title": "T", "text": "me", "score": 3.5}],
-    "negative_passages": [{"docid": "b", "text": "you"}, {"docid": "c", "text": "it"}],
+    "negative_passages": [{"docid": "b", "text": "you", "score": 1},
+                          {"docid": "c", "text": "it", "score": -2.25}],
 }  # fmt: skip
 
 

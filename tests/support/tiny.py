@@ -22,7 +22,8 @@ ALL_TERMS = LossWeights(
 )
 
 
-WITH_VIRT = replace(ALL_TERMS, virt=1.0)
+EVERY_TERM = replace(ALL_TERMS, virt=1.0, margin_mse_li=0.1, margin_mse_de=0.01)
+"""But for mlm, which is another stage's."""
 
 
 ConfigMaker = Callable[..., RunConfig]

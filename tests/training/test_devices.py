@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.accelerator import cuda_accelerator
 from pretend_gpu import GPU, Engine, GpuTensor, Mixed, PretendGpu, move, pass_on
-from support.tiny import WITH_VIRT, ConfigMaker
+from support.tiny import EVERY_TERM, ConfigMaker
 
 from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights
@@ -66,7 +66,7 @@ SPANS = {"weights": LossWeights(mlm=1.0, de=1.0, li=1.0)}
         ("cascade", {"competence_gate": True, "validation_split": "dev",
                      "validation_queries": 8, "validation_metrics": ["MRR@10"]}),
         ("cascade", {"late_interaction_exchange": "ring", "precision": "bf16",
-                     "weights": WITH_VIRT}),
+                     "weights": EVERY_TERM}),
         ("post_train", SPANS),
     ],
     ids=["all_gather", "ring", "spans"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import ALL_TERMS, WITH_VIRT, ConfigMaker
+from support.tiny import ALL_TERMS, EVERY_TERM, ConfigMaker
 from torch import Tensor
 
 from erniesearch.config.keys import RunConfig
@@ -59,7 +59,9 @@ def assert_same(ours: Any, wanted: Any, factor: float = 1.0) -> None:
 def test_all_terms_have_the_plain_gradient(make_config: ConfigMaker, size: int) -> None:
     # Groups of 3 and 5 queries: chunks cut through groups and do not divide the batch.
     model, batch = build(
-        make_config(dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05, weights=WITH_VIRT)
+        make_config(
+            dropout=0.0, queries_per_rank=5, normalize=True, tau_de=0.05, weights=EVERY_TERM
+        )
     )
     assert_same(cached(model, batch, size), plain(model, batch))
 
@@ -79,7 +81,7 @@ def test_each_term_alone(make_config: ConfigMaker, term: str) -> None:
     [
         {"tied": False}, {"detach_targets": False}, {"pooling": "mean"}, {"kernels": "eager"},
         {"weights": LossWeights(ce_to_de=1.0, attention=1.0)},
-        {"weights": WITH_VIRT, "virt_layers": [0, -1], "tied": False},
+        {"weights": EVERY_TERM, "virt_layers": [0, -1], "tied": False},
         {"candidates": "group", "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5},
         {"candidates": "in_batch", "tau_li_target": 0.25, "detach_targets": False},
         {"layers": 1, "freeze_embeddings": True},

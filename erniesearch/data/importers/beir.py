@@ -1,6 +1,7 @@
 """BEIR layout itself: validated, its repeated lines dropped, and re-split with ``--hold_out``."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from erniesearch.config.options import ImportOptions
@@ -12,6 +13,7 @@ from erniesearch.data.importers.records import (
     Passage,
     Query,
     Record,
+    parallel_scores,
     read_each,
     read_lines,
     require,
@@ -40,7 +42,8 @@ def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator
         yield from read_each(read_lines(path), _judgement, bad)
     negatives = _file(root, "negatives.jsonl")
     if negatives.is_file():
-        yield from read_each(read_lines(negatives), _negatives, bad)
+        parse = partial(_negatives, scored=options.scores is not None)
+        yield from read_each(read_lines(negatives), parse, bad)
 
 
 def _file(root: Path, name: str) -> Path:
@@ -84,7 +87,11 @@ def judgement(split: str, qid: str, pid: str, grade: str, at: str) -> Judgement:
         raise UserError(f"{at}: score {grade!r} is not a whole number") from None
 
 
-def _negatives(line: Line) -> Iterator[Record]:
+def _negatives(line: Line, scored: bool) -> Iterator[Record]:
     record = parse_line(line.raw, line.path, line.number)
     qid = require(record, "query_id", str, line.at)
-    yield HardNegatives(qid, tuple(texts_in(record, "negative_document_ids", line.at)), line.at)
+    kinds = ("positive", "negative")
+    pids = {f"{kind}_scores": texts_in(record, f"{kind}_document_ids", line.at) for kind in kinds}
+    yield HardNegatives(qid, tuple(pids["negative_scores"]), line.at)
+    if scored:
+        yield from parallel_scores(record, qid, pids, line.at)

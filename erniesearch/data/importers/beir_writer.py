@@ -3,6 +3,7 @@
 import json
 import shutil
 from array import array
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,16 +17,43 @@ from erniesearch.data.importers.records import (
     Passage,
     Query,
     Record,
+    TeacherScores,
     content_id,
 )
+from erniesearch.data.negatives import negatives_line
 from erniesearch.errors import UserError
 from erniesearch.files import sync
+
+
+@dataclass
+class _Scores:
+    """A teacher's scores of a query's passages by row; ``at`` is where the first ones stand."""
+
+    at: str
+    relative_to: str
+    rows: "array[int]" = field(default_factory=lambda: array("q"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def of(self, qid: str, pids: list[str], row_of: dict[str, int]) -> list[float]:
+        """The scores of these passages.
+
+        Raises:
+            UserError: if one has none.
+        """
+        scores = dict(zip(self.rows, self.values, strict=True))
+        for pid in pids:
+            if row_of[pid] not in scores:
+                raise UserError(
+                    f"{self.at}: query '{qid}' has a teacher's scores, but none for its passage"
+                    f" '{pid}': score all of its passages, or none"
+                )
+        return [scores[row_of[pid]] for pid in pids]
 
 
 class BeirWriter:
     """Writes corpus.jsonl and queries.jsonl as the records come, the rest at the end.
 
-    Memory holds ids, judgements and negatives (8 bytes each), never texts.
+    Memory holds ids, judgements, negatives (8 bytes each) and scores (16), never texts.
 
     Args:
         folder: an empty folder.
@@ -40,6 +68,7 @@ class BeirWriter:
         self.queries: dict[str, int] = {}
         self.qrels: dict[str, dict[str, dict[str, int]]] = {}
         self.negatives: dict[str, array[int]] = {}
+        self.scores: dict[str, _Scores] = {}
         self.corpus_file: IO[str] = (folder / "corpus.jsonl").open("w", encoding="utf-8")
         self.queries_file: IO[str] = (folder / "queries.jsonl").open("w", encoding="utf-8")
 
@@ -48,7 +77,8 @@ class BeirWriter:
 
         Raises:
             UserError: for an id that a TREC run cannot hold, another text under a known id, an
-                unknown query or passage, or a second grade.
+                unknown query or passage, a second grade, or scores that do not compare with
+                those before.
         """
         if isinstance(record, Passage):
             self._passage(record)
@@ -56,8 +86,10 @@ class BeirWriter:
             self._query(record)
         elif isinstance(record, Judgement):
             self._judgement(record)
-        else:
+        elif isinstance(record, HardNegatives):
             self._negatives(record)
+        else:
+            self._scores(record)
 
     def _passage(self, passage: Passage) -> None:
         text, title = self._clean(passage.text, passage.at), self._clean(passage.title, passage.at)
@@ -112,6 +144,21 @@ class BeirWriter:
                 break
             if (row := self.rows[pid]) not in kept:
                 kept.append(row)
+
+    def _scores(self, given: TeacherScores) -> None:
+        self._known(given.qid, given.pids, given.at)
+        found = self.scores.setdefault(given.qid, _Scores(given.at, given.relative_to))
+        if found.relative_to != given.relative_to:
+            raise UserError(
+                f"{given.at}: the margins of query '{given.qid}' are measured from another passage"
+                f" than those before ({found.at}), and do not compare: give scores in their place"
+            )
+        for pid, score in zip(given.pids, given.scores, strict=True):
+            if (row := self.rows[pid]) not in found.rows:
+                found.rows.append(row)
+                found.values.append(score)
+            elif found.values[found.rows.index(row)] != score:
+                self.bad.note("passage scored twice, the first score kept", given.at)
 
     def _known(self, qid: str, pids: tuple[str, ...], at: str) -> None:
         if qid not in self.queries:
@@ -174,6 +221,7 @@ class BeirWriter:
             "qrels": {split: sum(map(len, qrels.values())) for split, qrels in self.qrels.items()},
             "judged_queries": {split: len(qrels) for split, qrels in self.qrels.items()},
             "queries_with_negatives": len(self.negatives),
+            "queries_with_scores": sum(qid in self.scores for qid in self.negatives),
             **self.bad.summary(),
         }  # fmt: skip
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
@@ -196,8 +244,10 @@ class BeirWriter:
             for qid, rows in self.negatives.items():
                 own = relevant.get(qid, [])
                 wrong = [pid for row in rows if (pid := pids[row]) not in own]
-                self._line(file, {"query_id": qid, "positive_document_ids": own,
-                                  "negative_document_ids": wrong})  # fmt: skip
+                scores = None
+                if found := self.scores.get(qid):
+                    scores = found.of(qid, own, self.rows), found.of(qid, wrong, self.rows)
+                file.write(negatives_line(qid, own, wrong, scores))
 
     def close(self) -> None:
         """Close the files."""

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch.config.options import ImportOptions
-from erniesearch.data.importers import beir, dpr, dureader, msmarco, pairs, squad, tables, tevatron
+from erniesearch.data.importers import (
+    beir,
+    dpr,
+    dureader,
+    msmarco,
+    pairs,
+    pylate,
+    squad,
+    tables,
+    tevatron,
+)
 from erniesearch.data.importers.beir_writer import BeirWriter, put_in_place
 from erniesearch.data.importers.records import BadLines, Reader
 from erniesearch.errors import UserError, nearest
@@ -18,6 +28,7 @@ FORMATS: dict[str, Reader] = {
     "nq": dpr.read,
     "tevatron": tevatron.read,
     "flagembedding": pairs.read,
+    "pylate": pylate.read,
     "dureader": dureader.read,
     "squad": squad.read,
     "hf": tables.read,

@@ -1,4 +1,5 @@
-"""FlagEmbedding: JSON lines ``{"query", "pos": [text], "neg": [text]}``.
+"""FlagEmbedding: JSON lines ``{"query", "pos": [text], "neg": [text]}``, where a teacher has scored
+them with ``"pos_scores"`` and ``"neg_scores"`` beside them.
 
 Nothing has an id there: a passage's and a query's is a hash of its text, and equal texts are one.
 """
@@ -18,6 +19,7 @@ from erniesearch.data.importers.records import (
     Record,
     content_id,
     listed,
+    parallel_scores,
     read_each,
     read_lines,
     require,
@@ -31,19 +33,23 @@ from erniesearch.errors import UserError
 def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator[Record]:
     """JSON lines; the split is in the file's name, else ``options.split``."""
     for path in listed(sources):
-        parse = partial(_line, split=split_in(path, options.split), bad=bad)
+        parse = partial(
+            _line, split=split_in(path, options.split), scored=options.scores is not None
+        )
         yield from read_each(read_lines(path), parse, bad)
 
 
-def _line(line: Line, split: str, bad: BadLines) -> Iterator[Record]:
+def _line(line: Line, split: str, scored: bool) -> Iterator[Record]:
     record = parse_line(line.raw, line.path, line.number)
     query = require(record, "query", str, line.at)
     positives, negatives = (texts_in(record, key, line.at) for key in ("pos", "neg"))
     if not positives:
         raise UserError(f"{line.at}: 'pos' is missing or empty")
-    if record.get("pos_scores") or record.get("neg_scores"):
-        bad.note("scores of a teacher, not kept", line.at)
     yield from group(query, positives, negatives, split, line.at)
+    if scored:
+        ids = {f"{key}_scores": [content_id(text) for text in texts]
+               for key, texts in (("pos", positives), ("neg", negatives))}  # fmt: skip
+        yield from parallel_scores(record, content_id(query), ids, line.at)
 
 
 def group(

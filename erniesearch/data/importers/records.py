@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -58,7 +60,22 @@ class HardNegatives:
     at: str
 
 
-Record = Passage | Query | Judgement | HardNegatives
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """A teacher's scores of some of the query's passages.
+
+    ``relative_to`` is the passage that the scores are measured from where the source has only
+    differences of scores; those of two such passages do not compare.
+    """
+
+    qid: str
+    pids: tuple[str, ...]
+    scores: tuple[float, ...]
+    at: str
+    relative_to: str = ""
+
+
+Record = Passage | Query | Judgement | HardNegatives | TeacherScores
 
 
 @dataclass
@@ -247,6 +264,56 @@ def texts_in(record: dict[str, Any], key: str, at: str) -> list[str]:
     if record.get(key) is None:
         return []
     return [require({key: value}, key, str, at) for value in require(record, key, list, at)]
+
+
+def numbers(value: Any, key: str, expected: int, at: str) -> list[float]:
+    """A field that is a list of ``expected`` finite numbers, the scores of as many passages.
+
+    Raises:
+        UserError: naming the place, the key and what was found.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"{at}: '{key}' must be a list of scores, found {type(value).__name__}")
+    if len(value) != expected:
+        raise UserError(f"{at}: '{key}' has {len(value)} scores for {expected} passages")
+    return [number(one, key, at) for one in value]
+
+
+def number(value: Any, key: str, at: str) -> float:
+    """A score.
+
+    Raises:
+        UserError: for what is no finite number.
+    """
+    if not isinstance(value, int | float | Decimal) or isinstance(value, bool):
+        raise UserError(f"{at}: '{key}' must hold numbers, found {type(value).__name__}")
+    if not isfinite(value):
+        raise UserError(f"{at}: '{key}' holds {value}, which is no score")
+    return float(value)
+
+
+def parallel_scores(
+    record: dict[str, Any], qid: str, lists: dict[str, list[str]], at: str
+) -> Iterator[TeacherScores]:
+    """The scores that a record has in lists parallel to its passages; none if it has no such list.
+
+    Args:
+        lists: by key of the scores, the ids of the passages that they go with.
+
+    Raises:
+        UserError: for one list without the other, another number of scores, or what is no number.
+    """
+    given = [key for key in lists if record.get(key) is not None]
+    if not given:
+        return
+    pids: list[str] = []
+    scores: list[float] = []
+    for key, own in lists.items():
+        if key not in given and own:
+            raise UserError(f"{at}: '{given[0]}' without '{key}': a teacher scores both or none")
+        pids += own
+        scores += numbers(record.get(key) or [], key, len(own), at)
+    yield TeacherScores(qid, tuple(pids), tuple(scores), at)
 
 
 def content_id(*texts: str) -> str:

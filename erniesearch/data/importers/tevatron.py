@@ -1,12 +1,15 @@
-"""Tevatron, both forms, as JSON lines.
+"""Tevatron, all forms, as JSON lines.
 
-older   {"query_id", "query", "positive_passages": [{"docid", "title", "text"}],
-         "negative_passages"}
-newer   {"query_id", "query_text", "positive_document_ids", "negative_document_ids"}
-        with a corpus {"docid", "title", "text"}
+older       {"query_id", "query", "positive_passages": [{"docid", "title", "text"}],
+             "negative_passages"}; to distil, with a "score" in every passage
+newer       {"query_id", "query_text", "positive_document_ids", "negative_document_ids"}
+            with a corpus {"docid", "title", "text"}; this project's hard negatives add
+            "positive_scores" and "negative_scores"
+annotated   {"query_id", "query", "passages": [{"title", "text"}], "scores"}, the positive first
+            (its annotate_with_teacher)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ from erniesearch.data.importers.records import (
     Passage,
     Query,
     Record,
+    content_id,
     listed,
+    numbers,
+    parallel_scores,
     read_each,
     read_lines,
     require,
@@ -40,7 +46,8 @@ def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator
         yield from read_each(read_lines(path), _passage, bad)
     for path in files:
         if path not in corpora:
-            parse = partial(_query, split=split_in(path, options.split), bad=bad)
+            split, scored = split_in(path, options.split), options.scores is not None
+            parse = partial(_query, split=split, scored=scored)
             yield from read_each(read_lines(path), parse, bad)
 
 
@@ -59,34 +66,69 @@ def _passage(line: Line) -> Iterator[Record]:
     yield _document(parse_line(line.raw, line.path, line.number), line)
 
 
-def _document(record: Any, line: Line) -> Passage:
+def _document(record: Any, line: Line, make_id: Callable[[str, str], str] | None = None) -> Passage:
     if not isinstance(record, dict):
         raise UserError(f"{line.at}: a passage must be an object, found {type(record).__name__}")
-    pid, text = (require(record, key, str, line.at) for key in ("docid", "text"))
-    return Passage(pid, text, line.at, text_field(record, "title", line.path, line.number, ""))
+    text = require(record, "text", str, line.at)
+    title = text_field(record, "title", line.path, line.number, "")
+    if make_id and "docid" not in record:
+        return Passage(make_id(title, text), text, line.at, title)
+    return Passage(require(record, "docid", str, line.at), text, line.at, title)
 
 
-def _query(line: Line, split: str, bad: BadLines) -> Iterator[Record]:
+def _query(line: Line, split: str, scored: bool) -> Iterator[Record]:
     record = parse_line(line.raw, line.path, line.number)
     at = line.at
     qid = require(record, "query_id", str, at)
-    older = "positive_passages" in record
+    newer = "positive_passages" not in record and "passages" not in record
     answers = tuple(texts_in(record, "answers", at))
-    yield Query(qid, require(record, "query" if older else "query_text", str, at), at, answers)
-    if older:
-        found = {key: require(record, f"{key}_passages", list, at)
-                 if record.get(f"{key}_passages") is not None else []
-                 for key in ("positive", "negative")}  # fmt: skip
-        if any(isinstance(p, dict) and "score" in p for both in found.values() for p in both):
-            bad.note("scores of a teacher, not kept", at)
-        passages = {key: [_document(p, line) for p in both] for key, both in found.items()}
-        yield from passages["positive"]
-        yield from passages["negative"]
-        positives, negatives = ([p.pid for p in passages[key]] for key in found)
+    yield Query(qid, require(record, "query_text" if newer else "query", str, at), at, answers)
+    if newer:
+        positives, negatives = (
+            texts_in(record, f"{kind}_document_ids", at) for kind in ("positive", "negative")
+        )
+        scores = record
     else:
-        positives = texts_in(record, "positive_document_ids", at)
-        negatives = texts_in(record, "negative_document_ids", at)
+        passages, scores = _own_passages(record, line, scored)
+        positives, negatives = ([passage.pid for passage in own] for own in passages)
+        for own in passages:
+            yield from own
     for pid in positives:
         yield Judgement(split, qid, pid, at)
     if negatives:
         yield HardNegatives(qid, tuple(negatives), at)
+    if scored:
+        lists = {"positive_scores": positives, "negative_scores": negatives}
+        yield from parallel_scores(scores, qid, lists, at)
+
+
+def _own_passages(
+    record: dict[str, Any], line: Line, scored: bool
+) -> tuple[list[list[Passage]], dict[str, Any]]:
+    """Of a line that holds its passages: positives and negatives, and their scores as the newer
+    form has them."""
+    scores: list[list[Any]] = []
+    if "positive_passages" in record:
+        keys = ("positive_passages", "negative_passages")
+        found = [require(record, key, list, line.at) if record.get(key) is not None else []
+                 for key in keys]  # fmt: skip
+        passages = [[_document(p, line) for p in own] for own in found]
+        scores = [[p.get("score") for p in own] for own in found]
+    else:
+        every = require(record, "passages", list, line.at)
+        if not every:
+            raise UserError(f"{line.at}: 'passages' is empty; the first one is the positive")
+        documents = [_document(p, line, content_id) for p in every]
+        passages = [documents[:1], documents[1:]]
+        if scored:
+            values = numbers(record.get("scores"), "scores", len(every), line.at)
+            scores = [values[:1], values[1:]]
+    known = [score is not None for own in scores for score in own]
+    if not any(known):
+        return passages, {}
+    if scored and not all(known):
+        raise UserError(
+            f"{line.at}: {sum(known)} of {len(known)} passages have a 'score': all must, or none;"
+            " --scores null leaves them out"
+        )
+    return passages, dict(zip(("positive_scores", "negative_scores"), scores, strict=True))

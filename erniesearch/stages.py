@@ -191,7 +191,7 @@ def given_negatives(config: RunConfig) -> Path:
 
 def models_hash(config: RunConfig, stage: str) -> list[Any]:
     """Settings of the models that a stage runs, with the contents of those that are folders."""
-    student, teacher = asdict(config.student), asdict(config.teacher)
+    student, teacher = _decisive(asdict(config.student)), _decisive(asdict(config.teacher))
     if stage == "teacher_check":
         if "cross_encoder" not in distilled_from(config.stages.cascade.weights):
             teacher = {"path": ""}
@@ -230,7 +230,7 @@ SPEED_ONLY = (
     "log_every", "trackers", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
     "activation_checkpointing", "validation_split", "validation_queries", "kernels",
-    "late_interaction_exchange",
+    "late_interaction_exchange", "attn_implementation",
 )  # fmt: skip
 
 

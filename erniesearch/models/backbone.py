@@ -29,7 +29,14 @@ from transformers import (
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.errors import UserError
-from erniesearch.models.families import AFTER_PADDING, check_kept_layers, cut_layers, set_dropout
+from erniesearch.models.attention import PACKED, attention_options, pack_texts
+from erniesearch.models.families import (
+    AFTER_PADDING,
+    FAMILIES,
+    check_kept_layers,
+    cut_layers,
+    set_dropout,
+)
 
 _weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)
 
@@ -229,12 +236,15 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and its parameters that the checkpoint has not."""
     options |= {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+    options |= attention_options(settings, config, planned=not weights_wanted())
     if not weights_wanted():
         return family.from_config(config, **options), set()
     model, about = _load(
         family.from_pretrained, settings.path, config=config, revision=settings.revision,
         use_safetensors=True, output_loading_info=True, **options,
     )  # fmt: skip
+    if settings.attn_implementation in PACKED and config.model_type in FAMILIES:
+        pack_texts(model)
     return model, set(about["missing_keys"])
 
 
@@ -259,3 +269,17 @@ def max_positions(config: PretrainedConfig) -> int:
     if getattr(config, "position_biased_input", True) is False:
         return 1 << 30
     return positions
+
+
+def check_recomputes(config: PretrainedConfig) -> None:
+    """The model can recompute its activations.
+
+    Raises:
+        UserError: if its family cannot (MPNet).
+    """
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if not getattr(model_class, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"training.activation_checkpointing is true, but {config.model_type} cannot recompute"
+            " its activations: set it to false (stages.NAME.chunk_size saves memory too)"
+        )

@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from erniesearch.config.keys import Precision, RunConfig
+from erniesearch.models.backbone import check_recomputes
 from erniesearch.models.joint import JointModel
 
 PLAIN_ATTENTION_TOKENS = 256
@@ -54,15 +55,23 @@ def _widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def tune_for_device(model: JointModel, config: RunConfig, device: torch.device, bf16: bool) -> None:
-    """Ways to compute the same that differ in speed and memory."""
+    """Ways to compute the same that differ in speed and memory.
+
+    Raises:
+        UserError: if activations are to be recomputed of a model that cannot.
+    """
     if config.training.activation_checkpointing:
+        for tower in model.towers():
+            check_recomputes(tower.config)
         model.enable_activation_checkpointing()
     longest = config.data.max_query_length + config.data.max_passage_length
-    if device.type == "cpu" and bf16 and longest <= PLAIN_ATTENTION_TOKENS:
-        # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
-        for tower in model.towers():
+    in_bf16_on_cpu = device.type == "cpu" and bf16 and longest <= PLAIN_ATTENTION_TOKENS
+    for tower in model.towers():
+        part = config.teacher if model.teacher and tower is model.teacher.model else config.student
+        if tower.config._attn_implementation != "sdpa":
+            continue
+        if device.type != "cpu":
+            tower.set_attn_implementation(MASKED)
+        elif in_bf16_on_cpu and part.attn_implementation is None:
+            # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
             tower.set_attn_implementation("eager")
-    if device.type != "cpu":
-        for tower in model.towers():
-            if tower.config._attn_implementation == "sdpa":
-                tower.set_attn_implementation(MASKED)

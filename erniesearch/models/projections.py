@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from erniesearch.errors import UserError
+from erniesearch.models.attention import padded
 from erniesearch.models.families import family_of
 
 
@@ -122,7 +123,7 @@ class ProjectionTap:
             states = states.detach()
             if self._family.rotary:
                 states = _rotated(states, *self._rotations[key[0]], self._num_heads)
-        self._kept[key] = states
+        self._kept[key] = padded(states)
 
     def of(self, layer: int) -> Projections:
         """A layer's, of the last block; ``layer`` as it was given."""

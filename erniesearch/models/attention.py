@@ -80,25 +80,25 @@ def attention_options(
     return {"attn_implementation": chosen}
 
 
-class _Packing(NamedTuple):
+class Packing(NamedTuple):
     """Where the real tokens stand, ``[T]`` places in the flattened ``[N, L]``."""
 
     places: Tensor
     shape: tuple[int, int]
 
+    def padded(self, states: Tensor) -> Tensor:
+        """``[1, T, …]`` to ``[N, L, …]``, zeros in the padding."""
+        number, length = self.shape
+        out = states.new_zeros(number * length, *states.shape[2:])
+        return out.index_copy(0, self.places, states[0]).unflatten(0, self.shape)
 
-_packing: ContextVar[_Packing | None] = ContextVar("packing", default=None)
+
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
-def padded(states: Tensor) -> Tensor:
-    """Inside a packed encoder ``[1, T, …]`` to ``[N, L, …]``, zeros in the padding; elsewhere what
-    it was given."""
-    packing = _packing.get()
-    if packing is None:
-        return states
-    number, length = packing.shape
-    out = states.new_zeros(number * length, *states.shape[2:])
-    return out.index_copy(0, packing.places, states[0]).unflatten(0, packing.shape)
+def current_packing() -> Packing | None:
+    """That of the texts which a packed encoder is reading; None elsewhere."""
+    return _packing.get()
 
 
 def pack_texts(model: PreTrainedModel) -> None:
@@ -126,16 +126,17 @@ def pack_texts(model: PreTrainedModel) -> None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             packed["token_type_ids"] = types
         packed = {name: part.flatten()[None, places] for name, part in packed.items()}
-        token = _packing.set(_Packing(places, (len(input_ids), input_ids.shape[1])))
+        packing = Packing(places, (len(input_ids), input_ids.shape[1]))
+        token = _packing.set(packing)
         try:
             output = inner(
                 input_ids=input_ids.flatten()[None, places], cu_seq_lens_q=bounds,
                 cu_seq_lens_k=bounds, max_length_q=max(known), max_length_k=max(known),
                 **(options | packed),
             )  # fmt: skip
-            states = padded(output.last_hidden_state)
         finally:
             _packing.reset(token)
+        states = packing.padded(output.last_hidden_state)
         pooler = getattr(encoder, "pooler", None)
         return BaseModelOutputWithPooling(
             last_hidden_state=states, pooler_output=pooler(states) if pooler is not None else None

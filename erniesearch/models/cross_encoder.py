@@ -76,7 +76,7 @@ def assemble_pairs(
     """Join each query ``[B, Lq]`` with the passages of its group ``[B·G, Lp]``.
 
     Both sides come as ``[CLS] … [SEP] [PAD]…``; the passage's [CLS] is dropped (BERT) or becomes
-    the second separator (RoBERTa). ``longest`` is that of the pairs (:meth:`PairLayout.lengths`)
+    the second separator (RoBERTa, whose tokens all have type 0). ``longest`` is that of the pairs (:meth:`PairLayout.lengths`)
     where it is known; asking masks on a GPU waits for it.
     """
     if longest is None:
@@ -102,7 +102,7 @@ def assemble_pairs(
     return Pairs(
         ids.masked_fill(~mask, pad_id),
         mask,
-        (mask & ~from_query).long(),
+        (mask & ~from_query & (not layout.double_separator)).long(),
         tokens_q.clamp(max=last),
         (tokens_p + start).clamp(max=last),
     )

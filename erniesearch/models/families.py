@@ -4,9 +4,11 @@ Everything else comes from transformers' Auto classes. A family that is not list
 all the same; what it cannot give is its attention (:mod:`erniesearch.models.projections`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from erniesearch.errors import UserError
 
@@ -22,6 +24,8 @@ class Family:
         rotary: queries and keys are turned by their position (RoFormer, arXiv 2104.09864).
         bias: the embedding of the encoder whose output, ``[L, L, heads]``, is added to the logits
             of every layer; None if nothing is.
+        words: modules of the masked language model that make scores of words from token states,
+            one after the other; none where it has one module beside the encoder.
     """
 
     layers: str
@@ -30,21 +34,26 @@ class Family:
     key: str
     rotary: bool = False
     bias: str | None = None
+    words: tuple[str, ...] = ()
 
 
 _BERT = Family("encoder.layer", "attention.self", "query", "key")
 _ROTARY = Family("layers", "self_attn", "q_proj", "k_proj", rotary=True)
 
 FAMILIES = {
-    **dict.fromkeys(("bert", "ernie", "electra", "megatron-bert"), _BERT),
+    **dict.fromkeys(("bert", "ernie", "megatron-bert"), _BERT),
+    "electra": replace(_BERT, words=("generator_predictions", "generator_lm_head")),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"), _BERT),
-    "distilbert": Family("transformer.layer", "attention", "q_lin", "k_lin"),
+    "distilbert": Family(
+        "transformer.layer", "attention", "q_lin", "k_lin",
+        words=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    ),
     "mpnet": Family(
         "encoder.layer", "attention.attn", "q", "k", bias="encoder.relative_attention_bias"
     ),
-    "modernbert": Family("layers", "attn", "Wqkv", "Wqkv", rotary=True),
+    "modernbert": Family("layers", "attn", "Wqkv", "Wqkv", rotary=True, words=("head", "decoder")),
     **dict.fromkeys(("nomic_bert", "gte"), _ROTARY),
-}
+}  # fmt: skip
 """Families whose attention can be rebuilt."""
 
 NO_ATTENTION = {
@@ -81,6 +90,16 @@ def family_of(config: PretrainedConfig, part: str, path: str, remedy: str) -> Fa
             f" {', '.join(FAMILIES)}"
         )
     return family
+
+
+def word_scorer(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """What makes scores of words from the token states of a masked language model; None if that is
+    not known."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.words:
+        return nn.Sequential(*(model.get_submodule(name) for name in family.words))
+    head, *more = (child for child in model.children() if child is not model.base_model)
+    return None if more else head
 
 
 def set_dropout(config: PretrainedConfig, dropout: float, path: str) -> None:

@@ -45,9 +45,9 @@ def convert(model: nn.Module, bf16: bool) -> None:
     if not bf16:
         return
     model.bfloat16()
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    if last.out_features == 1:
-        last.float().register_forward_pre_hook(_widen)
+    for module in model.modules():  # XLM-R has its head before the encoder
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            module.float().register_forward_pre_hook(_widen)
 
 
 def _widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

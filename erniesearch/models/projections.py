@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from erniesearch.errors import UserError
-from erniesearch.models.attention import padded
+from erniesearch.models.attention import Packing, current_packing
 from erniesearch.models.families import family_of
 
 
@@ -66,6 +66,7 @@ class ProjectionTap:
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
+        self._packing: Packing | None = None
         encoder = model.base_model
         try:
             for layer in (counted_from_0(layer, self._num_layers, path) for layer in layers):
@@ -110,25 +111,28 @@ class ProjectionTap:
 
     def _hook(self, layer: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._family.query == self._family.key:
-                self._keep((layer, 0), output.chunk(3, -1)[0])
-                self._keep((layer, 1), output.chunk(3, -1)[1])
-            else:
-                self._keep((layer, int(name == self._family.key)), output)
+            # Nothing with a graph is computed here: it would be missing when activations are
+            # recomputed, without these hooks.
+            self._packing = current_packing()
+            output = output.detach() if self._of_teacher else output
+            joint = self._family.query == self._family.key
+            for number, own in enumerate((self._family.query, self._family.key)):
+                if name == own:
+                    self._kept[layer, number] = output.chunk(3, -1)[number] if joint else output
+                    self._rotate((layer, number))
 
         return hook
 
-    def _keep(self, key: tuple[int, int], states: Tensor) -> None:
-        if self._of_teacher:
-            states = states.detach()
-            if self._family.rotary:
-                states = _rotated(states, *self._rotations[key[0]], self._num_heads)
-        self._kept[key] = padded(states)
+    def _rotate(self, key: tuple[int, int]) -> None:
+        if self._of_teacher and self._family.rotary:
+            angles = self._rotations[key[0]]
+            self._kept[key] = _rotated(self._kept[key], *angles, self._num_heads)
 
     def of(self, layer: int) -> Projections:
         """A layer's, of the last block; ``layer`` as it was given."""
         layer %= self._num_layers
-        return Projections(self._kept[layer, 0], self._kept[layer, 1])
+        kept = (self._kept[layer, number] for number in (0, 1))
+        return Projections(*(self._packing.padded(x) if self._packing else x for x in kept))
 
     def stacked(self) -> Tensor:
         """All of the last block, lower layers first, ``[N, L, layers, 2, hidden]``."""
@@ -139,7 +143,7 @@ class ProjectionTap:
     def clear(self) -> None:
         """Let go of what was kept."""
         self._kept.clear()
-        self.bias = None
+        self._packing = self.bias = None
 
 
 def _check_windows(config: PretrainedConfig, path: str, layers: list[int]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.backbone_table import CHECKS, PAGES, Site, cell, made, read_cells, same
+from support.backbone_table import CHECKS, PAGES, Site, cell, gradients, made, read_cells, same
 from support.backbones import BACKBONES, write_backbone
-from support.tiny import ALL_TERMS
+from support.tiny import ALL_TERMS, WITH_VIRT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
@@ -22,7 +22,7 @@ from erniesearch.models import attention
 from erniesearch.models.backbone import load_encoder, max_positions, without_weights
 from erniesearch.models.cross_encoder import CrossEncoder, Pairs
 from erniesearch.models.families import set_dropout
-from erniesearch.models.precision import MASKED, tune_for_device
+from erniesearch.models.precision import MASKED, convert, tune_for_device
 from erniesearch.models.projections import ProjectionTap
 from erniesearch.objectives.scores import attention_kl
 from erniesearch.stages import fingerprint
@@ -145,6 +145,37 @@ def test_no_layer_computes_padding(tmp_path: Path) -> None:
     student(ids, mask, "query")
     assert {shape[:2] for shape in seen} == {(1, int(mask.sum()))}
     assert int(mask.sum()) < mask.numel()
+
+
+def test_activations_of_packed_texts_are_recomputed(tmp_path: Path) -> None:
+    """With the terms that keep projections, whose hooks are gone by then."""
+    found = []
+    for way, recompute in ((None, False), ("unpadded", True)):
+        site = Site("modernbert", tmp_path)
+        config = site.config(replace(WITH_VIRT, dual_reg=0.0), attn_implementation=way)
+        teacher = replace(config.teacher, attn_implementation=way)
+        config = replace(
+            config, teacher=teacher,
+            training=replace(config.training, activation_checkpointing=recompute),
+        )  # fmt: skip
+        model, batch = made(config)
+        tune_for_device(model, config, torch.device("cpu"), bf16=False)
+        model.train()(batch)["loss"].backward()
+        found.append(gradients(model))
+    same(*found)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_scores_in_bf16(family: str, tmp_path: Path) -> None:
+    """Every encoder and its head run; the last layer's scores are in fp32."""
+    site = Site(family, tmp_path)
+    teacher, (_, pairs) = site.teacher(), site.pairs()
+    expected = teacher(pairs)
+    convert(teacher, bf16=True)
+    found = teacher(pairs)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found.bfloat16().float(), found)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
 
 
 def test_a_text_without_tokens_is_nothing(tmp_path: Path) -> None:

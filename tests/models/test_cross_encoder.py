@@ -31,12 +31,12 @@ def test_pairs_equal_the_tokenizers_own(family: str, tiny_model: Path) -> None:
     tokenizer = bert if family == "bert" else roberta_tokenizer()
     (query_ids, query_mask), (passage_ids, passage_mask), pairs = assembled(tokenizer)
     expected = tokenizer(
-        [q for q in QUERIES for _ in range(2)], PASSAGES, padding=True, return_tensors="pt"
-    )
+        [q for q in QUERIES for _ in range(2)], PASSAGES, padding=True, return_tensors="pt",
+        return_token_type_ids=True,
+    )  # fmt: skip
     assert torch.equal(pairs.input_ids, expected["input_ids"])
     assert torch.equal(pairs.mask.long(), expected["attention_mask"])
-    if family == "bert":
-        assert torch.equal(pairs.token_type_ids, expected["token_type_ids"])
+    assert torch.equal(pairs.token_type_ids, expected["token_type_ids"])
     # Every real token is where the columns say; the passage's [CLS] is gone.
     for ids, mask, columns in (
         (

@@ -205,7 +205,7 @@ def given_negatives(config: RunConfig) -> Path:
 
 def models_hash(config: RunConfig, stage: str) -> list[Any]:
     """Settings of the models that a stage runs, with the contents of those that are folders."""
-    student, teacher = asdict(config.student), asdict(config.teacher)
+    student, teacher = _decisive(asdict(config.student)), _decisive(asdict(config.teacher))
     if stage == "teacher_check":
         if "cross_encoder" not in checked_teachers(config):
             teacher = {"path": ""}
@@ -243,7 +243,7 @@ ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
     "log_every", "trackers", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
-    "activation_checkpointing", "kernels", "late_interaction_exchange",
+    "activation_checkpointing", "kernels", "late_interaction_exchange", "attn_implementation",
     *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
     "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",
 )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Literal
 from erniesearch.config.stage_keys import StagesConfig, TrainingStageConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
+AttnImplementation = Literal["sdpa", "eager", "flash_attention_2", "unpadded"] | None
 MAX_TOKENS = 8192
 """Tokens that are kept of a passage (``erniesearch.data.corpus.tokens``)."""
 
@@ -53,6 +54,11 @@ class StudentConfig:
     layers: int | list[int] | None = None
     """Keep these layers of the pretrained encoder, counted from 0; a number n keeps n evenly
     spaced ones, the first and the last among them. Null keeps all."""
+    attn_implementation: AttnImplementation = None
+    """How attention is computed: sdpa, eager, flash_attention_2 (a GPU, bf16, the package
+    flash-attn) or unpadded, which computes no padding at all: texts are packed into one row, with
+    PyTorch's attention for variable lengths on a GPU in bf16, text by text on a CPU; it has no
+    attention dropout. Null takes what suits model and device. Speed and memory only."""
     freeze_embeddings: bool = False
     """Leave the word embeddings as they are: no gradient and no optimizer state for what is, in a
     small model, most of its parameters."""
@@ -70,6 +76,8 @@ class TeacherConfig:
     """Commit of the hub repository; ignored for folders and packages."""
     dropout: float | None = None
     """Overrides the checkpoint's hidden and attention dropout; null keeps them."""
+    attn_implementation: AttnImplementation = None
+    """As student.attn_implementation."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Only for checkpoints you trust."""
 

@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from erniesearch.config.keys import RunConfig
 from erniesearch.export.model_card import pair_length
 
@@ -27,7 +29,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _hidden_size(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text())["hidden_size"])
+    return int(AutoConfig.from_pretrained(folder).hidden_size)  # DistilBERT's file calls it dim
 
 
 def cut_of(folder: Path) -> dict[str, Any] | None:

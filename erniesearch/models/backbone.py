@@ -29,6 +29,14 @@ from transformers import (
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.errors import UserError
+from erniesearch.models.attention import PACKED, attention_options, pack_texts
+from erniesearch.models.families import (
+    AFTER_PADDING,
+    FAMILIES,
+    check_kept_layers,
+    cut_layers,
+    set_dropout,
+)
 
 _weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)
 
@@ -142,9 +150,7 @@ def load_config(settings: StudentConfig | TeacherConfig, **overrides: Any) -> Pr
         trust_remote_code=settings.trust_remote_code, **overrides,
     )  # fmt: skip
     if settings.dropout is not None:
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, settings.dropout)
+        set_dropout(config, settings.dropout, settings.path)
     return config
 
 
@@ -175,20 +181,23 @@ def kept_layers(config: PretrainedConfig, settings: StudentConfig) -> list[int]:
     """The layers that ``settings.layers`` keeps of an encoder, in their order.
 
     Raises:
-        UserError: if it has not that many.
+        UserError: if it has not that many, or cannot do without its first.
     """
     total, wanted = int(config.num_hidden_layers), settings.layers
     if wanted is None:
         return list(range(total))
+    kept = wanted
     if isinstance(wanted, int):
-        if wanted <= total:
-            spacing = (total - 1) / max(1, wanted - 1)
-            return [round(i * spacing) for i in range(wanted)]
-    elif wanted[-1] < total:
-        return wanted
-    raise UserError(
-        f"student.layers is {wanted}, but '{settings.path}' has {total} layers, 0 to {total - 1}"
-    )
+        spacing = (total - 1) / max(1, wanted - 1)
+        kept = [round(i * spacing) for i in range(wanted)] if wanted <= total else [total]
+    assert isinstance(kept, list)
+    if kept[-1] >= total:
+        raise UserError(
+            f"student.layers is {wanted}, but '{settings.path}' has {total} layers, 0 to"
+            f" {total - 1}"
+        )
+    check_kept_layers(config, kept)
+    return kept
 
 
 def _keep_layers(model: PreTrainedModel, settings: StudentConfig) -> None:
@@ -201,15 +210,14 @@ def _keep_layers(model: PreTrainedModel, settings: StudentConfig) -> None:
         for name, child in module.named_children()
         if isinstance(child, torch.nn.ModuleList) and len(child) == total
     ]
-    if len(stacks) != 1 or hasattr(config, "layer_types"):
+    if len(stacks) != 1:
         raise UserError(
             f"student.layers: the layers of '{settings.path}' ({config.model_type}) are not one"
-            " plain stack, so that none can be left out (BERT, ERNIE, RoBERTa, ELECTRA, XLM-R and"
-            " DistilBERT have one): set student.layers to null"
+            " plain stack, so that none can be left out: set student.layers to null"
         )
     owner, name = stacks[0]
+    cut_layers(config, kept)
     setattr(owner, name, torch.nn.ModuleList(getattr(owner, name)[i] for i in kept))
-    config.num_hidden_layers = len(kept)
     config.erniesearch = {"base_model": settings.path, "layers": kept, "of": total}
 
 
@@ -228,12 +236,15 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and its parameters that the checkpoint has not."""
     options |= {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
+    options |= attention_options(settings, config, planned=not weights_wanted())
     if not weights_wanted():
         return family.from_config(config, **options), set()
     model, about = _load(
         family.from_pretrained, settings.path, config=config, revision=settings.revision,
         use_safetensors=True, output_loading_info=True, **options,
     )  # fmt: skip
+    if settings.attn_implementation in PACKED and config.model_type in FAMILIES:
+        pack_texts(model)
     return model, set(about["missing_keys"])
 
 
@@ -248,8 +259,27 @@ def save_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Longest input in tokens; RoBERTa's positions start after the padding id."""
+    """Longest input in tokens. RoBERTa's positions start after the padding id; DeBERTa without
+    positions in its input knows distances only."""
     positions = int(getattr(config, "max_position_embeddings", 1 << 30))
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= int(config.pad_token_id or 0) + 1
+    if config.model_type in AFTER_PADDING:
+        return positions - int(config.pad_token_id or 0) - 1
+    if config.model_type == "mpnet":
+        return positions - 2  # whatever its padding id is
+    if getattr(config, "position_biased_input", True) is False:
+        return 1 << 30
     return positions
+
+
+def check_recomputes(config: PretrainedConfig) -> None:
+    """The model can recompute its activations.
+
+    Raises:
+        UserError: if its family cannot (MPNet).
+    """
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if not getattr(model_class, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"training.activation_checkpointing is true, but {config.model_type} cannot recompute"
+            " its activations: set it to false (stages.NAME.chunk_size saves memory too)"
+        )

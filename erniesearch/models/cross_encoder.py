@@ -76,8 +76,8 @@ def assemble_pairs(
     """Join each query ``[B, Lq]`` with the passages of its group ``[B·G, Lp]``.
 
     Both sides come as ``[CLS] … [SEP] [PAD]…``; the passage's [CLS] is dropped (BERT) or becomes
-    the second separator (RoBERTa). ``longest`` is that of the pairs (:meth:`PairLayout.lengths`)
-    where it is known; asking masks on a GPU waits for it.
+    the second separator (RoBERTa, whose tokens all have type 0). ``longest`` is that of the pairs
+    (:meth:`PairLayout.lengths`) where it is known; asking masks on a GPU waits for it.
     """
     if longest is None:
         longest = int(layout.lengths(query_mask, passage_mask).max())
@@ -102,13 +102,15 @@ def assemble_pairs(
     return Pairs(
         ids.masked_fill(~mask, pad_id),
         mask,
-        (mask & ~from_query).long(),
+        (mask & ~from_query & (not layout.double_separator)).long(),
         tokens_q.clamp(max=last),
         (tokens_p + start).clamp(max=last),
     )
 
 
 TEMPERATURE_FILE = "temperature.json"
+LOGITS = 1 << 24
+"""Of a teacher's attention, at a time."""
 
 
 def stored_temperature(folder: Path) -> float | None:
@@ -181,33 +183,72 @@ class CrossEncoder(nn.Module):
         return output.logits.squeeze(-1).float()
 
     @torch.no_grad()
-    def attention(self, pairs: Pairs, chunk: int = 64) -> TeacherAttention:
-        """The projections behind the last layer's attention in the last forward, detached.
+    def attention(self, pairs: Pairs, budget: int = LOGITS) -> TeacherAttention:
+        """What the last layer's attention in the last forward follows from, detached.
 
         The row's log-sum-exp covers every real token of the pair, so that
-        ``exp(q·k/√d - lse)`` is the attention the model really paid; chunks of pairs bound the
-        memory.
+        ``exp(q·k/√d - lse)`` is the attention the model really paid; at most ``budget`` logits
+        exist at a time, or one row of each head.
         """
-        queries, keys = self._projections(-1)
-        own_queries = _take(queries, pairs.query_columns)
-        lse = []
-        for begin in range(0, len(queries), chunk):
-            part = slice(begin, begin + chunk)
-            scores = own_queries[part].float() @ keys[part].float().transpose(-1, -2)
-            scores = scores / math.sqrt(queries.shape[-1])
-            scores.masked_fill_(~pairs.mask[part, None, None, :], float("-inf"))
-            lse.append(scores.logsumexp(-1))
-        return TeacherAttention(own_queries, _take(keys, pairs.passage_columns), torch.cat(lse))
+        every = self._projections(-1)
+        queries = _take(every.queries, pairs.query_columns)
+        logits = queries.shape[1] * queries.shape[2] * every.keys.shape[2]  # of a pair
+        lse = [
+            self._row_sums(queries[part], every.keys[part], pairs, part, budget)
+            for part in _parts(len(queries), budget // logits)
+        ]
+        query, passage = self.sides(pairs, -1)
+        return TeacherAttention(query.queries, passage.keys, torch.cat(lse))
 
     @torch.no_grad()
     def sides(self, pairs: Pairs, layer: int) -> tuple[Projections, Projections]:
-        """A layer's projections in the last forward, of query and of passage tokens, detached."""
+        """What a layer's attention in the last forward follows from, of query and of passage
+        tokens, detached: ``[N, heads, L, d']`` with ``q·k/√d'`` the logit from one to the other.
+
+        Where the family adds a bias to the logits, ``d'`` is larger than the head dimension by the
+        query tokens' number: each has a dimension of its own, in which it is 1 and a token of the
+        passage is their bias.
+        """
         projections = self._projections(layer)
-        query, passage = (
-            Projections(*(_take(states, columns) for states in projections))
+        (query_q, query_k), (passage_q, passage_k) = (
+            [_take(states, columns) for states in projections]
             for columns in (pairs.query_columns, pairs.passage_columns)
         )
-        return query, passage
+        assert self.tap is not None
+        if (bias := self.tap.bias) is not None:
+            of_query, of_passage = pairs.query_columns[:, None], pairs.passage_columns[:, :, None]
+            own = torch.eye(query_q.shape[2], dtype=query_q.dtype, device=query_q.device)
+            own = own.expand(*query_q.shape[:2], -1, -1)
+            size = query_q.shape[-1]
+            wide = size + own.shape[-1]
+            grown = math.sqrt(wide / size)
+            # Of a passage token as the key of the query's tokens, and as their query.
+            as_key, as_query = (
+                bias[rows, columns].permute(0, 3, 1, 2).to(own.dtype)
+                for rows, columns in ((of_query, of_passage), (of_passage, of_query))
+            )
+            query_q = torch.cat((grown * query_q, math.sqrt(wide) * own), -1)
+            query_k = torch.cat((query_k, own), -1)
+            passage_q = torch.cat((grown * passage_q, math.sqrt(wide) * as_query), -1)
+            passage_k = torch.cat((passage_k, as_key), -1)
+        return Projections(query_q, query_k), Projections(passage_q, passage_k)
+
+    def _row_sums(
+        self, queries: Tensor, keys: Tensor, pairs: Pairs, part: slice, budget: int
+    ) -> Tensor:
+        """Log-sum-exp ``[n, heads, Lq]`` of the query tokens' rows in the pairs ``part``."""
+        assert self.tap is not None
+        keys = keys.float().mT / math.sqrt(keys.shape[-1])
+        closed = ~pairs.mask[part, None, None, :]
+        row = len(keys) * keys.shape[1] * keys.shape[3]
+        sums = []
+        for rows in _parts(queries.shape[2], budget // row):
+            logits = queries[:, :, rows].float() @ keys
+            if self.tap.bias is not None:
+                columns = pairs.query_columns[part, rows]
+                logits += self.tap.bias[columns].permute(0, 3, 1, 2)
+            sums.append(logits.masked_fill_(closed, float("-inf")).logsumexp(-1))
+        return torch.cat(sums, 2)
 
     def _projections(self, layer: int) -> Projections:
         """Of every token of the last forward's pairs ``[N, heads, L, d]``, detached."""
@@ -226,3 +267,8 @@ def _take(states: Tensor, columns: Tensor) -> Tensor:
     """Columns ``[N, M]`` of ``[N, heads, L, d]``."""
     index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
+
+
+def _parts(total: int, size: int) -> list[slice]:
+    """``total`` in parts of ``size``, of 1 at least."""
+    return [slice(i, i + max(1, size)) for i in range(0, total, max(1, size))]

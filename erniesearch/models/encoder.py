@@ -22,6 +22,7 @@ from erniesearch.config.keys import StudentConfig
 from erniesearch.distributed import row_lengths
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_encoder, save_weights, weights_wanted
+from erniesearch.models.families import word_scorer
 from erniesearch.models.lengths import blocks_by_length, put_back
 from erniesearch.models.projections import ProjectionTap
 from erniesearch.objectives.outputs import Encoded
@@ -157,18 +158,18 @@ class StudentEncoder(nn.Module):
         ``words`` is where something is in the flattened labels, if that is known: asking labels on
         a GPU waits for it.
 
-        The vocabulary's scores are of the masked words alone where the family has one module for
-        them (BERT, RoBERTa and their kin): they cost as much as the layers of a small encoder.
+        The vocabulary's scores are of the masked words alone where the family's modules for them
+        are known (:func:`word_scorer`): they cost as much as the layers of a small encoder.
         """
         assert self.masked_lm is not None
         if words is None:
             words = (labels != -100).flatten().nonzero().squeeze(1)
         inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
-        head, *more = (m for m in self.masked_lm.children() if m is not self.passage_tower)
-        if more:
+        scorer = word_scorer(self.masked_lm)
+        if scorer is None:
             logits = self.masked_lm(**inputs).logits.flatten(0, 1)[words]
         else:
-            logits = head(self.passage_tower(**inputs).last_hidden_state.flatten(0, 1)[words])
+            logits = scorer(self.passage_tower(**inputs).last_hidden_state.flatten(0, 1)[words])
         return F.cross_entropy(logits.float(), labels.flatten()[words], reduction="sum")
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from erniesearch.config.keys import Precision, RunConfig
+from erniesearch.models.backbone import check_recomputes
 from erniesearch.models.joint import JointModel
 
 PLAIN_ATTENTION_TOKENS = 256
@@ -48,9 +49,9 @@ def convert(model: nn.Module, bf16: bool) -> None:
 def widen_head(model: nn.Module) -> None:
     """The score head of a model in bf16 to fp32: scores in bf16 would fall on few values, and many
     passages on the same."""
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    if last.out_features == 1:
-        last.float().register_forward_pre_hook(_widen)
+    for module in model.modules():  # XLM-R has its head before the encoder
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            module.float().register_forward_pre_hook(_widen)
 
 
 def _widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -58,15 +59,23 @@ def _widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def tune_for_device(model: JointModel, config: RunConfig, device: torch.device, bf16: bool) -> None:
-    """Ways to compute the same that differ in speed and memory."""
+    """Ways to compute the same that differ in speed and memory.
+
+    Raises:
+        UserError: if activations are to be recomputed of a model that cannot.
+    """
     if config.training.activation_checkpointing:
+        for tower in model.towers():
+            check_recomputes(tower.config)
         model.enable_activation_checkpointing()
     longest = config.data.max_query_length + config.data.max_passage_length
-    if device.type == "cpu" and bf16 and longest <= PLAIN_ATTENTION_TOKENS:
-        # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
-        for tower in model.towers():
+    in_bf16_on_cpu = device.type == "cpu" and bf16 and longest <= PLAIN_ATTENTION_TOKENS
+    for tower in model.towers():
+        part = config.teacher if model.teacher and tower is model.teacher.model else config.student
+        if tower.config._attn_implementation != "sdpa":
+            continue
+        if device.type != "cpu":
+            tower.set_attn_implementation(MASKED)
+        elif in_bf16_on_cpu and part.attn_implementation is None:
+            # PyTorch's fused attention goes backwards slower in bf16 on a CPU than products do.
             tower.set_attn_implementation("eager")
-    if device.type != "cpu":
-        for tower in model.towers():
-            if tower.config._attn_implementation == "sdpa":
-                tower.set_attn_implementation(MASKED)

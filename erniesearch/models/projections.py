@@ -4,8 +4,8 @@ With SDPA no attention map exists, and ``output_attentions`` silently returns no
 projections the map follows exactly.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from erniesearch.errors import UserError
+from erniesearch.models.attention import Packing, current_packing
+from erniesearch.models.families import family_of
 
 
 class Projections(NamedTuple):
@@ -24,19 +26,25 @@ class Projections(NamedTuple):
 
 
 class ProjectionTap:
-    """Keeps what the query and key projections of some layers put out inside a ``with`` block.
+    """Keeps the queries and keys of some layers inside a ``with`` block, in the family's own way
+    (:mod:`erniesearch.models.families`).
+
+    A teacher's are those of the pair that it reads: turned by their positions where the family
+    does so, without their graph, with the bias that is added to their logits. A student's are of
+    two texts that it reads apart, which have no distance: as projected, with their graph.
 
     The hooks exist inside the block only. Activation checkpointing runs layers a second time in the
     backward pass, which must not count; and hooks that come after DeepSpeed's see the outputs whose
     backward pass brings ZeRO-3's parameters back.
 
     Args:
-        part: whose model it is; a teacher's are kept without their graph.
+        part: whose model it is.
         path: where it comes from, for messages.
         layers: counted from 0, or from the last one, -1.
 
     Raises:
-        UserError: if the model has no such layers, or they have no such projections.
+        UserError: if the model has no such layers, its family's attention cannot be rebuilt, or a
+            teacher's layer attends to a window only.
     """
 
     def __init__(
@@ -46,57 +54,125 @@ class ProjectionTap:
         path: str,
         layers: Sequence[int],
     ) -> None:
-        modules = getattr(getattr(model.base_model, "encoder", None), "layer", None)
-        self._taps: dict[int, tuple[nn.Linear, nn.Linear]] = {}
+        weights = "weights.virt" + (" and weights.attention" if part == "teacher" else "")
+        family = family_of(model.config, part, path, f"set the stages' {weights} to 0")
         self.path = path
-        self._detached = part == "teacher"
+        self.bias: Tensor | None = None
+        self._family = family
+        self._of_teacher = part == "teacher"
+        self._num_heads = int(model.config.num_attention_heads)
+        self._num_layers = int(model.config.num_hidden_layers)
+        self._attentions: dict[int, nn.Module] = {}
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._num_layers = int(model.config.num_hidden_layers)
-        weights = "weights.virt" + (" and weights.attention" if part == "teacher" else "")
-        for layer in (counted_from_0(layer, self._num_layers, path) for layer in layers):
-            attention = getattr(modules[layer], "attention", None) if modules else None
-            own = getattr(attention, "self", None)
-            projections = getattr(own, "query", None), getattr(own, "key", None)
-            if not all(isinstance(projection, nn.Linear) for projection in projections):
-                raise UserError(
-                    f"{part} '{path}' ({model.config.model_type}) cannot give attention: its layers"
-                    " have no query and key projections (those of BERT, ERNIE, RoBERTa, ELECTRA"
-                    f" and XLM-R have); set the stages' {weights} to 0"
-                )
-            self._taps[layer] = projections  # type: ignore[assignment]
+        self._packing: Packing | None = None
+        encoder = model.base_model
+        try:
+            for layer in (counted_from_0(layer, self._num_layers, path) for layer in layers):
+                attention = encoder.get_submodule(f"{family.layers}.{layer}.{family.attention}")
+                attention.get_submodule(family.query), attention.get_submodule(family.key)
+                self._attentions[layer] = attention
+            self._bias = encoder.get_submodule(family.bias) if family.bias else None
+        except AttributeError as error:
+            raise UserError(
+                f"{part} '{path}' calls itself {model.config.model_type}, but is built otherwise"
+                f" ({error}); set the stages' {weights} to 0"
+            ) from None
+        if self._of_teacher:
+            _check_windows(model.config, path, list(self._attentions))
 
     def __enter__(self) -> None:
         self.clear()
-        for layer, projections in self._taps.items():
-            for number, projection in enumerate(projections):
-                hook = self._hook((layer, number))
-                self._handles.append(projection.register_forward_hook(hook))
+        for layer, attention in self._attentions.items():
+            if self._family.rotary and self._of_teacher:
+                self._handles.append(
+                    attention.register_forward_pre_hook(self._rotation(layer), with_kwargs=True)
+                )
+            for name in {self._family.query, self._family.key}:
+                projection = attention.get_submodule(name)
+                self._handles.append(projection.register_forward_hook(self._hook(layer, name)))
+        if self._bias is not None and self._of_teacher:
+            self._handles.append(self._bias.register_forward_hook(self._keep_bias))
 
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._rotations.clear()
 
-    def _hook(self, key: tuple[int, int]):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._kept[key] = output.detach() if self._detached else output
+    def _rotation(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._rotations[layer] = named["position_embeddings"]
 
         return hook
+
+    def _keep_bias(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.bias = output.detach()
+
+    def _hook(self, layer: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # Nothing with a graph is computed here: it would be missing when activations are
+            # recomputed, without these hooks.
+            self._packing = current_packing()
+            output = output.detach() if self._of_teacher else output
+            joint = self._family.query == self._family.key
+            for number, own in enumerate((self._family.query, self._family.key)):
+                if name == own:
+                    self._kept[layer, number] = output.chunk(3, -1)[number] if joint else output
+                    self._rotate((layer, number))
+
+        return hook
+
+    def _rotate(self, key: tuple[int, int]) -> None:
+        if self._of_teacher and self._family.rotary:
+            angles = self._rotations[key[0]]
+            self._kept[key] = _rotated(self._kept[key], *angles, self._num_heads)
 
     def of(self, layer: int) -> Projections:
         """A layer's, of the last block; ``layer`` as it was given."""
         layer %= self._num_layers
-        return Projections(self._kept[layer, 0], self._kept[layer, 1])
+        kept = (self._kept[layer, number] for number in (0, 1))
+        return Projections(*(self._packing.padded(x) if self._packing else x for x in kept))
 
     def stacked(self) -> Tensor:
         """All of the last block, lower layers first, ``[N, L, layers, 2, hidden]``."""
-        pairs = [torch.stack(self.of(layer), 2) for layer in sorted(self._taps)]
+        pairs = [torch.stack(self.of(layer), 2) for layer in sorted(self._attentions)]
         self.clear()
         return torch.stack(pairs, 2)
 
     def clear(self) -> None:
         """Let go of what was kept."""
         self._kept.clear()
+        self._packing = self.bias = None
+
+
+def _check_windows(config: PretrainedConfig, path: str, layers: list[int]) -> None:
+    """The layers attend to every token.
+
+    Raises:
+        UserError: for a layer that attends to a window: outside of it the target would be 0, and
+            for a token whose window ends before the other text there is none.
+    """
+    types = getattr(config, "layer_types", None) or []
+    everywhere = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    for layer in layers:
+        if types and layer not in everywhere:
+            raise UserError(
+                f"layer {layer} of the teacher '{path}' attends to a window of"
+                f" {config.sliding_window} tokens on each side, which is no target for tokens of"
+                " another text: name layers of global attention in objective.virt_layers"
+                f" ({everywhere}); weights.attention takes the last layer"
+            )
+
+
+def _rotated(states: Tensor, cosine: Tensor, sine: Tensor, num_heads: int) -> Tensor:
+    """``[N, L, heads·d]`` turned by angles ``[N or 1, L, d]``, of which the second half repeats the
+    first; in fp32."""
+    heads = states.unflatten(-1, (num_heads, -1)).float()
+    first, second = heads.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    angles = cosine.unsqueeze(-2), sine.unsqueeze(-2)
+    return (heads * angles[0] + turned * angles[1]).to(states.dtype).flatten(-2)
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:

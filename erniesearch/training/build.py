@@ -24,7 +24,9 @@ from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.negatives import read_negatives, read_scored_negatives, scored_lists
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
 from erniesearch.errors import UserError
+from erniesearch.models.attention import attention_options
 from erniesearch.models.backbone import (
+    check_recomputes,
     check_same_vocabulary,
     kept_layers,
     load_config,
@@ -174,11 +176,23 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     student_config = load_config(student)
     _check_length(student_config, student.path, max(query_length, passage_length))
     kept_layers(student_config, student)
+    _check_computes(config, student, student_config)
     _check_temperature(config, teacher)
     if any(map(stages.runs_teacher, enabled)):
         check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
-        _check_length(load_config(teacher), teacher.path, query_length + passage_length)
+        teacher_config = load_config(teacher)
+        _check_length(teacher_config, teacher.path, query_length + passage_length)
+        _check_computes(config, teacher, teacher_config)
         _check_attention(config.objective, weights, student, teacher)
+
+
+def _check_computes(
+    config: RunConfig, settings: StudentConfig | TeacherConfig, model: PretrainedConfig
+) -> None:
+    """The model has the attention that is asked for, and can recompute activations."""
+    attention_options(settings, model)
+    if config.training.activation_checkpointing:
+        check_recomputes(model)
 
 
 def _check_attention(

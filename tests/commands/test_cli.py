@@ -1,6 +1,7 @@
 """The command line: every mistake ends in one line and exit status 2, never in a traceback."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.backbones import write_backbone
 from support.inputs import replace_line
 from support.processes import ROOT
 from support.tiny import ConfigMaker, write_beir, write_model
-from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, FNetConfig, FNetModel
+from transformers import AutoTokenizer, FNetConfig, FNetModel
 
 from erniesearch import __version__, stages
 from erniesearch.cli import COMMANDS, main
-from erniesearch.config.keys import RunConfig, TeacherConfig
+from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.run_folder import RunFolder, claimed
@@ -213,22 +215,19 @@ def test_different_vocabularies_are_refused(
 
 
 def write_without_projections(folder: Path, family: str, tokenizer: Path) -> Path:
-    """A model whose layers have no query and key projections where BERT has them."""
-    if family == "distilbert":
-        model = DistilBertModel(
-            DistilBertConfig(vocab_size=69, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
-        )
-    else:
-        model = FNetModel(
-            FNetConfig(vocab_size=69, hidden_size=32, num_hidden_layers=1, intermediate_size=64)
-        )
+    """A model whose layers have no query and key projections, or whose attention has more."""
+    if family == "deberta-v2":
+        return write_backbone(folder, family)
+    model = FNetModel(
+        FNetConfig(vocab_size=69, hidden_size=32, num_hidden_layers=1, intermediate_size=64)
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 
 @both
-@pytest.mark.parametrize("family", ["distilbert", "fnet"])
+@pytest.mark.parametrize("family", ["deberta-v2", "fnet"])
 def test_attention_from_a_model_that_has_none_is_refused(
     family: str, command: tuple[str, ...], config: RunConfig, tmp_path: Path, refused: Refused
 ) -> None:
@@ -242,9 +241,7 @@ def test_attention_from_a_model_that_has_none_is_refused(
 def test_virt_of_a_student_without_projections_is_refused(
     command: tuple[str, ...], config: RunConfig, tmp_path: Path, refused: Refused
 ) -> None:
-    folder = write_without_projections(
-        tmp_path / "student", "distilbert", Path(config.student.path)
-    )
+    folder = write_without_projections(tmp_path / "student", "fnet", Path(config.student.path))
     cascade = replace(config.stages.cascade, weights=LossWeights(de=1.0, virt=1.0))
     config = replace(
         config, stages=replace(config.stages, cascade=cascade),
@@ -252,8 +249,40 @@ def test_virt_of_a_student_without_projections_is_refused(
         student=replace(config.student, path=str(folder)),
     )  # fmt: skip
     message = refused(config, *command)
-    assert message.startswith(f"student '{folder}' (distilbert) cannot give attention")
-    assert message.endswith("weights.virt to 0")
+    assert message.startswith(f"student '{folder}' (fnet) cannot give attention")
+    assert "set the stages' weights.virt to 0, or take one of bert, " in message
+
+
+@both
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("bert", ["--student.attn_implementation", "flash_attention_2"],
+         "student.attn_implementation is flash_attention_2, but there is no GPU"),
+        ("bert", ["--teacher.attn_implementation", "unpadded"],
+         "is unpadded, which has no attention dropout, but .* set teacher.dropout to 0"),
+        ("mpnet", ["--student.attn_implementation", "unpadded"],
+         r"is unpadded, which '.*' \(mpnet\) does not have"),
+        ("mpnet", ["--teacher.attn_implementation", "sdpa"],
+         r"is sdpa, which '.*' \(mpnet\) does not have"),
+        ("mpnet", ["--training.activation_checkpointing", "true"],
+         "activation_checkpointing is true, but mpnet cannot recompute its activations"),
+        ("modernbert", ["--student.layers", "[1, 2]"],
+         r"student.layers is \[1, 2\]: the first layer of a ModernBERT .* begin with 0"),
+        ("modernbert", ["--data.max_passage_length", "60"],
+         "reads at most 64 tokens, the data settings need 68"),
+    ],
+)  # fmt: skip
+def test_what_a_family_has_not_is_refused(
+    family: str, options: list[str], expected: str, command: tuple[str, ...], config: RunConfig,
+    tmp_path: Path, refused: Refused,
+) -> None:  # fmt: skip
+    folder = str(write_backbone(tmp_path / family, family))
+    config = replace(
+        config, student=StudentConfig(folder, late_interaction_dim=16),
+        teacher=TeacherConfig(folder),
+    )  # fmt: skip
+    assert re.search(expected, refused(config, *command, *options))
 
 
 @both

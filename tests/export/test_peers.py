@@ -13,13 +13,16 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.finished_run import LONG, TEXTS
+from support.backbone_table import Site
+from support.backbones import BACKBONES
+from support.finished_run import LONG, TEXTS, finished_run
 from support.processes import ROOT, run_python
 from support.tiny import ALL_TERMS, ConfigMaker
 
@@ -151,6 +154,22 @@ queries, passages = model.encode_query(values["queries"]), model.encode_document
 print(json.dumps(model.similarity(queries, passages).tolist()))
 """
 
+ALL_KINDS = """
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+queries, passages = values["queries"], values["passages"]
+pairs = [(q, p) for q in queries for p in values["texts"]]
+found = []
+for dual, late, cross in values["folders"]:
+    model = SentenceTransformer(dual, device="cpu")
+    found.append([model.similarity(model.encode(queries), model.encode(passages)).tolist()])
+    model = MultiVectorEncoder(late, device="cpu")
+    vectors = model.encode_query(queries), model.encode_document(passages)
+    found[-1].append(model.similarity(*vectors).tolist())
+    scores = CrossEncoder(cross, device="cpu").predict(pairs).reshape(len(queries), -1)
+    found[-1].append(scores.tolist())
+print(json.dumps(found))
+"""
+
 FINE_TUNE = """
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -235,6 +254,20 @@ def our_retriever(config: RunConfig) -> Retriever:
     return Retriever(replace(config.student, path=path), 8, 16, device=torch.device("cpu"))
 
 
+def late_interaction(retriever: Retriever, queries: list[str]) -> np.ndarray:
+    """Our scores of the passages, from token vectors in fp32."""
+
+    def tokens(texts: list[str], side: Any) -> list[torch.Tensor]:
+        out: dict[int, torch.Tensor] = {}
+        for positions, batch in retriever.token_batches(texts, side):
+            out |= dict(zip(positions.tolist(), batch, strict=True))
+        return [out[i] for i in range(len(texts))]
+
+    passages = tokens(PASSAGES, "passage")
+    return np.array([[float((q @ p.T).max(1).values.sum()) for p in passages]
+                     for q in tokens(queries, "query")])  # fmt: skip
+
+
 def assert_same(theirs: list[list[float]], ours: np.ndarray) -> None:
     """Equal to 1e-5, and not one score for everything."""
     np.testing.assert_allclose(np.array(theirs), ours, rtol=1e-5, atol=1e-5)
@@ -275,20 +308,38 @@ def test_cross_encoder(name: str, peer: Peer, trained: RunConfig) -> None:
 @pytest.mark.parametrize(("name", "script"), [(PYLATE, COLBERT), (ST_6, MULTI_VECTOR)])
 def test_late_interaction(name: str, script: str, peer: Peer, trained: RunConfig) -> None:
     folder = str(RunFolder(trained.run_dir).export("late_interaction"))
-    retriever = our_retriever(trained)
-
-    def tokens(texts: list[str], side: Any) -> list[torch.Tensor]:
-        out: dict[int, torch.Tensor] = {}
-        for positions, batch in retriever.token_batches(texts, side):  # in fp32
-            out |= dict(zip(positions.tolist(), batch, strict=True))
-        return [out[i] for i in range(len(texts))]
-
     queries = [*QUERIES, LONG]  # two lengths: the long query is cut at 8, passages at 16
-    passages = tokens(PASSAGES, "passage")
-    ours = [[float((q @ p.T).max(1).values.sum()) for p in passages]
-            for q in tokens(queries, "query")]  # fmt: skip
     assert_same(peer(name, script, folder=folder, queries=queries, passages=PASSAGES),
-                np.array(ours))  # fmt: skip
+                late_interaction(our_retriever(trained), queries))  # fmt: skip
+
+
+def test_every_family_is_read(peer: Peer, tmp_path: Path) -> None:
+    """All three exports of each family, in one process."""
+    folders, expected = [], []
+    pairs = [(q, p) for q in QUERIES for p in TEXTS]
+    for family in BACKBONES:
+        site = Site(family, tmp_path / family)
+        config = finished_run(partial(family_config, site))
+        folders.append([str(folder) for folder in export_all(config)])
+        ours = our_retriever(config)
+        teacher = str(RunFolder(config.run_dir).model("cascade", "teacher"))
+        scores = PairScorer(TeacherConfig(teacher), 8, 16).scores(
+            *map(list, zip(*pairs, strict=True))
+        )
+        expected.append([
+            ours.vectors(QUERIES, "query") @ ours.vectors(PASSAGES, "passage").T,
+            late_interaction(ours, QUERIES), scores.reshape(len(QUERIES), -1),
+        ])  # fmt: skip
+    found = peer(ST_6, ALL_KINDS, folders=folders, queries=QUERIES, passages=PASSAGES, texts=TEXTS)
+    for family, theirs, ours in zip(BACKBONES, found, expected, strict=True):
+        for kind, there, here in zip(("dual", "late", "cross"), theirs, ours, strict=True):
+            note = f"{family}, {kind}"
+            np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5, err_msg=note)
+            assert np.ptp(here) > 1e-4, note
+
+
+def family_config(site: Site, stage: str, weights: LossWeights) -> RunConfig:
+    return site.config(weights, pooling="mean")
 
 
 @pytest.mark.parametrize("name", [ST_6, ST_5])

@@ -4,20 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import write_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertModel,
-    ElectraConfig,
-    ElectraModel,
-    ErnieConfig,
-    ErnieModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
+from support.backbones import roberta_tokenizer
+from transformers import BertModel, PreTrainedTokenizerBase
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
 from erniesearch.data.batches import encode_texts
@@ -28,19 +16,6 @@ from erniesearch.models.encoder import StudentEncoder
 
 QUERIES = ["baran desel", "fitor"]
 PASSAGES = ["govix kuwen lazul", "mipat", "nohod baran desel fitor", "govix"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
-
-
-def roberta_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(set(" ".join(QUERIES + PASSAGES).split()))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", pad_token="<pad>",
-        unk_token="<unk>",
-    )  # fmt: skip
 
 
 def assembled(tokenizer: PreTrainedTokenizerBase):  # type: ignore[no-untyped-def]
@@ -56,12 +31,12 @@ def test_pairs_equal_the_tokenizers_own(family: str, tiny_model: Path) -> None:
     tokenizer = bert if family == "bert" else roberta_tokenizer()
     (query_ids, query_mask), (passage_ids, passage_mask), pairs = assembled(tokenizer)
     expected = tokenizer(
-        [q for q in QUERIES for _ in range(2)], PASSAGES, padding=True, return_tensors="pt"
-    )
+        [q for q in QUERIES for _ in range(2)], PASSAGES, padding=True, return_tensors="pt",
+        return_token_type_ids=True,
+    )  # fmt: skip
     assert torch.equal(pairs.input_ids, expected["input_ids"])
     assert torch.equal(pairs.mask.long(), expected["attention_mask"])
-    if family == "bert":
-        assert torch.equal(pairs.token_type_ids, expected["token_type_ids"])
+    assert torch.equal(pairs.token_type_ids, expected["token_type_ids"])
     # Every real token is where the columns say; the passage's [CLS] is gone.
     for ids, mask, columns in (
         (
@@ -72,60 +47,6 @@ def test_pairs_equal_the_tokenizers_own(family: str, tiny_model: Path) -> None:
         (passage_ids[:, 1:], passage_mask[:, 1:], pairs.passage_columns[:, 1:]),
     ):
         assert torch.equal(pairs.input_ids.gather(1, columns)[mask], ids[mask])
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "ernie"])
-def test_attention_from_projections_equals_the_models_own_map(family: str, tmp_path: Path) -> None:
-    write_model(tmp_path, num_attention_heads=4)
-    tokenizer = load_tokenizer(StudentConfig(str(tmp_path)))
-    torch.manual_seed(3)
-    if family == "roberta":
-        tokenizer = roberta_tokenizer()
-        RobertaModel(RobertaConfig(vocab_size=20, pad_token_id=1, **SIZES)).save_pretrained(
-            tmp_path
-        )
-    elif family == "electra":
-        ElectraModel(ElectraConfig(vocab_size=80, embedding_size=32, **SIZES)).save_pretrained(
-            tmp_path
-        )
-    elif family == "ernie":
-        ErnieModel(ErnieConfig(vocab_size=80, **SIZES)).save_pretrained(tmp_path)
-    _, (_, passage_mask), pairs = assembled(tokenizer)
-    model = CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1, 0]).eval()
-    scores = model(pairs)
-    attention = model.attention(pairs, chunk=3)
-    head_dim = attention.queries.shape[-1]
-    ours = attention.queries @ attention.keys.transpose(-1, -2) / head_dim**0.5
-    ours = (ours - attention.lse[..., None]).exp().mean(1)  # [N, Lq, Lp], head mean
-
-    eager = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, num_labels=1, attn_implementation="eager"
-    ).eval()
-    eager.load_state_dict(model.model.state_dict())
-    types = {"token_type_ids": pairs.token_type_ids} if model.uses_token_types else {}
-    output = eager(
-        input_ids=pairs.input_ids, attention_mask=pairs.mask.long(), output_attentions=True, **types
-    )
-    torch.testing.assert_close(scores, output.logits.squeeze(-1), rtol=1e-5, atol=1e-6)
-    assert model.tap is not None
-    for layer in (0, -1):  # head by head, in both directions
-        of_query, of_passage = model.sides(pairs, layer)
-        for rows, columns, first, second in (
-            (pairs.query_columns, pairs.passage_columns, of_query.queries, of_passage.keys),
-            (pairs.passage_columns, pairs.query_columns, of_passage.queries, of_query.keys),
-        ):
-            logits = first @ second.mT / head_dim**0.5
-            for n in range(len(logits)):
-                real = pairs.mask[n][columns[n]] & (columns[n] < pairs.mask[n].sum())
-                own = logits[n][..., real].softmax(-1)
-                expected = output.attentions[layer][n][:, rows[n]][:, :, columns[n][real]]
-                expected = expected / expected.sum(-1, keepdim=True)
-                torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
-    whole = output.attentions[-1].mean(1)
-    for n in range(len(ours)):
-        rows, columns = pairs.query_columns[n], pairs.passage_columns[n][passage_mask[n]]
-        expected = whole[n][rows][:, columns]
-        torch.testing.assert_close(ours[n][:, passage_mask[n]], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_padding_changes_no_score(tiny_model: Path) -> None:
@@ -151,15 +72,6 @@ def test_padding_changes_no_embedding(tiny_model: Path, pooling: str) -> None:
         torch.testing.assert_close(
             alone.tokens[0], together.tokens[i][mask[i]], rtol=1e-5, atol=1e-5
         )
-
-
-def test_model_without_projections_is_refused_when_attention_is_wanted(tmp_path: Path) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
-
-    DistilBertModel(DistilBertConfig(vocab_size=70, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
-                    ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(UserError, match=r"distilbert\) cannot give attention.*weights.attention"):
-        CrossEncoder(TeacherConfig(str(tmp_path)), attention_layers=[-1])
 
 
 def test_the_head_is_what_the_checkpoint_has_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.backbone_table import CHECKS, PAGES, Site, cell, gradients, made, read_cells, same
 from support.backbones import BACKBONES, write_backbone
-from support.tiny import ALL_TERMS, WITH_VIRT
+from support.tiny import ALL_TERMS, EVERY_TERM
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
@@ -152,7 +152,7 @@ def test_activations_of_packed_texts_are_recomputed(tmp_path: Path) -> None:
     found = []
     for way, recompute in ((None, False), ("unpadded", True)):
         site = Site("modernbert", tmp_path)
-        config = site.config(replace(WITH_VIRT, dual_reg=0.0), attn_implementation=way)
+        config = site.config(replace(EVERY_TERM, dual_reg=0.0), attn_implementation=way)
         teacher = replace(config.teacher, attn_implementation=way)
         config = replace(
             config, teacher=teacher,

@@ -17,7 +17,7 @@ import torch
 from support.backbones import BACKBONES, write_backbone
 from support.finished_run import TEXTS, finished_run, plain_states, retriever_of
 from support.processes import ROOT
-from support.tiny import WITH_VIRT, write_beir
+from support.tiny import EVERY_TERM, write_beir
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -272,7 +272,7 @@ def recomputation(site: Site) -> None:
 def gradient_caching(site: Site) -> None:
     """chunk_size: the same terms and gradients as in one pass, over attention too if it has it."""
     try:
-        model, batch = site.joint(replace(WITH_VIRT, dual_reg=0.0), dropout=0.0)
+        model, batch = site.joint(replace(EVERY_TERM, dual_reg=0.0), dropout=0.0)
     except UserError:
         model, batch = site.joint(LossWeights(ce=1.0, li=1.0, de=1.0, ce_to_de=1.0), dropout=0.0)
     found = []

@@ -17,7 +17,7 @@ def evaluate_command(argv: list[str]) -> int:
         " exports/) and TREC runs on a set in BEIR layout. With two or more systems, each is"
         " tested against the first.",
     )  # fmt: skip
-    names = ("depth", "rerank_depth", "batch_size", "max_query_length", "max_passage_length")
+    names = ("depth", "rerank_depth", "batch_size", "max_query_length", "max_passage_length", "dim")
     options, _ = parse_options(
         parser, argv, EvaluateOptions, lists=("run", "rerank"), at_least=dict.fromkeys(names, 1)
     )

@@ -44,6 +44,9 @@ class EncodeOptions:
     """Longest text in tokens, [CLS] and [SEP] included; the model folder's by default."""
     pooling: Literal["cls", "mean"] | None = None
     """For encoders whose folder does not say it."""
+    dim: int | None = None
+    """Keep the first dimensions of a dual-encoder's vectors alone, as objective.matryoshka_dims
+    trains them; all by default."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class MineOptions:
     """Cross-encoder folder that drops candidates it scores too high; none drops nothing."""
     write_scores: bool = False
     """Write the teacher's scores of positives and negatives too."""
+    dim: int | None = None
+    """First dimensions of the vectors, as many as were indexed (`encode --dim`)."""
     nprobe: int | None = None
     """Lists an IVF search visits."""
     ef_search: int | None = None
@@ -166,6 +171,9 @@ class EvaluateOptions:
     rerank: list[str] = field(default_factory=list)
     """Folders of late-interaction models and cross-encoders; each reranks the run that --model
     makes or reranks."""
+    dim: int | None = None
+    """Keep the first dimensions of a dual-encoder's vectors alone, as objective.matryoshka_dims
+    trains them; all by default."""
     depth: int = 100
     """Passages retrieved per query."""
     rerank_depth: int | None = None

@@ -42,6 +42,10 @@ class AnyStageConfig:
 
     steps: int = 0
     """Optimizer updates; 0 skips the stage."""
+    num_train_epochs: float | None = None
+    """Passes over the training queries (post_train: over the passages), in place of steps: the
+    updates are num_train_epochs × queries / queries of an update, rounded up. They are counted
+    before anything is trained, from the data and the number of ranks, and recorded as steps."""
     queries_per_rank: int = 8
     """Queries per rank and micro-step (B), unless batch_size is set."""
     batch_size: int | None = None

@@ -64,8 +64,10 @@ def check(options: EvaluateOptions) -> None:
             raise UserError(f"--rerank {folder}: a dual-encoder does not rerank")
     if options.index and not Path(options.index).is_dir():
         raise UserError(f"--index {options.index}: no such folder; `erniesearch index` writes one")
+    searches = Path(options.first_stage).is_dir()
     if options.model:
         found = read_folder(options.model).kind
+        searches |= (options.kind or found) in ("dual_encoder", "student")
         if options.kind and found not in (options.kind, "student"):
             raise UserError(f"--kind {options.kind}: {options.model} holds a {found}")
         first = Path(options.first_stage)
@@ -73,6 +75,8 @@ def check(options: EvaluateOptions) -> None:
             raise UserError(f"--first_stage {first}: bm25, a run file or a dual-encoder's folder")
         if first.is_dir() and not read_folder(first).has_vectors:
             raise UserError(f"--first_stage {first}: no dual-encoder")
+    if options.dim is not None and not (options.model and searches):
+        raise UserError(f"--dim {options.dim}: no dual-encoder searches here; leave it out")
 
 
 def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
@@ -134,7 +138,7 @@ def _first_stage(options: EvaluateOptions, data: RetrievalData, read: _RunReader
 
 def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
     require_faiss()  # before hours of encoding
-    retriever = load_retriever(folder, **_loading(options))
+    retriever = load_retriever(folder, dim=options.dim, **_loading(options))
     if options.index:
         index = VectorIndex.load(Path(options.index))
         if len(index.pids) != len(data.pids):

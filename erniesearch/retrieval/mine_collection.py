@@ -50,7 +50,7 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": options.batch_size, "device": device, "precision": options.precision,
     }  # fmt: skip
-    retriever = load_retriever(options.model, **loading)
+    retriever = load_retriever(options.model, dim=options.dim, **loading)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
     found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)
     miner = Miner(
@@ -84,7 +84,7 @@ def _check(options: MineOptions, settings: MineConfig) -> None:
 
 def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
     """What the result depends on; a batch's size and the device are left out."""
-    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores")
+    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores", "dim")
     given = {name: getattr(options, name) for name in named}
     for name in ("model", "index", "data", "teacher"):
         path = getattr(options, name)

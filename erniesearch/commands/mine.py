@@ -23,6 +23,8 @@ def mine_command(argv: list[str]) -> int:
     settings = MineConfig(**{name: found[name] for name in keys})
     if not 0 <= settings.skip_top < settings.depth:
         raise UserError(f"--skip_top {settings.skip_top}: from 0 to below --depth {settings.depth}")
+    if settings.denoise_relative_margin is not None and settings.denoise_relative_margin < 0:
+        raise UserError(f"--denoise_relative_margin {settings.denoise_relative_margin}: 0 or more")
     name_accelerator()
     import torch.distributed as dist
 

@@ -215,9 +215,9 @@ An unknown key, a value of the wrong type and an impossible one end the command 
 become updates before anything is trained: ⌈passes × queries / queries of an update⌉, rounded up so
 that every query is seen as often as asked. The queries of a stage are those of the training split
 with a relevant passage, with `negatives: given` those of them that have a line in negatives.jsonl,
-with `mined` at most `stages.mine.max_queries`; in post_train they are the passages of the corpus. An
-update has queries_per_rank × ranks × accumulation_steps of them. The run's record, config.yaml, has
-the updates: a run continues on as many ranks, or on any number of them with `batch_size`.
+with `mined` at most `stages.mine.max_queries`; in post_train they are the passages of the corpus.
+An update has queries_per_rank × ranks × accumulation_steps of them. The run's record, config.yaml,
+has the updates: a run continues on as many ranks, or on any number of them with `batch_size`.
 """
 
 _ALIASES = """

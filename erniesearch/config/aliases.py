@@ -101,6 +101,8 @@ DIFFERENT = {
     "normalize_embeddings": "student.normalize",
     "dataset_name": "data.path is a folder; `erniesearch data import hf NAME` makes one",
     "max_seq_length": "data.max_query_length and data.max_passage_length",
+    "absolute_margin": "stages.mine.denoise_margin, from the best positive's score",
+    "relative_margin": "stages.mine.denoise_relative_margin, from the best positive's score",
     "matryoshka_weights": "objective.matryoshka_dims; every prefix counts the same",
 }
 """What means something else here, or is done otherwise."""

@@ -202,6 +202,11 @@ def _check_stored_scores(
 
 def _check_mining(config: RunConfig, require: Require) -> None:
     mine, cascade = config.stages.mine, config.stages.cascade
+    relative = mine.denoise_relative_margin
+    require(
+        relative is None or relative >= 0, "stages.mine.denoise_relative_margin", relative,
+        "0 or more, or null: a share of the positive's score",
+    )  # fmt: skip
     require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
             f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
     mines = cascade.steps and cascade.num_negatives and cascade.negatives == "mined"

@@ -74,8 +74,13 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
 
 def _check(options: MineOptions, settings: MineConfig) -> None:
     if options.teacher is None:
-        if options.write_scores or settings.denoise_threshold is not None:
-            raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
+        asked = {"write_scores": options.write_scores, **{
+            name: getattr(settings, name) is not None
+            for name in ("denoise_threshold", "denoise_relative_margin")
+        }}  # fmt: skip
+        if any(asked.values()):
+            flags = " and ".join(f"--{name}" for name in asked if asked[name])
+            raise UserError(f"{flags} need the scores of a --teacher: name one, or leave them out")
         if settings.selection == "spread":
             raise UserError("--selection spread goes by the scores of a --teacher: name one")
     if Path(options.out).exists():

@@ -159,10 +159,12 @@ class TrainingConfig:
     """Clip the gradient's global norm; 0 switches clipping off."""
     log_every: int = 1
     """Updates between two lines in metrics.jsonl and the trackers."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=lambda: ["tensorboard"]
     )
-    """Where the figures are shown besides metrics.jsonl; each needs the package of its name."""
+    """Where the figures are shown besides metrics.jsonl; each needs the package of its name. They
+    go to the project erniesearch, or the one in WANDB_PROJECT, TRACKIO_PROJECT or
+    MLFLOW_EXPERIMENT_NAME."""
     save_every: int = 50
     """Updates between two checkpoints; 0 saves none before the end of the stage."""
     keep_checkpoints: int = 2

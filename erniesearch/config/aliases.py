@@ -172,7 +172,9 @@ def on_command_line(argv: list[str]) -> list[str]:
     Raises:
         UserError: if a key is given under two names, or a value means something else here.
     """
-    out, given, take = [], {}, None
+    out: list[str] = []
+    given: dict[str, str] = {}
+    take: Alias | None = None
     for position, arg in enumerate(argv):
         if take:  # this one is the value of an alias
             out.append(_text(take, arg))

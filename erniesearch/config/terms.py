@@ -49,7 +49,8 @@ TERMS = {
         ("group_ce", "group_li"),
     ),
     "ce_to_de": Term(
-        _reads("teacher", "vectors"), "group", "cross_encoder", ("tau_ce", "tau_de", "tau_de_kl", "matryoshka_dims"),
+        _reads("teacher", "vectors"), "group", "cross_encoder",
+        ("tau_ce", "tau_de", "tau_de_kl", "matryoshka_dims"),
         ("group_ce", "group_de"),
     ),
     "li_to_de": Term(

@@ -128,7 +128,7 @@ class Objective:
 
     def score(self, batch: Batch, outputs: Outputs) -> StudentScores:
         """This rank's queries against the passages that they are compared with."""
-        queries, passages, settings = outputs.queries, outputs.passages, self.settings
+        queries, passages = outputs.queries, outputs.passages
         assert queries is not None
         assert passages is not None
         num_queries = len(batch.query_ids)
@@ -253,11 +253,10 @@ class Objective:
         by_query = self._dual_encoder(outputs.second_queries, student.vectors)
         second_vectors = self._compared(outputs.second_passages, len(outputs.second_queries))
         by_passage = self._dual_encoder(outputs.queries.vectors, second_vectors)
+        first = [student.dual, *student.prefixes]
         return _mean([
-            losses.symmetric_kl(first, x, student.mask) + losses.symmetric_kl(first, y, student.mask)
-            for first, x, y in zip(
-                [student.dual, *student.prefixes], by_query, by_passage, strict=True
-            )
+            losses.symmetric_kl(x, y, student.mask) + losses.symmetric_kl(x, z, student.mask)
+            for x, y, z in zip(first, by_query, by_passage, strict=True)
         ])  # fmt: skip
 
     def _own_terms(

@@ -1,4 +1,4 @@
-"""objective.matryoshka_dims: each of the dual-encoder's terms over prefixes of the vectors, by hand;
+"""objective.matryoshka_dims: the dual-encoder's terms over prefixes of its vectors, by hand; and
 what reads a prefix afterwards."""
 
 import json

@@ -202,7 +202,7 @@ def test_a_relative_margin_drops_a_share_below_the_positive(
         limit = best * (1 - relative) if best >= 0 else best * (1 + relative)
         assert mined.negatives[qid] == [pid for pid in pids[:30] if score_of[pid] <= limit]
         assert limit <= best
-    assert 0 < mined.num_denoised
+    assert mined.num_denoised > 0
     whole = mine(data, retriever, TableScorer(table), **(settings | {"denoise_margin": 0.0}))
     assert (mined == whole) == (relative == 0.0)
     # Two limits at once: the lower one counts.

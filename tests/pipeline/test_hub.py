@@ -1,18 +1,18 @@
 """push: what arrives at a stand-in of the hub is the export folder, with results in its card; every
 mistake is one line."""
 
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from support.finished_run import finished_run
 from support.hub import Hub, running_hub
 from support.processes import run_python
 from support.tiny import ConfigMaker
 
+from erniesearch.cli import main
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.evaluation.measures import Estimate
 from erniesearch.evaluation.table import Report, Row
@@ -50,14 +50,24 @@ def run_dir(make_config: ConfigMaker, tmp_path: Path) -> Path:
     return root
 
 
-def push(hub: Hub | None, *arguments: str, **environment: str) -> tuple[int, str]:
-    """``erniesearch push …`` in a process of its own: the hub's settings are read at import."""
-    settings = {
-        "HF_ENDPOINT": hub.endpoint if hub else "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }  # fmt: skip
-    return run_python("-m", "erniesearch.cli", "push", *arguments, **(settings | environment))
+Push = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def push(hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Push:
+    """``erniesearch push …`` here, with the hub's settings, which are otherwise read at import;
+    keywords are further ones."""
+
+    def run(*arguments: str, token: str = TOKEN, **settings: Any) -> tuple[int, str]:
+        monkeypatch.setenv("HF_TOKEN", token)
+        online = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in (online | settings).items():
+            monkeypatch.setattr(constants, name, value)
+        capfd.readouterr()
+        status = main(["push", *arguments])
+        return status, "".join(capfd.readouterr())
+
+    return run
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -65,9 +75,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
 
 
-def test_the_folder_arrives_with_results_in_its_card(hub: Hub, run_dir: Path) -> None:
+def test_the_folder_arrives_with_results_in_its_card(hub: Hub, push: Push, run_dir: Path) -> None:
     common = ("--run", str(run_dir), "--repo", "me/tiny", "--license", "apache-2.0")
-    status, output = push(hub, *common, "--private", "--message", "First try")
+    status, output = run_python(
+        "-m", "erniesearch.cli", "push", *common, "--private", "--message", "First try",
+        HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1",
+    )  # fmt: skip
     assert status == 0, output[-2000:]
     repository = hub.repositories["me/tiny"]
     assert repository.private
@@ -94,7 +107,7 @@ def test_the_folder_arrives_with_results_in_its_card(hub: Hub, run_dir: Path) ->
     assert result.metric_args["interval_95"] == [0.1875, 0.9]
     assert ModelCard.load(run_dir / "exports" / "dual_encoder" / "README.md").text == card.text
     # Again, another model on a branch: the repository is there already.
-    status, output = push(hub, *common[:4], "--export", "late_interaction", "--revision", "late")
+    status, output = push(*common[:4], "--export", "late_interaction", "--revision", "late")
     assert status == 0, output[-2000:]
     assert repository.branches["main"] == sent
     late = ModelCard(repository.branches["late"]["README.md"].decode())
@@ -102,9 +115,10 @@ def test_the_folder_arrives_with_results_in_its_card(hub: Hub, run_dir: Path) ->
     assert "reranking the dual-encoder's top 10" in late.data.eval_results[0].task_name
 
 
-def test_a_dry_run_lists_and_sends_nothing(hub: Hub, run_dir: Path) -> None:
-    status, output = push(hub, "--run", str(run_dir), "--repo", "me/tiny", "--dry_run", HF_TOKEN="",
-                          HF_HUB_OFFLINE="1")  # fmt: skip
+def test_a_dry_run_lists_and_sends_nothing(hub: Hub, push: Push, run_dir: Path) -> None:
+    status, output = push(
+        "--run", str(run_dir), "--repo", "me/tiny", "--dry_run", token="", HF_HUB_OFFLINE=True
+    )
     assert status == 0, output[-2000:]
     assert hub.requests == []
     listed = {line.split()[1]: int(line.split()[0].replace(",", ""))
@@ -116,10 +130,10 @@ def test_a_dry_run_lists_and_sends_nothing(hub: Hub, run_dir: Path) -> None:
 
 
 def test_results_of_other_models_are_left_out(
-    hub: Hub, run_dir: Path, make_config: ConfigMaker
+    hub: Hub, push: Push, run_dir: Path, make_config: ConfigMaker
 ) -> None:
     export_all(make_config(run_dir=run_dir))  # trained and exported anew, not evaluated
-    status, output = push(hub, "--run", str(run_dir), "--repo", "me/tiny")
+    status, output = push("--run", str(run_dir), "--repo", "me/tiny")
     assert status == 0, output[-2000:]
     card = ModelCard(hub.repositories["me/tiny"].branches["main"]["README.md"].decode())
     assert not card.data.eval_results
@@ -134,20 +148,21 @@ def one_line(status: int, output: str) -> str:
     return lines[0]
 
 
-def test_mistakes_are_one_line(hub: Hub, run_dir: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(hub: Hub, push: Push, run_dir: Path, tmp_path: Path) -> None:
     common = ("--run", str(run_dir), "--repo", "me/tiny")
-    nowhere = {"HF_TOKEN": "", "HF_HOME": str(tmp_path)}
-    assert "no token of the hub: `hf auth login`" in one_line(*push(hub, *common, **nowhere))
-    assert "HF_HUB_OFFLINE is set" in one_line(*push(hub, *common, HF_HUB_OFFLINE="1"))
-    assert "answers 401 about me/tiny" in one_line(*push(hub, *common, HF_TOKEN="hf_wrong"))
+    nobody = {"token": "", "HF_TOKEN_PATH": str(tmp_path / "none")}
+    assert "no token of the hub: `hf auth login`" in one_line(*push(*common, **nobody))
+    assert "HF_HUB_OFFLINE is set" in one_line(*push(*common, HF_HUB_OFFLINE=True))
+    assert "answers 401 about me/tiny" in one_line(*push(*common, token="hf_wrong"))
     assert hub.repositories == {}
     hub.refuses["/commit/"] = 403
-    assert "answers 403 about me/tiny" in one_line(*push(hub, *common))
-    assert "cannot be pushed to http://127.0.0.1:9" in one_line(*push(None, *common))
+    assert "answers 403 about me/tiny" in one_line(*push(*common))
+    closed = "http://127.0.0.1:9"
+    assert f"cannot be pushed to {closed}" in one_line(*push(*common, ENDPOINT=closed))
     for arguments, problem in (
         (("--run", str(tmp_path), "--repo", "me/tiny"), "config.yaml: no such file"),
         ((*common, "--export", "dual"), "there are cross_encoder, dual_encoder, late_interaction"),
         (("--run", str(run_dir), "--repo", "tiny"), "OWNER/NAME"),
         (("--run", str(run_dir), "--repo", "me/ti ny"), "--repo me/ti ny: "),
     ):
-        assert problem in one_line(*push(hub, *arguments)), arguments
+        assert problem in one_line(*push(*arguments)), arguments

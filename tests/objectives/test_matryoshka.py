@@ -24,7 +24,7 @@ from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives import losses
-from erniesearch.objectives.objective import group_mask
+from erniesearch.objectives.objective import Objective, group_mask
 from erniesearch.objectives.scores import candidate_mask
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.load import load_retriever
@@ -166,3 +166,33 @@ def test_the_card_names_the_prefixes(exported: Path) -> None:
     assert "the first 16, 8 dimensions were trained" in card
     assert 'SentenceTransformer("PATH", truncate_dim=16)' in card
     assert "truncate_dim" not in (exported / "late_interaction" / "README.md").read_text()
+
+
+def test_sentence_transformers_has_the_same_loss(make_config: ConfigMaker) -> None:
+    """Its MatryoshkaLoss over MultipleNegativesRankingLoss adds up; with weights of 1/3 it is the
+    mean."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+    config = finished_run(make_config, normalize=True, matryoshka_dims=[16, 3], tau_de=0.05)
+    export_all(config)
+    folder = Path(config.run_dir) / "exports" / "dual_encoder"
+    data = load_beir(config.data.path, "test")
+    texts = [list(data.queries.values())[:6], list(data.passages[:6])]
+    theirs = SentenceTransformer(str(folder), device="cpu").eval()
+    loss = MatryoshkaLoss(
+        theirs, MultipleNegativesRankingLoss(theirs, scale=1 / 0.05), [32, 16, 3], [1 / 3] * 3
+    )
+    prepare = getattr(theirs, "preprocess", None) or theirs.tokenize
+    with torch.no_grad():
+        wanted = loss([prepare(side) for side in texts], torch.empty(0))
+    wanted = wanted if isinstance(wanted, Tensor) else sum(wanted.values())
+    retriever = load_retriever(folder)
+    queries, passages = (torch.from_numpy(retriever.vectors(side, name))
+                         for side, name in zip(texts, ("query", "passage"), strict=True))  # fmt: skip
+    objective = Objective(LossWeights(de=1.0), config.objective, normalize=True)
+    labels = torch.arange(6)
+    found = [losses.contrastive_loss(scores, labels)
+             for scores in objective._dual_encoder(queries, passages)]  # fmt: skip
+    torch.testing.assert_close(torch.stack(found).mean(), wanted, rtol=1e-5, atol=1e-6)

@@ -57,6 +57,10 @@ _TRAINING = {
     "report_to": Alias("trackers", _trackers),
     "bf16": Alias("precision", _precision),
     "dataloader_num_workers": Alias("num_workers"),
+    "eval_steps": Alias("evaluate_every"),
+    "metric_for_best_model": Alias(
+        "best_metric", lambda given: "loss" if given == "eval_loss" else given
+    ),
 }
 _SECTIONS = {
     "": {"output_dir": Alias("run_dir")},
@@ -77,7 +81,12 @@ _ALSO_AT_THE_TOP = {
     name: (section, name)
     for section in ("data", "student", "objective", "training", "evaluation")
     for name in _SECTIONS[section]
-} | {name: ("training", name) for name in ("max_grad_norm", "weight_decay")}
+} | {
+    name: ("training", name)
+    for name in (
+        "max_grad_norm", "weight_decay", "load_best_model_at_end", "early_stopping_patience",
+    )
+}  # fmt: skip
 DIFFERENT = {
     "warmup_steps": "the warm-up is a share of the updates: stages.NAME.warmup_ratio",
     "train_group_size": "it counts the positive; stages.NAME.num_negatives is one less",
@@ -88,8 +97,8 @@ DIFFERENT = {
     "fp16": "training.precision is auto, bf16 or fp32",
     "optim": "the optimizer is AdamW: training.weight_decay, stages.NAME.student_lr",
     "deepspeed": "training.zero_stage, or training.zero_json with a zero_optimization section",
-    "eval_strategy": "training.validation_split measures every checkpoint",
-    "eval_steps": "training.validation_split measures every checkpoint (training.save_every)",
+    "eval_strategy": "training.validation_split measures every training.evaluate_every updates",
+    "greater_is_better": "known of every training.best_metric",
     "save_strategy": "checkpoints are saved every training.save_every updates",
     "logging_strategy": "lines are logged every training.log_every updates",
     "resume_from_checkpoint": "the same command continues; leave it out",

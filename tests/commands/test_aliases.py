@@ -23,16 +23,20 @@ output_dir: runs/x
 model_name_or_path: models/x
 save_steps: 7
 per_device_eval_batch_size: 9
+load_best_model_at_end: true
 data: {path: data/x, query_max_len: 20}
 teacher: {model_name_or_path: models/y}
 objective: {temperature: 0.05}
 training:
+  validation_split: dev
   gradient_checkpointing: true
   save_total_limit: 3
   logging_steps: 10
   report_to: wandb
   bf16: true
   dataloader_num_workers: 2
+  eval_steps: 20
+  metric_for_best_model: eval_loss
 stages:
   contrastive:
     per_device_train_batch_size: 16
@@ -50,6 +54,8 @@ teacher: {path: models/y}
 objective: {tau_de: 0.05}
 evaluation: {batch_size: 9}
 training:
+  load_best_model_at_end: true
+  validation_split: dev
   save_every: 7
   activation_checkpointing: true
   keep_checkpoints: 3
@@ -57,6 +63,8 @@ training:
   trackers: [wandb]
   precision: bf16
   num_workers: 2
+  evaluate_every: 20
+  best_metric: loss
 stages:
   contrastive:
     queries_per_rank: 16

@@ -424,7 +424,9 @@ def test_a_flag_means_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
             main([*name.split(), "--help"])
         shown = capsys.readouterr().out
         for flag, told in meanings.items():
-            if found := re.search(rf"^  --{flag} .*?([A-Z].*(?:\n {{10,}}.*)*)", shown, re.MULTILINE):
+            if found := re.search(
+                rf"^  --{flag} .*?([A-Z].*(?:\n {{10,}}.*)*)", shown, re.MULTILINE
+            ):
                 told[name] = " ".join(re.sub(r"\(.*\)", "", found[1].split(f"{flag.upper()} ")[-1])
                                       .split())  # fmt: skip
     assert len(meanings["run"]) >= 5

@@ -189,8 +189,10 @@ def test_sentence_transformers_has_the_same_loss(make_config: ConfigMaker) -> No
         wanted = loss([prepare(side) for side in texts], torch.empty(0))
     wanted = wanted if isinstance(wanted, Tensor) else sum(wanted.values())
     retriever = load_retriever(folder)
-    queries, passages = (torch.from_numpy(retriever.vectors(side, name))
-                         for side, name in zip(texts, ("query", "passage"), strict=True))  # fmt: skip
+    queries, passages = (
+        torch.from_numpy(retriever.vectors(side, name))
+        for side, name in zip(texts, ("query", "passage"), strict=True)
+    )
     objective = Objective(LossWeights(de=1.0), config.objective, normalize=True)
     labels = torch.arange(6)
     found = [losses.contrastive_loss(scores, labels)

@@ -24,6 +24,7 @@ from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import fingerprint
+from erniesearch.training.checkpoints.manifest import Quality
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.trackers import check_trackers, open_trackers
 
@@ -73,12 +74,16 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
+def measured(loss: float) -> Quality:
+    return Quality(loss, "loss", loss, False, False)
+
+
 def run_monitor(config: RunConfig, folder: Path, start: int, end: int, offset: float) -> None:
     with Monitor(folder, "cascade", start, 4, open_trackers(config, folder, start)) as monitor:
         for step in range(start + 1, end + 1):
             speed = {"queries_per_second": 1.0, "tokens_per_second": 2.0}
             monitor.log(step, {"loss": step + offset}, {"encoder": 0.5}, speed)
-        monitor.log_validation(end, {"loss": offset})
+        monitor.log_validation(end, {"loss": offset, "seconds": 0.5}, measured(offset))
 
 
 def test_tensorboard_continues_and_hides_what_a_killed_run_left(
@@ -179,6 +184,7 @@ import json, sys
 from pathlib import Path
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
+from erniesearch.training.checkpoints.manifest import Quality
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.trackers import open_trackers
 config, folder = from_dict(RunConfig, json.loads(sys.argv[1])), Path(sys.argv[2])
@@ -187,7 +193,8 @@ for start, end in ((0, 3), (3, 5)):  # stopped after 3 updates, and continued
         for step in range(start + 1, end + 1):
             speed = {"queries_per_second": 8.0, "tokens_per_second": 2.0}
             monitor.log(step, {"loss": 1 / step, "accuracy_de": 0.25}, {"encoder": 0.5}, speed)
-        monitor.log_validation(end, {"loss": 0.125 * end})
+        figures, measured = {"loss": 0.125 * end}, Quality(0.125 * end, None, 0.0, False, False)
+        monitor.log_validation(end, figures | {"seconds": 0.5}, measured)
 """
 WANTED = {
     "loss/loss": {step: 1 / step for step in range(1, 6)},
@@ -196,6 +203,7 @@ WANTED = {
     "speed/queries_per_second": dict.fromkeys(range(1, 6), 8.0),
     "speed/tokens_per_second": dict.fromkeys(range(1, 6), 2.0),
     "validation/loss": {3: 0.375, 5: 0.625},
+    "validation/seconds": {3: 0.5, 5: 0.5},
 }
 
 

@@ -338,7 +338,6 @@ def _decisive_objective(stage: Stage) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in read}
 
 
-
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items()
             if key not in SPEED_ONLY and (value not in (None, []) or key not in LATER)}  # fmt: skip

@@ -63,7 +63,7 @@ TERMS = {
     ),
     "margin_mse_de": Term(
         _reads("teacher", "vectors"), "group", "cross_encoder",
-        ("tau_ce", "tau_de", "tau_de_margin"), ("group_ce", "group_de"),
+        ("tau_ce", "tau_de", "tau_de_margin", "matryoshka_dims"), ("group_ce", "group_de"),
     ),
     "attention": Term(
         _reads("teacher", "tokens"), "pairs", "cross_encoder", ("tau_att",),

@@ -25,6 +25,7 @@ commands:
   serve                answer queries over HTTP, with a page that shows the three rankings
   evaluate             models and TREC runs on any data set in BEIR layout
   export               models of a run for other libraries, with cards; ONNX on request
+  push                 a run's model, its card and its results to the hub
   export-checkpoint    model folders from a stage's checkpoint, without a GPU
   encode               passages or queries to vectors on disk; start it as train
   index                vectors on disk to a FAISS index of any kind
@@ -89,6 +90,7 @@ COMMANDS = {
     "serve": "serve:serve_command",
     "evaluate": "evaluate:evaluate_command",
     "export": "export:export_command",
+    "push": "push:push_command",
     "export-checkpoint": "checkpoint:export_checkpoint_command",
     "encode": "encode:encode_command",
     "index": "index:index_command",

@@ -247,8 +247,9 @@ SPEED_ONLY = (
     *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
     "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",
 )  # fmt: skip
-LATER = ("tau_stored", "tau_de_margin", "tau_li_margin")
-"""Keys that runs of before did not have; null, they decide nothing."""
+LATER = ("tau_stored", "tau_de_margin", "tau_li_margin", "matryoshka_dims",
+         "denoise_relative_margin")  # fmt: skip
+"""Keys that runs of before did not have; null or empty, they decide nothing."""
 
 
 def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) -> str:
@@ -274,12 +275,13 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["settings"] = asdict(config.stages.teacher_check) | {"split": check_split(config)}
         settings["teachers"] = checked_teachers(config)
     elif stage == "mine":
-        settings["settings"] = asdict(config.stages.mine)
+        settings["settings"] = _decisive(asdict(config.stages.mine))
     elif stage in TRAINING_STAGES:
         trained = Stage(config, stage, world_size or 1)
         own = asdict(trained.settings)
         own["batch_size"] = trained.queries_per_rank * trained.ranks
         own.pop("queries_per_rank")
+        own.pop("num_train_epochs")  # what it stands for are the steps
         if trained.settings.teacher_scores == "live":
             own.pop("teacher_scores", None)  # runs of before the option are still good
         settings["seed"] = trained.seed
@@ -337,7 +339,5 @@ def _decisive_objective(stage: Stage) -> dict[str, Any]:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value for key, value in settings.items()
-        if key not in SPEED_ONLY and not (key in LATER and value is None)
-    }  # fmt: skip
+    return {key: value for key, value in settings.items()
+            if key not in SPEED_ONLY and (value not in (None, []) or key not in LATER)}  # fmt: skip

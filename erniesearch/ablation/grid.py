@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import installation, stages
+from erniesearch.config.checks import named_as_here
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import read_yaml, unknown_key
@@ -27,6 +28,7 @@ from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import launcher
 from erniesearch.pipeline.run import ORDER
 from erniesearch.retrieval.trained import config_from
+from erniesearch.training.epochs import resolve_epochs
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
              "primary", "arms")  # fmt: skip
@@ -71,7 +73,8 @@ class Grid:
         seeds = {"stages": {name: {"seed": seed} for name in self.seeded}}
         folder = {"run_dir": str(self.run_dir / "arms" / arm.name / f"seed-{seed}")}
         content = merged(merged(merged(self.base, arm.overrides), seeds), folder)
-        return config_from(content, f"{self.path}: arm {arm.name}")
+        config = config_from(content, f"{self.path}: arm {arm.name}")
+        return resolve_epochs(config, launcher.num_processes(config))
 
     def only(self, names: list[str]) -> "Grid":
         """The grid of these arms and the controls that they are compared with.
@@ -117,7 +120,8 @@ def read_grid(path: Path, overrides: Mapping[str, Any]) -> Grid:
             raise UserError(f"{path}: '{key}' is missing")
     config = str(content["config"])
     beside = path.parent / config
-    base = read_yaml(beside if beside.is_file() else installation.config_file(config))
+    source = beside if beside.is_file() else installation.config_file(config)
+    base = named_as_here(read_yaml(source), str(source))
     base = merged(base, _nested(content.get("set"), path, "set"))
     seeds = _seeds(content.get("seeds", [42]), path, "seeds")
     seeded = content.get("seeded", [*TRAINING_STAGES])
@@ -214,6 +218,7 @@ def _nested(content: Any, path: Path, where: str) -> dict[str, Any]:
         for part in reversed(str(key).split(".")):
             nested = {part: nested}
         out = merged(out, nested)
+    out = named_as_here(out, f"{path}: {where}")
     if problem := unknown_key(out, RunConfig):
         raise UserError(f"{path}: {where}: {problem}")
     return out

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
+from erniesearch.config.checks import with_steps
 from erniesearch.config.keys import TRAINING_STAGES
 from erniesearch.errors import UserError, nearest
 
@@ -38,7 +39,7 @@ def export_checkpoint_command(argv: list[str]) -> int:
     from erniesearch.stages import Stage
     from erniesearch.training.checkpoints.weights import export_checkpoint
 
-    stage = Stage(config, settings.stage)
+    stage = Stage(with_steps(config), settings.stage)
     step = export_checkpoint(stage, Path(settings.out), settings.best)
     sys.stdout.write(f"{settings.out}: stage {settings.stage} after {step} updates\n")
     return 0

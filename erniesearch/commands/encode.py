@@ -12,7 +12,7 @@ def encode_command(argv: list[str]) -> int:
         " there are skipped: run the same command again after an interrupt, with any number of"
         " ranks.",
     )  # fmt: skip
-    positive = dict.fromkeys(("batch_size", "shard_size", "max_length"), 1)
+    positive = dict.fromkeys(("batch_size", "shard_size", "max_length", "dim"), 1)
     options, _ = parse_options(parser, argv, EncodeOptions, at_least=positive)
     name_accelerator()
     from erniesearch.retrieval.encode_collection import encode_collection

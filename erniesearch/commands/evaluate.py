@@ -8,19 +8,25 @@ from erniesearch.config.options import EvaluateOptions
 from erniesearch.errors import UserError
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")
+FORMER = {"--run": "--trec", "--rerank": "--rerankers"}
+"""Options that had two meanings: of `search`, `serve`, `report` and `export`, and of this one."""
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """``erniesearch evaluate --data DIR --model EXPORT`` or ``--run FILE …``."""
+    """``erniesearch evaluate --data DIR … --model EXPORT`` or ``--trec FILE …``."""
     parser = command_parser(
         "evaluate", "Evaluate models (sentence-transformers or PyLate folders, such as those in"
-        " exports/) and TREC runs on a set in BEIR layout. With two or more systems, each is"
-        " tested against the first.",
+        " exports/) and TREC runs on sets in BEIR layout. With two or more systems, each is"
+        " tested against the first; with several sets, there is a macro average too.",
     )  # fmt: skip
-    names = ("depth", "rerank_depth", "batch_size", "max_query_length", "max_passage_length")
+    for flag, now in FORMER.items():
+        if flag in {arg.split("=")[0] for arg in argv}:
+            raise UserError(f"{flag} is {now} here: {flag} means something else elsewhere")
+    names = ("depth", "rerank_depth", "batch_size", "max_query_length", "max_passage_length", "dim")
     options, _ = parse_options(
-        parser, argv, EvaluateOptions, lists=("run", "rerank"), at_least=dict.fromkeys(names, 1)
-    )
+        parser, argv, EvaluateOptions, lists=("data", "trec", "rerankers"),
+        at_least=dict.fromkeys(names, 1),
+    )  # fmt: skip
     for name, allowed in (("kind", KINDS), ("mean", ("qrels", "run"))):
         value = getattr(options, name)
         if value is not None and value not in allowed:

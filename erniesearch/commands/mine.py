@@ -17,12 +17,14 @@ def mine_command(argv: list[str]) -> int:
         " again after an interrupt.",
     )  # fmt: skip
     parser.add_class_arguments(MineConfig, skip={"enabled"})
-    names = ("depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search")
+    names = ("depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search", "dim")
     options, found = parse_options(parser, argv, MineOptions, at_least=dict.fromkeys(names, 1))
     keys = [field.name for field in fields(MineConfig) if field.name in found]
     settings = MineConfig(**{name: found[name] for name in keys})
     if not 0 <= settings.skip_top < settings.depth:
         raise UserError(f"--skip_top {settings.skip_top}: from 0 to below --depth {settings.depth}")
+    if settings.denoise_relative_margin is not None and settings.denoise_relative_margin < 0:
+        raise UserError(f"--denoise_relative_margin {settings.denoise_relative_margin}: 0 or more")
     name_accelerator()
     import torch.distributed as dist
 

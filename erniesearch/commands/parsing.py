@@ -6,12 +6,15 @@ from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 import jsonargparse
+import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from erniesearch.commands import reference
+from erniesearch.config import aliases
 from erniesearch.config.checks import check_yaml, validate
-from erniesearch.config.keys import RunConfig
-from erniesearch.config.yaml_file import from_dict, types_of
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
+from erniesearch.config.yaml_file import from_dict, read_yaml, types_of
 from erniesearch.errors import UserError, nearest
 from erniesearch.installation import config_file, config_names
 
@@ -44,10 +47,12 @@ def parse_config(
     """Parse a YAML file with overrides into a validated config.
 
     Raises:
-        UserError: for unknown keys (nearest named), wrong types and impossible values.
+        UserError: for unknown keys (nearest named), keys under two names, wrong types and
+            impossible values.
     """
+    reference.show_if_asked(parser, argv)
     parser.add_class_arguments(RunConfig)
-    argv = _file_first(list(argv))
+    argv = aliases.on_command_line(_file_first(list(argv)))
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     known |= set(_flat_keys(RunConfig))
     for position, arg in enumerate(argv):
@@ -57,12 +62,26 @@ def parse_config(
             argv[position] = f"--config={_checked(arg.removeprefix('--config='))}"
         elif arg.startswith("--") and arg[2:].split("=")[0] not in known:
             key = arg[2:].split("=")[0]
-            raise UserError(f"unknown option '--{key}'{nearest(key, known)}")
-    if not {"-h", "--help", "--config", "--run_dir"} & {arg.split("=")[0] for arg in argv}:
+            said = aliases.hint(key) or nearest(key, known)
+            raise UserError(f"unknown option '--{key}'{said}")
+    given = {arg.split("=")[0] for arg in argv}
+    if not {"--config", "--run_dir"} & given:
         names = ", ".join(config_names())
         raise UserError(f"no configuration: give --config FILE, or a shipped one's name: {names}")
-    settings = parser.parse_args(argv)
+    settings = parser.parse_args(argv + _one_length(given))
     return validate(from_dict(RunConfig, settings.as_dict())), settings
+
+
+def _one_length(given: set[str]) -> list[str]:
+    """A stage's length on the command line takes the place of the file's, in updates or passes."""
+    out = []
+    for stage in TRAINING_STAGES:
+        steps, epochs = f"--stages.{stage}.steps", f"--stages.{stage}.num_train_epochs"
+        if steps in given and epochs not in given:
+            out += [f"{epochs}=null"]
+        elif epochs in given and steps not in given:
+            out += [f"{steps}=0"]
+    return out
 
 
 def parse_options(
@@ -108,10 +127,13 @@ def require_at_least(found: jsonargparse.Namespace, bounds: Mapping[str, int]) -
 
 
 def _checked(given: str) -> str:
-    """Path of a config file, given by path or by name, that any parser may read."""
+    """A config file, given by path or by name, as any parser may read it: its path, or its content
+    where it has other libraries' names."""
     path = config_file(given)
-    check_yaml(path)
-    return str(path)
+    content = check_yaml(path)
+    if content == read_yaml(path):
+        return str(path)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _file_first(argv: list[str]) -> list[str]:

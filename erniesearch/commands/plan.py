@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
+from erniesearch.config.checks import with_steps
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
 from erniesearch.files import write_atomically
@@ -37,6 +38,7 @@ def plan_command(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_class_arguments(Machine)
     config, settings = parse_config(parser, argv)
+    config = with_steps(config)  # an update's memory and time do not depend on how many there are
     machine = Machine(**{field.name: settings[field.name] for field in fields(Machine)})
     for field in fields(Machine):
         value = settings[field.name]

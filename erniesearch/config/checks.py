@@ -1,11 +1,12 @@
 """What is wrong with a configuration, told before anything is loaded."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from erniesearch.config import aliases
 from erniesearch.config.keys import (
     MAX_TOKENS,
     TRAINING_STAGES,
@@ -22,14 +23,25 @@ Require = Callable[[bool, str, object, str], None]
 """Raises :class:`UserError` unless the condition holds: condition, key, value, what is allowed."""
 
 
-def check_yaml(path: str | Path, cls: type = RunConfig) -> None:
-    """Reject unreadable YAML and unknown keys before any parser sees the file.
+def check_yaml(path: str | Path) -> dict[str, Any]:
+    """A run's YAML file, with our names for other libraries' (:mod:`erniesearch.config.aliases`),
+    before any parser sees it.
 
     Raises:
         UserError: naming file and line (syntax), or the key and the nearest known one.
     """
-    if problem := unknown_key(read_yaml(path), cls):
+    content = named_as_here(read_yaml(path), str(path))
+    if problem := unknown_key(content, RunConfig):
         raise UserError(f"{path}: {problem}")
+    return content
+
+
+def named_as_here(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """As :func:`aliases.canonical`; ``source`` is named in errors."""
+    try:
+        return aliases.canonical(content)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 LEAST = {
@@ -70,7 +82,8 @@ def validate(config: RunConfig) -> RunConfig:
         for stage in TRAINING_STAGES
         for key, least in STAGE_LEAST.items()
     }
-    for key, value in _numbers(asdict(config), ""):
+    given, config = config, with_steps(config)
+    for key, value in _numbers(asdict(given), ""):
         if isinstance(value, float):
             require(isfinite(value), key, value, "a finite number")
         else:
@@ -97,7 +110,30 @@ def validate(config: RunConfig) -> RunConfig:
     require(config.training.zero_stage is None or config.training.zero_json is None,
             "training.zero_stage", config.training.zero_stage,
             "null while training.zero_json names a file: one place for one value")  # fmt: skip
-    return config
+    return given
+
+
+def with_steps(config: RunConfig) -> RunConfig:
+    """The config with one update for stages whose updates follow from ``num_train_epochs``: what
+    does not depend on their number needs no data.
+
+    Raises:
+        UserError: for a stage that has both.
+    """
+    found = training_stages(config)
+    for name, stage in found.items():
+        epochs = stage.num_train_epochs
+        if epochs is not None and (epochs <= 0 or stage.steps):
+            raise UserError(
+                f"config key 'stages.{name}.num_train_epochs' is {epochs!r}: must be "
+                + ("above 0, or null" if epochs <= 0 else
+                   f"null while stages.{name}.steps is {stage.steps}: one place for one value")
+            )  # fmt: skip
+    changed: dict[str, Any] = {
+        name: replace(stage, steps=1, num_train_epochs=None)
+        for name, stage in found.items() if stage.num_train_epochs is not None
+    }  # fmt: skip
+    return replace(config, stages=replace(config.stages, **changed)) if changed else config
 
 
 def _check_stage(
@@ -166,6 +202,11 @@ def _check_stored_scores(
 
 def _check_mining(config: RunConfig, require: Require) -> None:
     mine, cascade = config.stages.mine, config.stages.cascade
+    relative = mine.denoise_relative_margin
+    require(
+        relative is None or relative >= 0, "stages.mine.denoise_relative_margin", relative,
+        "0 or more, or null: a share of the positive's score",
+    )  # fmt: skip
     require(mine.depth > mine.skip_top >= 0, "stages.mine.skip_top", mine.skip_top,
             f"at least 0 and below stages.mine.depth={mine.depth}")  # fmt: skip
     mines = cascade.steps and cascade.num_negatives and cascade.negatives == "mined"
@@ -211,6 +252,16 @@ def _check_objective(config: RunConfig, require: Require) -> None:
     layers = objective.virt_layers
     require(bool(layers) and len({*layers}) == len(layers), "objective.virt_layers", layers,
             "one layer of the teacher or more, none of them twice")  # fmt: skip
+    dims = objective.matryoshka_dims
+    require(
+        len({*dims}) == len(dims) and all(dim >= 1 for dim in dims), "objective.matryoshka_dims",
+        dims, "numbers of dimensions of 1 or more, none of them twice",
+    )  # fmt: skip
+    enabled = [stage for stage in training_stages(config).values() if stage.steps]
+    require(
+        not dims or not enabled or any(reads(stage.weights, "vectors") for stage in enabled),
+        "objective.matryoshka_dims", dims, "empty: no stage has a term of the dual-encoder",
+    )  # fmt: skip
     require(
         objective.candidates == "cross_batch" or objective.late_interaction_exchange != "ring",
         "objective.late_interaction_exchange", "ring",

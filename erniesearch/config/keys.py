@@ -112,6 +112,10 @@ class ObjectiveConfig:
     virt_layers: list[int] = field(default_factory=lambda: [-1])
     """The teacher's layers that virt takes as targets, counted from 0, or from the last one, -1.
     The student's last layer goes with the teacher's last, and evenly from there."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Train the dual-encoder's first dimensions as vectors of their own (Matryoshka, Kusupati et
+    al. 2022), e.g. [256, 128, 64]: each of its terms is the mean over the whole vector and these
+    prefixes, of length 1 where student.normalize says so. `encode` and `evaluate` take --dim."""
     candidates: Literal["cross_batch", "in_batch", "group"] = "cross_batch"
     """Which passages of a micro-step the students' terms compare: those of all ranks (cross-batch
     negatives), those of the query's own rank (in-batch negatives, whose number depends on
@@ -155,10 +159,12 @@ class TrainingConfig:
     """Clip the gradient's global norm; 0 switches clipping off."""
     log_every: int = 1
     """Updates between two lines in metrics.jsonl and the trackers."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=lambda: ["tensorboard"]
     )
-    """Where the figures are shown besides metrics.jsonl; each needs the package of its name."""
+    """Where the figures are shown besides metrics.jsonl; each needs the package of its name. They
+    go to the project erniesearch, or the one in WANDB_PROJECT, TRACKIO_PROJECT or
+    MLFLOW_EXPERIMENT_NAME."""
     save_every: int = 50
     """Updates between two checkpoints; 0 saves none before the end of the stage."""
     keep_checkpoints: int = 2

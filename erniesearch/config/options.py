@@ -44,6 +44,9 @@ class EncodeOptions:
     """Longest text in tokens, [CLS] and [SEP] included; the model folder's by default."""
     pooling: Literal["cls", "mean"] | None = None
     """For encoders whose folder does not say it."""
+    dim: int | None = None
+    """Keep the first dimensions of a dual-encoder's vectors alone, as objective.matryoshka_dims
+    trains them; all by default."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class MineOptions:
     """Cross-encoder folder that drops candidates it scores too high; none drops nothing."""
     write_scores: bool = False
     """Write the teacher's scores of positives and negatives too."""
+    dim: int | None = None
+    """First dimensions of the vectors, as many as were indexed (`encode --dim`)."""
     nprobe: int | None = None
     """Lists an IVF search visits."""
     ef_search: int | None = None
@@ -144,14 +149,16 @@ class ScoreOptions:
 class EvaluateOptions:
     """``erniesearch evaluate``."""
 
-    data: str
-    """Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+    data: list[str] = field(default_factory=list)
+    """Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Several (NanoBEIR, BEIR)
+    are measured one after the other, and their macro average, in which every set counts the
+    same."""
     split: str = "test"
     """Name of the qrels file, without .tsv."""
     use_titles: bool = True
     """Put a passage's title before its text; figures with and without do not compare."""
-    run: list[str] = field(default_factory=list)
-    """TREC run files to evaluate; may be given several times."""
+    trec: list[str] = field(default_factory=list)
+    """TREC run files to evaluate, of one data set; may be given several times."""
     model: str | None = None
     """Model folder. A dual-encoder searches the corpus exhaustively; late interaction and
     cross-encoder rerank --first_stage."""
@@ -163,9 +170,12 @@ class EvaluateOptions:
     index: str | None = None
     """Folder of `erniesearch index` over this corpus by the same dual-encoder: it is searched, and
     the corpus is not encoded."""
-    rerank: list[str] = field(default_factory=list)
+    rerankers: list[str] = field(default_factory=list)
     """Folders of late-interaction models and cross-encoders; each reranks the run that --model
     makes or reranks."""
+    dim: int | None = None
+    """Keep the first dimensions of a dual-encoder's vectors alone, as objective.matryoshka_dims
+    trains them; all by default."""
     depth: int = 100
     """Passages retrieved per query."""
     rerank_depth: int | None = None
@@ -195,6 +205,29 @@ class EvaluateOptions:
     """Snowball stemmer of BM25, or null for none."""
     bm25_tokenizer: Literal["words", "code", "jieba"] = "words"
     """How BM25 splits text, as in evaluation.bm25_tokenizer."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """``erniesearch push``."""
+
+    run: str
+    """Folder of a finished run."""
+    repo: str
+    """Repository on the hub, OWNER/NAME; made if it is not there."""
+    export: str = "dual_encoder"
+    """Which folder of exports/: dual_encoder, late_interaction or cross_encoder; of untied towers
+    each by its name."""
+    private: bool = False
+    """Make the repository a private one; one that is there stays as it is."""
+    revision: str | None = None
+    """Branch to commit to, made if it is not there; main by default."""
+    message: str = "Upload by erniesearch"
+    """The commit's message."""
+    license: str | None = None
+    """Licence for the card, as the hub names it (apache-2.0); by default none is set."""
+    dry_run: bool = False
+    """List what would be sent, and end; needs no token and no network."""
 
 
 @dataclass(frozen=True)

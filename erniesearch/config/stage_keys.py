@@ -42,6 +42,10 @@ class AnyStageConfig:
 
     steps: int = 0
     """Optimizer updates; 0 skips the stage."""
+    num_train_epochs: float | None = None
+    """Passes over the training queries (post_train: over the passages), in place of steps: the
+    updates are num_train_epochs × queries / queries of an update, rounded up. They are counted
+    before anything is trained, from the data and the number of ranks, and recorded as steps."""
     queries_per_rank: int = 8
     """Queries per rank and micro-step (B), unless batch_size is set."""
     batch_size: int | None = None
@@ -159,7 +163,13 @@ class MineConfig:
     sets no such limit. Negative margins keep more."""
     denoise_threshold: float | None = None
     """Drop a candidate whose teacher score exceeds this number, whatever the positive's is; null
-    sets no such limit. With both null the teacher is not asked."""
+    sets no such limit."""
+    denoise_relative_margin: float | None = None
+    """Drop a candidate whose teacher score exceeds s - m·|s|, with s the best positive's score and
+    m this number: 0.05 keeps what is below 95 % of it (NV-Retriever's TopK-PercPos; relative_margin
+    of sentence-transformers). With a negative s the limit lies below s all the same. For scores
+    with a zero that means something, such as probabilities and cosines; a logit's share changes
+    with any constant added to it. With all three null the teacher is not asked."""
     max_queries: int | None = None
     """Mine for this many training queries, drawn with the run's seed; the cascade trains on those
     alone. Null takes all."""
@@ -167,7 +177,7 @@ class MineConfig:
     @property
     def asks_teacher(self) -> bool:
         """Whether anything depends on the teacher's scores."""
-        limits = (self.denoise_margin, self.denoise_threshold)
+        limits = (self.denoise_margin, self.denoise_threshold, self.denoise_relative_margin)
         return self.selection == "spread" or any(limit is not None for limit in limits)
 
 

@@ -43,18 +43,19 @@ def _reads(*names: Read) -> frozenset[Read]:
 TERMS = {
     "ce": Term(_reads("teacher"), "group"),
     "li": Term(_reads("tokens"), "candidates", settings=("tau_li",)),
-    "de": Term(_reads("vectors"), "candidates", settings=("tau_de",)),
+    "de": Term(_reads("vectors"), "candidates", settings=("tau_de", "matryoshka_dims")),
     "ce_to_li": Term(
         _reads("teacher", "tokens"), "group", "cross_encoder", ("tau_ce", "tau_li", "tau_li_kl"),
         ("group_ce", "group_li"),
     ),
     "ce_to_de": Term(
-        _reads("teacher", "vectors"), "group", "cross_encoder", ("tau_ce", "tau_de", "tau_de_kl"),
+        _reads("teacher", "vectors"), "group", "cross_encoder",
+        ("tau_ce", "tau_de", "tau_de_kl", "matryoshka_dims"),
         ("group_ce", "group_de"),
     ),
     "li_to_de": Term(
         _reads("tokens", "vectors"), "candidates", "late_interaction",
-        ("tau_li", "tau_li_target", "tau_de", "tau_de_kl"), ("li", "de"),
+        ("tau_li", "tau_li_target", "tau_de", "tau_de_kl", "matryoshka_dims"), ("li", "de"),
     ),
     "margin_mse_li": Term(
         _reads("teacher", "tokens"), "group", "cross_encoder",
@@ -62,13 +63,13 @@ TERMS = {
     ),
     "margin_mse_de": Term(
         _reads("teacher", "vectors"), "group", "cross_encoder",
-        ("tau_ce", "tau_de", "tau_de_margin"), ("group_ce", "group_de"),
+        ("tau_ce", "tau_de", "tau_de_margin", "matryoshka_dims"), ("group_ce", "group_de"),
     ),
     "attention": Term(
         _reads("teacher", "tokens"), "pairs", "cross_encoder", ("tau_att",),
         ("group_ce", "group_li"),
     ),
-    "dual_reg": Term(_reads("vectors"), "candidates", settings=("tau_de",)),
+    "dual_reg": Term(_reads("vectors"), "candidates", settings=("tau_de", "matryoshka_dims")),
     "virt": Term(
         _reads("teacher", "projections"), "pairs", "cross_encoder", ("virt_layers",),
         ("group_ce", "group_de"),

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from erniesearch.config import aliases
 from erniesearch.errors import UserError, nearest
 
 
@@ -59,7 +60,8 @@ def unknown_key(content: dict[Any, Any], cls: type, prefix: str = "") -> str | N
     hints = types_of(cls)
     for key, value in content.items():
         if key not in hints:
-            return f"unknown key '{prefix}{key}'{nearest(str(key), hints)}"
+            said = aliases.hint(f"{prefix}{key}") or nearest(str(key), hints)
+            return f"unknown key '{prefix}{key}'{said}"
         if is_dataclass(hints[key]):
             if value is None:
                 value = {}

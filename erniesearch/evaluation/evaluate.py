@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 from rich.console import Console
 
 from erniesearch.config.options import EvaluateOptions
@@ -20,6 +21,7 @@ from erniesearch.data.trec import write_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation import systems
 from erniesearch.evaluation.answers import AnswerRecall, read_answers
+from erniesearch.evaluation.macro import SeveralSets, macro_rows
 from erniesearch.evaluation.measures import estimate
 from erniesearch.evaluation.significance import Comparison, compare
 from erniesearch.evaluation.table import Row, describe_machine, show_cells, show_table
@@ -82,35 +84,62 @@ def _p(value: float) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}"
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Make or read every system's run and measure it; ``run_out`` receives the last one's run.
+Values = dict[str, dict[str, np.ndarray]]
+"""By system and metric, ``[num_queries]``."""
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation | SeveralSets:
+    """Make or read every system's run on every data set and measure it; ``run_out`` receives the
+    last one's run.
 
     Raises:
         UserError: for bad data, runs or folders, before any model is loaded.
     """
     systems.check(options)
-    root, metrics = Path(options.data), parse_metrics(options.metrics)
+    metrics = parse_metrics(options.metrics)
     deepest = max((metric.cutoff or 0 for metric in metrics), default=0)
     if options.model and deepest > options.depth:
         raise UserError(
             f"--depth {options.depth}: the metrics look at {deepest} passages; give --depth"
             f" {deepest} or more"
         )
+    roots = _dataset_names(options.data)
+    collections = {name: _collection(root, options, metrics) for name, root in roots.items()}
+    found, values = [], []
+    for name, data in collections.items():
+        runs = systems.make_runs(options, data)
+        if options.run_out:
+            last = list(runs)[-1]
+            write_trec_run(Path(options.run_out), runs[last], last.replace(" ", "_"))
+        measured = _measure(options, roots[name], data, runs, metrics)
+        found.append(replace(measured[0], dataset=name))
+        values.append(measured[1])
+    return found[0] if len(found) == 1 else SeveralSets(found, macro_rows(values, options.seed))
+
+
+def _dataset_names(folders: list[str]) -> dict[str, Path]:
+    """The folders by their own names, by their paths where two have the same."""
+    own = [Path(folder).resolve().name for folder in folders]
+    return {name if own.count(name) == 1 else folder: Path(folder)
+            for name, folder in zip(own, folders, strict=True)}  # fmt: skip
+
+
+def _collection(root: Path, options: EvaluateOptions, metrics: list[Metric]) -> RetrievalData:
+    """The collection with the judged queries alone."""
     data = load_beir(root, options.split, options.use_titles)
-    data = replace(data, queries={qid: data.queries[qid] for qid in data.qrels})
     if any(metric.measure is None for metric in metrics):
         read_answers(root / "queries.jsonl", data.qrels)
-    runs = systems.make_runs(options, data)
-    if options.run_out:
-        last = list(runs)[-1]
-        write_trec_run(Path(options.run_out), runs[last], last.replace(" ", "_"))
-    return _measure(options, data, runs, metrics)
+    return replace(data, queries={qid: data.queries[qid] for qid in data.qrels})
 
 
 def _measure(
-    options: EvaluateOptions, data: RetrievalData, runs: dict[str, Run], metrics: list[Metric]
-) -> Evaluation:
-    root, seed, mean = Path(options.data), options.seed, cast(Mean, options.mean)
+    options: EvaluateOptions,
+    root: Path,
+    data: RetrievalData,
+    runs: dict[str, Run],
+    metrics: list[Metric],
+) -> tuple[Evaluation, Values]:
+    seed, mean = options.seed, cast(Mean, options.mean)
     qids = averaged_queries(runs.values(), data.qrels, mean)
     if not qids:
         raise UserError("--mean run: no query has results in every run; take --mean qrels")
@@ -120,7 +149,7 @@ def _measure(
     values = {name: per_query(run, data.qrels, qids, metrics, answers)
               for name, run in runs.items()}  # fmt: skip
     name_of = systems.names(options)
-    files = {name_of[path]: path for path in options.run}
+    files = {name_of[path]: path for path in options.trec}
     rows = [
         Row(name, files.get(name, ""), {m: estimate(v, seed) for m, v in of_run.items()})
         for name, of_run in values.items()
@@ -131,7 +160,8 @@ def _measure(
         for row in rows[1:]
         if len(qids) > 1
     }
-    return Evaluation(
+    evaluation = Evaluation(
         root.resolve().name, options.split, len(data.pids), len(data.qrels), len(qids), mean,
         options.depth if options.model else None, seed, describe_machine(), rows, comparisons,
     )  # fmt: skip
+    return evaluation, values

@@ -28,7 +28,7 @@ console = Console(stderr=True, highlight=False)
 
 def paths(options: EvaluateOptions) -> list[str]:
     """Run files and model folders, in the order of the table."""
-    return [*options.run, *([options.model] if options.model else []), *options.rerank]
+    return [*options.trec, *([options.model] if options.model else []), *options.rerankers]
 
 
 def names(options: EvaluateOptions) -> dict[str, str]:
@@ -51,21 +51,33 @@ def check(options: EvaluateOptions) -> None:
     Raises:
         UserError: naming the option and the folder.
     """
-    if options.rerank and not options.model:
-        raise UserError("--rerank reranks the run of --model: give that too")
-    if not options.model and not options.run:
-        raise UserError("nothing to evaluate: give --model EXPORT or --run FILE")
+    if options.rerankers and not options.model:
+        raise UserError("--rerankers rerank the run of --model: give that too")
+    if not options.model and not options.trec:
+        raise UserError("nothing to evaluate: give --model EXPORT or --trec FILE")
+    if not options.data:
+        raise UserError("no data set: give --data DIR, or several")
+    of_one_set = {"trec": options.trec, "index": options.index, "run_out": options.run_out,
+                  "first_stage": Path(options.first_stage).is_file()}  # fmt: skip
+    for name, value in of_one_set.items():
+        if value and len(options.data) > 1:
+            raise UserError(f"--{name} belongs to one data set: give one --data, or leave it out")
+    for folder in options.data:
+        if options.data.count(folder) > 1:
+            raise UserError(f"--data {folder}: given twice")
     given = paths(options)
     for path in given:
         if given.count(path) > 1:
             raise UserError(f"{path}: given twice")
-    for folder in options.rerank:
+    for folder in options.rerankers:
         if read_folder(folder).kind == "dual_encoder":
-            raise UserError(f"--rerank {folder}: a dual-encoder does not rerank")
+            raise UserError(f"--rerankers {folder}: a dual-encoder does not rerank")
     if options.index and not Path(options.index).is_dir():
         raise UserError(f"--index {options.index}: no such folder; `erniesearch index` writes one")
+    searches = Path(options.first_stage).is_dir()
     if options.model:
         found = read_folder(options.model).kind
+        searches |= (options.kind or found) in ("dual_encoder", "student")
         if options.kind and found not in (options.kind, "student"):
             raise UserError(f"--kind {options.kind}: {options.model} holds a {found}")
         first = Path(options.first_stage)
@@ -73,6 +85,8 @@ def check(options: EvaluateOptions) -> None:
             raise UserError(f"--first_stage {first}: bm25, a run file or a dual-encoder's folder")
         if first.is_dir() and not read_folder(first).has_vectors:
             raise UserError(f"--first_stage {first}: no dual-encoder")
+    if options.dim is not None and not (options.model and searches):
+        raise UserError(f"--dim {options.dim}: no dual-encoder searches here; leave it out")
 
 
 def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
@@ -84,18 +98,18 @@ def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
     """
     read = _RunReader(data)
     name_of = names(options)
-    runs = {name_of[path]: read(path) for path in options.run}
+    runs = {name_of[path]: read(path) for path in options.trec}
     if options.model is None:
         return runs
     kind = options.kind or read_folder(options.model).kind
     if kind in ("dual_encoder", "student"):
         base = runs[name_of[options.model]] = _search(options.model, options, data)
-        rerankers = options.rerank
+        rerankers = options.rerankers
     else:
         label = "BM25" if options.first_stage == "bm25" else options.first_stage
         label += ", first stage" if label in runs else ""
         base = runs[label] = _first_stage(options, data, read)
-        rerankers = [options.model, *options.rerank]
+        rerankers = [options.model, *options.rerankers]
     depth = options.rerank_depth or options.depth
     for folder in rerankers:
         console.print(f"{name_of[folder]}: reranking the top {depth}")
@@ -134,7 +148,7 @@ def _first_stage(options: EvaluateOptions, data: RetrievalData, read: _RunReader
 
 def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
     require_faiss()  # before hours of encoding
-    retriever = load_retriever(folder, **_loading(options))
+    retriever = load_retriever(folder, dim=options.dim, **_loading(options))
     if options.index:
         index = VectorIndex.load(Path(options.index))
         if len(index.pids) != len(data.pids):

@@ -194,7 +194,18 @@ def _score(kind: str, config: RunConfig) -> str:
     if kind == "late_interaction":
         return f"MaxSim of unit vectors of {config.student.late_interaction_dim} dimensions"
     product = "cosine" if config.student.normalize else "inner product"
-    return f"{product} of {config.student.pooling}-pooled vectors"
+    return f"{product} of {config.student.pooling}-pooled vectors{_prefixes(config)}"
+
+
+def _prefixes(config: RunConfig) -> str:
+    """What ``objective.matryoshka_dims`` lets a reader leave out."""
+    dims = sorted(config.objective.matryoshka_dims, reverse=True)
+    if not dims:
+        return ""
+    return (
+        f"; the first {', '.join(map(str, dims))} dimensions were trained as vectors of their own"
+        f' (Matryoshka): `SentenceTransformer("PATH", truncate_dim={dims[0]})`'
+    )
 
 
 def _kept_layers(cut: dict[str, Any] | None) -> str:

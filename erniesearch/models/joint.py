@@ -64,7 +64,8 @@ class JointModel(nn.Module):
         self.student = student
         self.teacher = teacher
         self.weights = weights
-        self.objective = Objective(weights, objective)
+        normalize = student is not None and student.settings.normalize
+        self.objective = Objective(weights, objective, normalize)
         self.seed = seed
         self.pad_id = int(tokenizer.pad_token_id)
         self.layout = PairLayout.of(tokenizer) if teacher else None

@@ -6,6 +6,7 @@ Nothing here has parameters: the terms' gradient with respect to the outputs is 
 encoders need (gradient caching rests on it).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -35,13 +36,15 @@ GATE_MOMENTUM = 0.9
 class StudentScores(NamedTuple):
     """Scores are ``[B, P]`` over the passages that ``objective.candidates`` names, ``labels`` the
     column of each query's positive, ``mask`` True on candidates, ``vectors`` the P passages' (or
-    ``[B, G, hidden]``, every query's own)."""
+    ``[B, G, hidden]``, every query's own); ``prefixes`` are scores like ``dual`` by the first
+    dimensions alone, one for each of ``objective.matryoshka_dims``."""
 
     dual: Tensor | None
     late: Tensor | None
     vectors: Tensor | None
     labels: Tensor
     mask: Tensor
+    prefixes: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,15 @@ class Objective:
     Args:
         weights: terms of weight 0 are not computed.
         settings: temperatures and switches; ``tau_ce`` is a number.
+        normalize: whether the dual-encoder's vectors have length 1; their prefixes get it too.
     """
 
-    def __init__(self, weights: LossWeights, settings: ObjectiveConfig) -> None:
+    def __init__(
+        self, weights: LossWeights, settings: ObjectiveConfig, normalize: bool = False
+    ) -> None:
         self.weights = weights
         self.settings = settings
+        self.normalize = normalize
         # The competence gate's state, saved in checkpoints; a buffer would turn bf16 with the rest.
         self.running_accuracy: dict[str, float] = {}
         self.needs_vectors = reads(weights, "vectors")
@@ -121,7 +128,7 @@ class Objective:
 
     def score(self, batch: Batch, outputs: Outputs) -> StudentScores:
         """This rank's queries against the passages that they are compared with."""
-        queries, passages, settings = outputs.queries, outputs.passages, self.settings
+        queries, passages = outputs.queries, outputs.passages
         assert queries is not None
         assert passages is not None
         num_queries = len(batch.query_ids)
@@ -134,12 +141,23 @@ class Objective:
         index = self._compared(batch.passage_index, num_queries)
         mask = scores.candidate_mask(batch.relevant_index, index, labels)
         vectors = dual = late = None
+        prefixes: list[Tensor] = []
         if self.needs_vectors:
             vectors = self._compared(passages.vectors, num_queries)
-            dual = scores.dual_encoder_scores(queries.vectors, vectors, settings.tau_de)
+            dual, *prefixes = self._dual_encoder(queries.vectors, vectors)
         if self.needs_tokens:
             late = self._late_interaction(batch, queries.tokens, passages.tokens)
-        return StudentScores(dual, late, vectors, labels, mask)
+        return StudentScores(dual, late, vectors, labels, mask, prefixes)
+
+    def _dual_encoder(self, queries: Tensor, passages: Tensor) -> list[Tensor]:
+        """Scores by the whole vectors, then by each of ``objective.matryoshka_dims``."""
+        tau, pairs = self.settings.tau_de, [(queries, passages)]
+        for dim in self.settings.matryoshka_dims:
+            queries_cut, passages_cut = (
+                scores.prefix(rows, dim, self.normalize) for rows in (queries, passages)
+            )
+            pairs.append((queries_cut, passages_cut))
+        return [scores.dual_encoder_scores(*pair, tau) for pair in pairs]
 
     def _compared(self, rows: Tensor, num_queries: int) -> Tensor:
         """``[B·G, …]``, one row a passage, to every passage that queries are compared with: all
@@ -163,24 +181,38 @@ class Objective:
         )  # fmt: skip
 
     def _distill(
-        self, name: str, target: Tensor, student: Tensor, mask: Tensor
+        self,
+        name: str,
+        target: Tensor,
+        student: Tensor,
+        mask: Tensor,
+        prefixes: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
-        """The KL term ``name``, 0 while its gate is closed, and what its two distributions look
-        like."""
+        """The KL term ``name``, a mean over the whole vectors and their prefixes, 0 while its gate
+        is closed, and what its two distributions look like."""
         statistics = losses.kl_statistics(target, student, mask)
         if self.is_open(name):
-            kl = losses.kl_divergence(target, student, mask, self.settings.detach_targets)
+            detach = self.settings.detach_targets
+            kl = _mean([losses.kl_divergence(target, logits, mask, detach)
+                        for logits in (student, *prefixes)])  # fmt: skip
         else:
             kl = _nothing(student)
         return {name: kl} | {f"{name}_{key}": value for key, value in statistics.items()}
 
     def _match_margins(
-        self, name: str, target: Tensor, student: Tensor, mask: Tensor
+        self,
+        name: str,
+        target: Tensor,
+        student: Tensor,
+        mask: Tensor,
+        prefixes: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
-        """The MarginMSE term ``name``, 0 while its gate is closed, and how large margins are."""
+        """The MarginMSE term ``name``, as :meth:`_distill`, and how large margins are."""
         statistics = losses.margin_statistics(target, student, mask)
         if self.is_open(name):
-            term = losses.margin_mse(target, student, mask, self.settings.detach_targets)
+            detach = self.settings.detach_targets
+            term = _mean([losses.margin_mse(target, logits, mask, detach)
+                          for logits in (student, *prefixes)])  # fmt: skip
         else:
             term = _nothing(student)
         return {name: term} | {f"{name}_{key}": value for key, value in statistics.items()}
@@ -194,7 +226,8 @@ class Objective:
             if logits is not None:
                 terms[f"accuracy_{name}"] = losses.accuracy(logits, labels, mask)
             if logits is not None and weight:
-                terms[name] = losses.contrastive_loss(logits, labels, mask)
+                every = [logits, *(student.prefixes if name == "de" else ())]
+                terms[name] = _mean([losses.contrastive_loss(x, labels, mask) for x in every])
         if w.li_to_de:
             assert student.late is not None
             assert student.dual is not None
@@ -203,6 +236,7 @@ class Objective:
                 "li_to_de",
                 _at_temperature(student.late, settings.tau_li, settings.tau_li_target),
                 _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl), mask,
+                [_at_temperature(x, settings.tau_de, settings.tau_de_kl) for x in student.prefixes],
             )  # fmt: skip
             self._track({name: terms[f"accuracy_{name}"] for name in ("li", "de")}, training)
         if w.dual_reg:
@@ -216,13 +250,14 @@ class Objective:
         assert outputs.second_passages is not None
         assert student.dual is not None
         assert student.vectors is not None
-        tau = self.settings.tau_de
-        by_query = scores.dual_encoder_scores(outputs.second_queries, student.vectors, tau)
+        by_query = self._dual_encoder(outputs.second_queries, student.vectors)
         second_vectors = self._compared(outputs.second_passages, len(outputs.second_queries))
-        by_passage = scores.dual_encoder_scores(outputs.queries.vectors, second_vectors, tau)
-        return losses.symmetric_kl(student.dual, by_query, student.mask) + losses.symmetric_kl(
-            student.dual, by_passage, student.mask
-        )
+        by_passage = self._dual_encoder(outputs.queries.vectors, second_vectors)
+        first = [student.dual, *student.prefixes]
+        return _mean([
+            losses.symmetric_kl(x, y, student.mask) + losses.symmetric_kl(x, z, student.mask)
+            for x, y, z in zip(first, by_query, by_passage, strict=True)
+        ])  # fmt: skip
 
     def _own_terms(
         self, batch: Batch, student: StudentScores | None, teacher: tuple[Tensor, Tensor] | None
@@ -267,7 +302,14 @@ class Objective:
             ("margin_mse_de", "de", self._match_margins, settings.tau_de, settings.tau_de_margin),
         ):
             if getattr(w, name):
-                terms |= make(name, target, _at_temperature(own[side], tau, wanted), mask)
+                prefixes = [
+                    _at_temperature(
+                        scores.own_group(x, student.labels, batch.group_size), tau, wanted
+                    )
+                    for x in (student.prefixes if side == "de" else ())
+                ]
+                logits = _at_temperature(own[side], tau, wanted)
+                terms |= make(name, target, logits, mask, prefixes)
         assert outputs.queries is not None
         for name, made, read in (
             ("attention", outputs.attention, outputs.queries.tokens),
@@ -346,6 +388,10 @@ def _own_term(term: LossTerm, given: Scores, batch: Batch) -> Tensor:
                         f" {', '.join(term.models)}")  # fmt: skip
     value = value.reshape(())
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else stack(values).mean()
 
 
 def _nothing(rows: Tensor) -> Tensor:

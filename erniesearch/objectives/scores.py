@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from erniesearch_kernels import maxsim, maxsim_attention_kl
 from torch import Tensor
+from torch.nn import functional as F
 
 from erniesearch import distributed
 from erniesearch.objectives.outputs import TeacherAttention
@@ -25,6 +26,13 @@ def dual_encoder_scores(query_vectors: Tensor, passage_vectors: Tensor, tau: flo
     if passage_vectors.dim() == 3:
         return (passage_vectors @ query_vectors.unsqueeze(-1)).squeeze(-1) / tau
     return query_vectors @ passage_vectors.T / tau
+
+
+def prefix(vectors: Tensor, dim: int, normalize: bool) -> Tensor:
+    """The first ``dim`` dimensions of ``[…, hidden]``, of length 1 again where the whole have it
+    (Matryoshka representations, Kusupati et al. 2022, arXiv 2205.13147)."""
+    cut = vectors[..., :dim]
+    return F.normalize(cut, dim=-1) if normalize else cut
 
 
 def late_interaction_scores(

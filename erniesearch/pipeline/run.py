@@ -20,6 +20,7 @@ from erniesearch.models.backbone import load_tokenizer
 from erniesearch.pipeline import launcher
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
+from erniesearch.training.epochs import resolve_epochs
 from erniesearch.training.trackers import check_trackers
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
@@ -45,6 +46,8 @@ def run_pipeline(
         StageFailed: when a training process fails.
         Preempted: when this process is asked to stop.
     """
+    world_size = launcher.num_processes(config)
+    config = resolve_epochs(config, world_size)
     names = planned(config)
     if only:
         for name in only:
@@ -52,7 +55,6 @@ def run_pipeline(
                 raise UserError(f"--only {name}: this run has {', '.join(names)}")
         names = [name for name in names if name in only]
     folder = RunFolder(config.run_dir)
-    world_size = launcher.num_processes(config)
     _check_and_tokenize(config, names, folder, world_size)
     with hold_lock(folder.root / ".lock", "`erniesearch run`"):
         folder.record(config)

@@ -84,6 +84,8 @@ def encode_collection(options: EncodeOptions) -> None:
     what = options.what or ("vectors" if found.has_vectors else "tokens")
     if not (found.has_vectors if what == "vectors" else found.has_tokens):
         raise UserError(f"model '{model}' is a {found.kind.replace('_', '-')}: it makes no {what}")
+    if what == "tokens" and options.dim is not None:
+        raise UserError(f"--dim {options.dim}: token vectors are not shortened; leave it out")
     if found.only and found.only != side:
         raise UserError(f"model '{model}' is the {found.only} tower: --side {found.only}")
     collection = read_collection(Path(options.data), side, options.split, options.use_titles)
@@ -91,7 +93,7 @@ def encode_collection(options: EncodeOptions) -> None:
         model, batch_size=options.batch_size, device=device, pooling=options.pooling,
         max_query_length=options.max_length if side == "query" else None,
         max_passage_length=options.max_length if side == "passage" else None,
-        precision=options.precision,
+        precision=options.precision, dim=options.dim,
     )  # fmt: skip
     manifest = Manifest(
         what=what, side=side, dtype=options.dtype,

@@ -1,5 +1,6 @@
 """Retrievers and pair scorers by folder; what a folder holds is read in ``model_folder``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,13 +26,17 @@ def load_retriever(
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
     precision: Precision = "fp32",
+    dim: int | None = None,
 ) -> Retriever:
     """A dual-encoder or late-interaction model ready to encode (see :func:`read_folder`).
+
+    ``dim`` keeps the first dimensions of a dual-encoder's vectors alone.
 
     ``precision`` auto is bf16 where the device has it (:func:`use_bf16`).
 
     Raises:
-        UserError: also for a cross-encoder, and for lengths that the model cannot read.
+        UserError: also for a cross-encoder, for lengths that the model cannot read, and for a
+            ``dim`` that its vectors do not have.
     """
     found = read_folder(path, pooling)
     if found.kind == "cross_encoder":
@@ -39,10 +44,15 @@ def load_retriever(
             f"model '{path}' is a cross-encoder: give a dual_encoder or late_interaction folder"
         )
     lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
-    return Retriever(
+    retriever = Retriever(
         found.settings, lengths["query"], lengths["passage"], batch_size, device,
-        precision=precision, extras=found,
+        precision=precision, extras=replace(found, truncate=dim),
     )  # fmt: skip
+    if dim is not None and not (found.has_vectors and dim <= retriever.whole_dim):
+        what = f"has vectors of {retriever.whole_dim} dimensions" if found.has_vectors else (
+            "is a late-interaction model, whose token vectors are not shortened")  # fmt: skip
+        raise UserError(f"--dim {dim}: model '{path}' {what}")
+    return retriever
 
 
 def load_scorer(

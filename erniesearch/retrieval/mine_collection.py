@@ -50,7 +50,7 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": options.batch_size, "device": device, "precision": options.precision,
     }  # fmt: skip
-    retriever = load_retriever(options.model, **loading)
+    retriever = load_retriever(options.model, dim=options.dim, **loading)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
     found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)
     miner = Miner(
@@ -74,8 +74,13 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
 
 def _check(options: MineOptions, settings: MineConfig) -> None:
     if options.teacher is None:
-        if options.write_scores or settings.denoise_threshold is not None:
-            raise UserError("--write_scores and --denoise_threshold need the scores of a --teacher")
+        asked = {"write_scores": options.write_scores, **{
+            name: getattr(settings, name) is not None
+            for name in ("denoise_threshold", "denoise_relative_margin")
+        }}  # fmt: skip
+        if any(asked.values()):
+            flags = " and ".join(f"--{name}" for name in asked if asked[name])
+            raise UserError(f"{flags} need the scores of a --teacher: name one, or leave them out")
         if settings.selection == "spread":
             raise UserError("--selection spread goes by the scores of a --teacher: name one")
     if Path(options.out).exists():
@@ -84,7 +89,7 @@ def _check(options: MineOptions, settings: MineConfig) -> None:
 
 def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
     """What the result depends on; a batch's size and the device are left out."""
-    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores")
+    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores", "dim")
     given = {name: getattr(options, name) for name in named}
     for name in ("model", "index", "data", "teacher"):
         path = getattr(options, name)

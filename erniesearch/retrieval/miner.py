@@ -209,8 +209,8 @@ class Miner:
         )  # fmt: skip
 
     def _denoised(self, found: list[MinedQuery], scorer: PairScorer) -> list[MinedQuery]:
-        """Drop what the teacher scores above the best positive minus the margin, or above the
-        threshold."""
+        """Drop what the teacher scores above the best positive minus the margin, absolute or
+        relative, or above the threshold."""
         pids = [[*query.positives, *query.negatives] for query in found]
         scores = scorer.scores(
             [self.data.queries[query.qid] for query, own in zip(found, pids, strict=True)
@@ -227,6 +227,9 @@ class Miner:
                 limit = max(positives) - self.settings.denoise_margin
             if self.settings.denoise_threshold is not None:
                 limit = min(limit, self.settings.denoise_threshold)
+            if self.settings.denoise_relative_margin is not None:
+                best = max(positives)
+                limit = min(limit, best - self.settings.denoise_relative_margin * abs(best))
             keep = [i for i, score in enumerate(candidates) if score <= limit]
             out.append(
                 MinedQuery(

@@ -81,6 +81,7 @@ class Extras:
         head, passage_path: as in :class:`StudentEncoder`.
         only: the side whose tower this is, when the other one lies elsewhere.
         dense: folder of a linear layer applied to the pooled vectors.
+        truncate: dimensions that are kept of a vector, the first ones; None keeps all.
     """
 
     prompts: dict[Side, str] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Extras:
     passage_path: Path | None = None
     only: Side | None = None
     dense: Path | None = None
+    truncate: int | None = None
 
 
 class Retriever:
@@ -117,8 +119,9 @@ class Retriever:
         self.device = device or default_device()
         self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
-        # A linear layer's vectors are normalised, not those that it reads.
-        self._normalize = bool(extras.dense) and settings.normalize
+        # A linear layer's vectors are normalised, not those that it reads; so are shortened ones.
+        self._truncate = extras.truncate
+        self._normalize = bool(extras.dense or extras.truncate) and settings.normalize
         settings = replace(settings, normalize=settings.normalize and not extras.dense)
         student = StudentEncoder(settings, head=extras.head, passage_path=extras.passage_path)
         self.student = student.to(self.device).eval()
@@ -135,6 +138,11 @@ class Retriever:
     @property
     def dim(self) -> int:
         """Dimensions of a dual-encoder vector."""
+        return self._truncate or self.whole_dim
+
+    @property
+    def whole_dim(self) -> int:
+        """The same before any are left out."""
         return self.dense.out_features if self.dense else self.student.hidden_size
 
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
@@ -167,6 +175,7 @@ class Retriever:
                 vectors = self.student(*self._moved(ids, mask), side, tokens=False).vectors
                 if self.dense:
                     vectors = self.dense(vectors.float())
+                vectors = vectors[:, : self._truncate]
                 if self._normalize:
                     vectors = torch.nn.functional.normalize(vectors, dim=-1)
                 yield positions, vectors.to(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import jsonargparse
 
 from erniesearch import stages
-from erniesearch.config.checks import validate
+from erniesearch.config.checks import named_as_here, validate
 from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig
 from erniesearch.config.yaml_file import from_dict, read_yaml, unknown_key
 from erniesearch.errors import UserError
@@ -44,6 +44,7 @@ def config_from(content: dict[str, Any], source: str) -> RunConfig:
     Raises:
         UserError: for unknown keys, wrong types and impossible values.
     """
+    content = named_as_here(content, source)
     if problem := unknown_key(content, RunConfig):
         raise UserError(f"{source}: {problem}")
     try:

@@ -98,7 +98,8 @@ class VectorIndex:
         if vectors.shape[1] != self.dim:
             raise UserError(
                 f"the index holds vectors of {self.dim} dimensions, the query has"
-                f" {vectors.shape[1]}: search with the model that encoded the passages"
+                f" {vectors.shape[1]}: search with the model that encoded the passages,"
+                " and its --dim"
             )
         queries = np.ascontiguousarray(vectors, dtype=np.float32)
         rows_of_part, scores_of_part, start = [], [], 0

@@ -70,6 +70,7 @@ def assemble_model(
         _check_length(load_config(student_settings), student_settings.path,
                       max(query_length, passage_length))  # fmt: skip
         student = StudentEncoder(student_settings, masked_lm=bool(stage.weights.mlm))
+        _check_dims(config.objective, student.hidden_size)
     if stages.runs_teacher(stage.settings):
         check_same_vocabulary(
             tokenizer,
@@ -177,6 +178,7 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     _check_length(student_config, student.path, max(query_length, passage_length))
     kept_layers(student_config, student)
     _check_computes(config, student, student_config)
+    _check_dims(config.objective, int(student_config.hidden_size))
     _check_temperature(config, teacher)
     if any(map(stages.runs_teacher, enabled)):
         check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
@@ -207,6 +209,15 @@ def _check_attention(
         cross_encoder = CrossEncoder(teacher, layers)
         if any(w.virt for w in weights):
             connect_layers(StudentEncoder(student), cross_encoder, objective.virt_layers)
+
+
+def _check_dims(objective: ObjectiveConfig, hidden_size: int) -> None:
+    for dim in objective.matryoshka_dims:
+        if dim >= hidden_size:
+            raise UserError(
+                f"objective.matryoshka_dims has {dim}: the student's vectors have {hidden_size}"
+                " dimensions, which always count; name smaller numbers"
+            )
 
 
 def _check_temperature(config: RunConfig, teacher: TeacherConfig) -> None:

@@ -1,4 +1,4 @@
-"""Where a training's figures are tracked: TensorBoard, Weights & Biases, trackio.
+"""Where a training's figures are tracked: TensorBoard, Weights & Biases, trackio, MLflow.
 
 accelerate has a class for each (``accelerate.tracking``). Rank 0 alone logs, so accelerate is told
 of one process: it makes no process group, sets no threads and asks for no device.
@@ -19,6 +19,9 @@ from erniesearch.config.keys import RunConfig
 from erniesearch.errors import UserError
 from erniesearch.files import write_atomically
 
+MLFLOW_RUN = "mlflow_run"
+"""File in a stage's folder with the id of its run in MLflow."""
+
 
 def check_trackers(names: Iterable[str]) -> None:
     """Raises: UserError: if a tracker's package is not installed."""
@@ -34,6 +37,7 @@ def open_trackers(config: RunConfig, folder: Path, start_step: int) -> list[Gene
 
     A stage that goes on after ``start_step`` continues its TensorBoard folder, what was logged
     after that update hidden, and its run in the other trackers, by an id kept in the folder.
+    Each has the resolved configuration.
 
     Raises:
         UserError: if a tracker's package is not installed, or it will not start.
@@ -48,6 +52,8 @@ def open_trackers(config: RunConfig, folder: Path, start_step: int) -> list[Gene
         tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
         try:
             tracker.start()
+            if name == "mlflow" and "run_id" not in options:
+                _keep_run(tracker, config, folder)
         except OSError:
             raise
         except Exception as error:  # a tracker's own, of many kinds: no key, no answer
@@ -57,19 +63,38 @@ def open_trackers(config: RunConfig, folder: Path, start_step: int) -> list[Gene
     return trackers
 
 
+def _keep_run(tracker: GeneralTracker, config: RunConfig, folder: Path) -> None:
+    """MLflow names a run itself, and takes its parameters once."""
+    tracker.store_init_configuration(_flat(asdict(config), ""))
+    write_atomically(folder / MLFLOW_RUN, tracker.tracker.info.run_id)
+
+
+def _flat(content: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        whole = not isinstance(value, dict)
+        flat |= {prefix + key: value} if whole else _flat(value, f"{prefix}{key}.")
+    return flat
+
+
 def _arguments(
     name: str, config: RunConfig, folder: Path, start_step: int
 ) -> tuple[str, dict[str, Any]]:
     """A tracker's project and the other arguments it starts with."""
     if name == "tensorboard":
         return "tensorboard", {"logging_dir": folder, "purge_step": start_step + 1}
+    title = f"{Path(config.run_dir).name}/{folder.name}"
+    project = os.environ.get(f"{name.upper()}_PROJECT", "erniesearch")
     path = folder / "tracker_id"
+    if name == "mlflow":
+        known = folder / MLFLOW_RUN
+        run = {"run_id": known.read_text(encoding="utf-8")} if known.is_file() else {}
+        return project, {"run_name": title} | run
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:8])
-    identity, title = path.read_text(encoding="utf-8"), f"{Path(config.run_dir).name}/{folder.name}"
+    identity = path.read_text(encoding="utf-8")
     own = {
         "wandb": {"id": identity, "name": title, "dir": str(folder)},
         "trackio": {"name": f"{title}-{identity}"},
     }
-    project = os.environ.get(f"{name.upper()}_PROJECT", "erniesearch")
     return project, {"resume": "allow", "config": asdict(config)} | own[name]

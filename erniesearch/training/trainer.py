@@ -4,7 +4,6 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed
-from erniesearch.config.checks import validate
+from erniesearch.config.checks import validate, with_steps
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.terms import LossTerm, weight_of, with_terms
 from erniesearch.data.batches import Batch
@@ -38,6 +37,7 @@ from erniesearch.training.checkpoints.resume import (
 )
 from erniesearch.training.checkpoints.weights import frozen_state, save_model
 from erniesearch.training.engine import build_engine, zero_section
+from erniesearch.training.epochs import resolve_epochs
 from erniesearch.training.faults import guards, preemption
 from erniesearch.training.faults.process import exit_with_pipeline, failures_told
 from erniesearch.training.faults.watchdog import Watchdog
@@ -91,7 +91,7 @@ class Trainer:
             config = with_data(config, data)
         self.config = config
         self.stage = Stage(with_terms(config, stage, terms), stage)
-        if self.stage.settings.steps == 0:
+        if Stage(with_steps(self.stage.config), stage).settings.steps == 0:
             raise UserError(f"stage {stage} is left out: stages.{stage}.steps is 0")
         validate(self.stage.config)
         check_best_metric(self.stage.config)
@@ -133,7 +133,9 @@ class Trainer:
         self.device = distributed.initialize(timedelta(minutes=2 * training.timeout_minutes))
         torch.set_num_threads(training.threads_per_process)
         exit_with_pipeline()
-        self.stage = replace(self.stage, ranks=distributed.world_size())
+        ranks = distributed.world_size()
+        self.config = resolve_epochs(self.config, ranks)
+        self.stage = Stage(resolve_epochs(self.stage.config, ranks), self.stage.name, ranks)
 
     def prepare(self) -> None:
         """Make model, batches and engine, and load the checkpoint; :meth:`train` does so."""

@@ -416,6 +416,31 @@ def test_help_of_every_command_exits_0(name: str, capsys: pytest.CaptureFixture[
     assert f"erniesearch {name}" in capsys.readouterr().out
 
 
+def test_a_flag_means_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--run`` is a finished run's folder, ``--rerank`` a kind of model, ``--data`` a data set."""
+    meanings: dict[str, dict[str, str]] = {"run": {}, "rerank": {}}
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([*name.split(), "--help"])
+        shown = capsys.readouterr().out
+        for flag, told in meanings.items():
+            if found := re.search(
+                rf"^  --{flag} .*?([A-Z].*(?:\n {{10,}}.*)*)", shown, re.MULTILINE
+            ):
+                told[name] = " ".join(re.sub(r"\(.*\)", "", found[1].split(f"{flag.upper()} ")[-1])
+                                      .split())  # fmt: skip
+    assert len(meanings["run"]) >= 5
+    assert {text.split(".")[0] for text in meanings["run"].values()} == {"Folder of a finished run"}
+    assert list(meanings["rerank"]) == ["search"]
+
+
+@both
+def test_data_is_the_folder_in_every_command(
+    command: tuple[str, ...], config: RunConfig, refused: Refused
+) -> None:
+    assert refused(config, *command, "--data", "no/such").startswith("no/such: no such folder")
+
+
 def test_print_config_shows_the_resolved_config(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

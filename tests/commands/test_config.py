@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import re
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from support.processes import ROOT
 
 from erniesearch import installation
 from erniesearch.cli import main
+from erniesearch.commands import reference
 from erniesearch.commands.parsing import config_parser, parse_config
 from erniesearch.config import keys, stage_keys
 from erniesearch.config.checks import check_yaml, validate
 from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
-from erniesearch.config.stage_keys import LossWeights
+from erniesearch.config.stage_keys import LossWeights, PostTrainConfig
 from erniesearch.config.yaml_file import from_dict, to_yaml, types_of
 from erniesearch.errors import UserError
 
@@ -421,17 +422,50 @@ def test_zero_stage_is_set_in_one_place() -> None:
 # --- what is explained --------------------------------------------------------------------------
 
 
-def test_every_field_is_explained_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+def helped(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(list(argv))
     assert stop.value.code == 0
-    shown = "".join(capsys.readouterr().out.split())  # lines are wrapped, at hyphens too
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "train", "plan", "step", "export-checkpoint"])
+def test_help_has_every_key_on_a_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = helped(capsys, command, "--help").splitlines()
+    assert len(lines) < 200
+    assert max(map(len, lines)) <= 100
+    for key, cls, name in leaves(RunConfig):
+        key = re.sub(rf"stages\.({'|'.join(keys.TRAINING_STAGES)})\.", "stages.NAME.", key)
+        (line,) = [line for line in lines if line.split()[:1] == [f"--{key}"]]
+        default = cls.__dataclass_fields__[name].default
+        if default is not MISSING and "NAME" not in key:
+            shown = yaml.safe_load(line.split()[1])
+            assert shown == default, line
+
+
+def test_every_field_is_explained_in_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = helped(capsys, "run", "--help-all")
     texts = docstrings()
     for key, cls, name in leaves(RunConfig):
-        assert f"--{key}" in shown, key
+        key = re.sub(rf"stages\.({'|'.join(keys.TRAINING_STAGES)})\.", "stages.NAME.", key)
         text = texts.get((cls.__name__, name), "")
         assert text, f"{cls.__name__}.{name} has no docstring"
-        assert "".join(text.split()) in shown, key
+        row = next(line for line in shown.splitlines() if line.startswith(f"| `{key}` |"))
+        assert cls is PostTrainConfig or " ".join(text.split()).replace("|", "\\|") in row, key
+
+
+def test_the_reference_in_the_docs_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == reference.full(), "erniesearch run --help-all > docs/configuration.md"
+
+
+def test_defaults_of_stages_are_told_apart() -> None:
+    told = {key.name: key.default for _, found in reference.sections() for key in found}
+    assert told["stages.NAME.num_negatives"] == "3 (teacher 7)"
+    assert told["stages.NAME.weights.mlm"] == "0.0 (post_train 1.0)"
+    assert told["training.trackers"] == "[tensorboard]"
+    assert told["teacher.path"] == '""'
+    assert told["data.path"] == ""
 
 
 def test_every_mapping_has_a_docstring() -> None:

@@ -14,7 +14,8 @@ from support.tiny import ConfigMaker, write_beir
 from erniesearch.cli import main
 from erniesearch.data.collection import load_beir
 from erniesearch.data.trec import read_trec_run, write_trec_run
-from erniesearch.evaluation.measures import bm25_run, per_query_metrics
+from erniesearch.evaluation.macro import macro_estimate
+from erniesearch.evaluation.measures import bm25_run, estimate, per_query_metrics
 from erniesearch.export import export_all
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.load import load_retriever, load_scorer
@@ -71,7 +72,7 @@ def test_dual_encoder_searches_exhaustively(
     assert figures(result)["dual_encoder"] == pytest.approx(wanted)
     written = read_trec_run(file, data.queries, data.index_of)
     assert {qid: len(found) for qid, found in written.items()} == dict.fromkeys(data.queries, 60)
-    again = run(tiny_data, "--run", str(file), out=tmp_path)
+    again = run(tiny_data, "--trec", str(file), out=tmp_path)
     assert figures(again)["dual"] == pytest.approx(wanted)
     assert again["rows"][0]["metrics"] == result["rows"][0]["metrics"]  # intervals too
     shown = capsys.readouterr().out
@@ -82,7 +83,7 @@ def test_dual_encoder_searches_exhaustively(
 def test_rerankers_rerank_the_first_stage(exports: Path, tiny_data: Path, tmp_path: Path) -> None:
     late, cross = str(exports / "late_interaction"), str(exports / "cross_encoder")
     result = run(
-        tiny_data, "--model", late, "--rerank", cross, "--depth", "30", "--rerank_depth", "7",
+        tiny_data, "--model", late, "--rerankers", cross, "--depth", "30", "--rerank_depth", "7",
         "--bm25_stemmer", "null", "--metrics", "MRR@10,nDCG@10,R@10", out=tmp_path,
     )  # fmt: skip
     data = load_beir(tiny_data, "test")
@@ -150,7 +151,7 @@ def test_first_stage_is_a_run_or_a_dual_encoder(
 ) -> None:
     file = tmp_path / "first.trec"
     dual, cross = str(exports / "dual_encoder"), str(exports / "cross_encoder")
-    alone = run(tiny_data, "--model", dual, "--rerank", cross, "--depth", "20",
+    alone = run(tiny_data, "--model", dual, "--rerankers", cross, "--depth", "20",
                 "--metrics", "MRR@10", out=tmp_path)  # fmt: skip
     run(tiny_data, "--model", dual, "--depth", "20", "--metrics", "MRR@10",
         "--run_out", str(file), out=tmp_path)  # fmt: skip
@@ -189,7 +190,7 @@ def test_runs_are_tested_against_the_first(
     for name, scores in (("good", good), ("poor", poor)):
         write_trec_run(tmp_path / f"{name}.trec", scores, name)
     files = [str(tmp_path / "good.trec"), str(tmp_path / "poor.trec")]
-    result = run(tiny_data, "--run", *files, out=tmp_path)
+    result = run(tiny_data, "--trec", *files, out=tmp_path)
     found = result["comparisons"]["poor"]["MRR@10"]
     means = figures(result)
     assert found["num_queries"] == 40
@@ -199,7 +200,7 @@ def test_runs_are_tested_against_the_first(
     out = capsys.readouterr().out
     assert "Difference to good" in out
     assert "n = 40 queries" in out
-    paired = run(tiny_data, "--run", files[0], "--run", files[1], "--mean", "run", out=tmp_path)
+    paired = run(tiny_data, "--trec", files[0], "--trec", files[1], "--mean", "run", out=tmp_path)
     assert (paired["num_queries"], paired["num_judged"]) == (30, 40)
     assert figures(paired)["poor"]["MRR@10"] == pytest.approx(means["poor"]["MRR@10"] * 40 / 30)
     assert "means over the 30 of 40 queries" in capsys.readouterr().out
@@ -220,7 +221,7 @@ def test_answer_recall_reads_titles_off(tmp_path: Path) -> None:
     (root / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
     oracle = {qid: {pid: 1.0 for pid in grades} for qid, grades in qrels.items()}
     write_trec_run(tmp_path / "oracle.trec", oracle, "oracle")
-    result = run(root, "--run", str(tmp_path / "oracle.trec"), "--metrics", "A@1,answer@20,R@1",
+    result = run(root, "--trec", str(tmp_path / "oracle.trec"), "--metrics", "A@1,answer@20,R@1",
                  out=tmp_path)  # fmt: skip
     assert figures(result)["oracle"] == {"A@1": 0.5, "A@20": 0.5, "R@1": 1.0}
 
@@ -240,13 +241,13 @@ def test_mistakes_are_told_before_models_load(
     strange = tmp_path / "strange.trec"
     strange.write_text("else Q0 p0 1 1 x\n")
     cases = {
-        (): "give --model EXPORT or --run FILE",
+        (): "give --model EXPORT or --trec FILE",
         ("--model", str(tmp_path / "none")): "no such folder",
         ("--model", dual, "--kind", "cross_encoder"): "--kind cross_encoder",
         ("--model", dual, "--kind", "dual"): "one of dual_encoder",
-        ("--model", dual, "--rerank", dual): "given twice",
-        ("--model", cross, "--rerank", dual): "a dual-encoder does not rerank",
-        ("--rerank", cross): "give that too",
+        ("--model", dual, "--rerankers", dual): "given twice",
+        ("--model", cross, "--rerankers", dual): "a dual-encoder does not rerank",
+        ("--rerankers", cross): "give that too",
         ("--model", dual, "--metrics", "R@1000"): "give --depth 1000 or more",
         ("--model", dual, "--metrics", "A@10"): "has no metadata.answers",
         ("--model", dual, "--split", "tests"): "splits here: dev, test, train",
@@ -256,11 +257,78 @@ def test_mistakes_are_told_before_models_load(
         ("--model", dual, "--json", str(file / "out.json")): "cannot be written: File exists",
         ("--model", cross, "--first_stage", "bm52"): "bm25, a run file or a dual-encoder",
         ("--model", cross, "--first_stage", str(exports / "late_interaction")): "no dual-encoder",
-        ("--model", dual, "--run", str(file)): f"{file}:1: score nan is not finite",
-        ("--model", dual, "--run", str(strange)): "none of its queries (the first is 'else')",
+        ("--model", dual, "--trec", str(file)): f"{file}:1: score nan is not finite",
+        ("--model", dual, "--trec", str(strange)): "none of its queries (the first is 'else')",
     }
     for arguments, problem in cases.items():
         assert problem in refused(capsys, tiny_data, *arguments), arguments
+
+
+def test_former_options_say_what_they_are_called_now(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--run is --trec here" in refused(capsys, tiny_data, "--run", "x.trec")
+    assert "--rerank is --rerankers here" in refused(capsys, tiny_data, "--rerank=x")
+
+
+def test_several_sets_have_a_macro_average(
+    exports: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sets of 40 and 15 queries: each counts the same, and not each query."""
+    other = write_beir(tmp_path / "other", num_queries=15, seed=3)
+    model = ("--model", str(exports / "cross_encoder"), "--bm25_stemmer", "null")
+    alone = [run(root, *model, out=tmp_path) for root in (tiny_data, other)]
+    capsys.readouterr()
+    both = run(tiny_data, str(other), *model, out=tmp_path)
+    assert [found["dataset"] for found in both["datasets"]] == [tiny_data.name, "other"]
+    for found, single in zip(both["datasets"], alone, strict=True):
+        assert found["rows"] == single["rows"]
+        assert found["comparisons"] == single["comparisons"]
+    for position, row in enumerate(both["macro_average"]):
+        assert row["name"] == alone[0]["rows"][position]["name"]
+        for metric, average in row["metrics"].items():
+            parts = [single["rows"][position]["metrics"][metric] for single in alone]
+            assert average["mean"] == pytest.approx(np.mean([part["mean"] for part in parts]))
+            assert average["low"] <= average["mean"] <= average["high"]
+            widths = [part["high"] - part["low"] for part in parts]
+            assert average["high"] - average["low"] <= max(widths)
+    shown = capsys.readouterr().out
+    mean = both["macro_average"][1]["metrics"]["MRR@10"]["mean"]
+    found = [line.split()[:3] for line in shown.splitlines()]
+    assert found.count(["macro", "average", f"{mean:.3f}"]) == 1
+    assert "over 2 sets" in shown
+    again = run(tiny_data, "--data", str(other), *model, out=tmp_path)
+    assert again["macro_average"] == both["macro_average"]
+
+
+def test_a_macro_interval_resamples_queries_within_their_sets() -> None:
+    rng = np.random.default_rng(0)
+    sets = [rng.random(50), rng.random(400) + 1]
+    assert macro_estimate(sets[:1], 3) == estimate(sets[0], 3)
+    found = macro_estimate(sets, 3)
+    assert found.mean == pytest.approx((sets[0].mean() + sets[1].mean()) / 2)
+    error = np.sqrt(sum(values.var() / len(values) for values in sets)) / 2
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+
+
+def test_what_belongs_to_one_set_is_refused_for_several(
+    exports: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "some.trec"
+    file.write_text("q0 Q0 p0 1 1 x\n")
+    dual = ("--model", str(exports / "dual_encoder"))
+    several = (str(tmp_path / "other"),)
+    for arguments, option in (
+        (("--trec", str(file)), "--trec"), ((*dual, "--index", "x"), "--index"),
+        ((*dual, "--run_out", str(file)), "--run_out"),
+        (("--model", str(exports / "cross_encoder"), "--first_stage", str(file)), "--first_stage"),
+    ):  # fmt: skip
+        error = refused(capsys, tiny_data, *several, *arguments)
+        assert f"{option} belongs to one data set" in error
+    assert "given twice" in refused(capsys, tiny_data, str(tiny_data), *dual)
+    assert "other: no such folder" in refused(capsys, tiny_data, *several, *dual)
+    assert main(["evaluate", *dual]) == 2
+    assert "no data set: give --data DIR" in capsys.readouterr().err
 
 
 def test_untied_exports_are_evaluated_as_one(

@@ -134,6 +134,8 @@ def test_parts_of_another_mining_are_not_used(root: Path, tiny_data: Path, tmp_p
     ("options", "problem"),
     [({"teacher": None, "write_scores": True}, "need the scores of a --teacher"),
      ({"teacher": None, "settings": MineConfig(denoise_threshold=1.0)}, "need the scores"),
+     ({"teacher": None, "settings": MineConfig(denoise_relative_margin=0.1)},
+      "--denoise_relative_margin need the scores of a --teacher"),
      ({"teacher": None, "settings": MineConfig(selection="spread")}, "goes by the scores"),
      ({"split": "valid"}, "splits here: dev, test, train"),
      ({"nprobe": 4}, "the index is no IVF index")],

@@ -185,6 +185,33 @@ def test_an_absolute_threshold_drops_too(
     assert mined.num_denoised > 0
 
 
+@pytest.mark.parametrize("shift", [3.0, -3.0, 0.0], ids=["positive", "negative", "both"])
+@pytest.mark.parametrize("relative", [0.0, 0.25, 1.0])
+def test_a_relative_margin_drops_a_share_below_the_positive(
+    data: RetrievalData, retriever: Retriever, ranking: dict[str, list[str]], shift: float,
+    relative: float,
+) -> None:  # fmt: skip
+    """By hand, and never a limit above the positive's score, whatever its sign."""
+    scores = (np.random.default_rng(0).normal(size=60) + shift).astype(np.float32)
+    table = dict(zip(data.passages, scores.tolist(), strict=True))
+    settings = {"depth": 30, "num_negatives": 100, "denoise_margin": None}
+    mined = mine(data, retriever, TableScorer(table), denoise_relative_margin=relative, **settings)
+    score_of = {pid: table[text] for pid, text in zip(data.pids, data.passages, strict=True)}
+    for qid, pids in ranking.items():
+        best = max(score_of[pid] for pid in data.relevant()[qid])
+        limit = best * (1 - relative) if best >= 0 else best * (1 + relative)
+        assert mined.negatives[qid] == [pid for pid in pids[:30] if score_of[pid] <= limit]
+        assert limit <= best
+    assert mined.num_denoised > 0
+    whole = mine(data, retriever, TableScorer(table), **(settings | {"denoise_margin": 0.0}))
+    assert (mined == whole) == (relative == 0.0)
+    # Two limits at once: the lower one counts.
+    both = mine(data, retriever, TableScorer(table), denoise_relative_margin=relative,
+                denoise_threshold=shift, **settings)  # fmt: skip
+    for qid, pids in both.negatives.items():
+        assert pids == [pid for pid in mined.negatives[qid] if score_of[pid] <= shift]
+
+
 def test_blocks_change_nothing(
     data: RetrievalData, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,20 @@ def test_own_groups_train_alike_on_any_number_of_ranks(
         compare(folder, one, atol=1e-4)
 
 
+def test_prefixes_of_vectors_train_alike_on_any_number_of_ranks(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    weights = LossWeights(de=1.0, ce_to_de=1.0, li_to_de=1.0)
+    changes = {"matryoshka_dims": [16, 5], "pooling": "mean", "weights": weights}
+    one = train(make_config, tmp_path, 1, (1,), **changes)[1]
+    for folder in train(make_config, tmp_path, 2, (1, 3), **changes).values():
+        compare(folder, one)
+    for folder in train(
+        make_config, tmp_path / "cached", 2, (3,), chunk_size=5, **changes
+    ).values():
+        compare(folder, one, atol=1e-4)
+
+
 def test_in_batch_negatives_are_those_of_separate_batches(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_each_term_alone(make_config: ConfigMaker, term: str) -> None:
         {"weights": EVERY_TERM, "virt_layers": [0, -1], "tied": False},
         {"candidates": "group", "tau_ce": 2.0, "tau_de_kl": 3.0, "tau_li_kl": 0.5},
         {"candidates": "in_batch", "tau_li_target": 0.25, "detach_targets": False},
+        {"matryoshka_dims": [20, 3], "normalize": True, "tau_de": 0.1},
         {"layers": 1, "freeze_embeddings": True},
         {"num_negatives": 9, "queries_per_rank": 2},
     ],

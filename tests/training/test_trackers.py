@@ -2,8 +2,14 @@
 
 import json
 import os
+import sqlite3
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +24,7 @@ from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.stages import fingerprint
+from erniesearch.training.checkpoints.manifest import Quality
 from erniesearch.training.monitor import Monitor
 from erniesearch.training.trackers import check_trackers, open_trackers
 
@@ -67,12 +74,16 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
+def measured(loss: float) -> Quality:
+    return Quality(loss, "loss", loss, False, False)
+
+
 def run_monitor(config: RunConfig, folder: Path, start: int, end: int, offset: float) -> None:
     with Monitor(folder, "cascade", start, 4, open_trackers(config, folder, start)) as monitor:
         for step in range(start + 1, end + 1):
             speed = {"queries_per_second": 1.0, "tokens_per_second": 2.0}
             monitor.log(step, {"loss": step + offset}, {"encoder": 0.5}, speed)
-        monitor.log_validation(end, {"loss": offset})
+        monitor.log_validation(end, {"loss": offset, "seconds": 0.5}, measured(offset))
 
 
 def test_tensorboard_continues_and_hides_what_a_killed_run_left(
@@ -166,6 +177,126 @@ def test_a_tracker_that_does_not_start_is_told_in_one_line(
     assert status == 0, output[-3000:]
     said = "told: training.trackers: wandb does not start: no API key configured"
     assert output.splitlines()[-1] == said
+
+
+REAL = """
+import json, sys
+from pathlib import Path
+from erniesearch.config.keys import RunConfig
+from erniesearch.config.yaml_file import from_dict
+from erniesearch.training.checkpoints.manifest import Quality
+from erniesearch.training.monitor import Monitor
+from erniesearch.training.trackers import open_trackers
+config, folder = from_dict(RunConfig, json.loads(sys.argv[1])), Path(sys.argv[2])
+for start, end in ((0, 3), (3, 5)):  # stopped after 3 updates, and continued
+    with Monitor(folder, "cascade", start, 5, open_trackers(config, folder, start)) as monitor:
+        for step in range(start + 1, end + 1):
+            speed = {"queries_per_second": 8.0, "tokens_per_second": 2.0}
+            monitor.log(step, {"loss": 1 / step, "accuracy_de": 0.25}, {"encoder": 0.5}, speed)
+        figures, measured = {"loss": 0.125 * end}, Quality(0.125 * end, None, 0.0, False, False)
+        monitor.log_validation(end, figures | {"seconds": 0.5}, measured)
+"""
+WANTED = {
+    "loss/loss": {step: 1 / step for step in range(1, 6)},
+    "loss/accuracy_de": dict.fromkeys(range(1, 6), 0.25),
+    "learning_rate/encoder": dict.fromkeys(range(1, 6), 0.5),
+    "speed/queries_per_second": dict.fromkeys(range(1, 6), 8.0),
+    "speed/tokens_per_second": dict.fromkeys(range(1, 6), 2.0),
+    "validation/loss": {3: 0.375, 5: 0.625},
+    "validation/seconds": {3: 0.5, 5: 0.5},
+}
+
+
+def tracked(name: str, config: RunConfig, folder: Path, **environment: str) -> None:
+    """Five updates in the real package ``name``, in a process of its own."""
+    pytest.importorskip(name, reason=f"the package {name} is not installed")
+    config = replace(config, training=replace(config.training, trackers=[name]))
+    folder.mkdir(parents=True)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    status, output = run_python("-c", REAL, json.dumps(config, default=vars), str(folder),
+                                **environment)  # fmt: skip
+    assert status == 0, output[-3000:]
+
+
+def test_wandb_offline_is_read_back(make_config: ConfigMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "my" / "stages" / "cascade"
+    tracked("wandb", make_config(run_dir=tmp_path / "my"), folder, WANDB_MODE="offline",
+            WANDB_PROJECT="mine")  # fmt: skip
+    from wandb.proto import wandb_internal_pb2
+
+    found: dict[str, dict[int, float]] = {}
+    runs = []
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2  # before the stop and after it
+    for file in files:
+        for data in _wandb_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                runs.append((record.run.project, record.run.run_id, record.run.display_name))
+            for key, value, step in _wandb_items(record):
+                found.setdefault(key, {})[step] = value
+    assert len(set(runs)) == 1  # one run, continued
+    assert runs[0] == ("mine", (folder / "tracker_id").read_text(), "my/cascade")
+    assert found == WANTED
+
+
+def _wandb_records(content: bytes) -> Iterator[bytes]:
+    """A .wandb file is a header of 7 bytes and LevelDB's log format: blocks of 32 KiB, of pieces
+    with checksum (4), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    block, position, parts = 32 << 10, 7, b""
+    while position + 7 <= len(content):
+        if block - position % block < 7:  # filled up with zeros
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def _wandb_items(record: Any) -> Iterator[tuple[str, float, int]]:
+    if record.WhichOneof("record_type") == "history":
+        items = {".".join(item.nested_key) or item.key: json.loads(item.value_json)
+                 for item in record.history.item}  # fmt: skip
+        for key, value in items.items():
+            if not key.startswith("_"):
+                yield key, value, items["_step"]
+
+
+def test_trackio_is_read_back(make_config: ConfigMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "my" / "stages" / "cascade"
+    tracked("trackio", make_config(run_dir=tmp_path / "my"), folder,
+            TRACKIO_DIR=str(tmp_path / "trackio"), TRACKIO_PROJECT="mine")  # fmt: skip
+    with closing(sqlite3.connect(tmp_path / "trackio" / "mine.db")) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    name = f"my/cascade-{(folder / 'tracker_id').read_text()}"
+    assert {row[0] for row in rows} == {name}
+    found: dict[str, dict[int, float]] = {}
+    for _, step, metrics in rows:
+        for key, value in json.loads(metrics).items():
+            found.setdefault(key, {})[step] = value
+    assert found == WANTED
+
+
+def test_mlflow_is_read_back(make_config: ConfigMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "my" / "stages" / "cascade"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(run_dir=tmp_path / "my")
+    tracked("mlflow", config, folder, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME="mine")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'mine'")
+    (run,) = client.search_runs([experiment.experiment_id])  # one, continued
+    assert run.info.run_name == "my/cascade"
+    assert run.info.run_id == (folder / "mlflow_run").read_text()
+    assert run.data.params["stages.cascade.steps"] == "4"
+    found = {key: {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
+             for key in run.data.metrics}  # fmt: skip
+    assert found == WANTED
 
 
 def test_an_unknown_or_missing_tracker_is_refused(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.published import WITH_MARKS, max_sims, token_vectors
-from support.tiny import WITH_VIRT, ConfigMaker, write_model
+from support.tiny import ALL_TERMS, ConfigMaker, write_model
 from torch.nn.functional import normalize
 from transformers import AddedToken, AutoModel, AutoTokenizer
 
@@ -257,7 +257,7 @@ def test_training_compares_what_late_interaction_compares(
     prompts = {"query_prompt": "query: ", "passage_prompt": "passage: "}
     config = make_config(
         path=str(colbert), max_query_length=9, max_passage_length=12, pooling="mean", dropout=0.0,
-        weights=WITH_VIRT, **prompts,
+        weights=ALL_TERMS, **prompts,
     )  # fmt: skip
     data, stage = load_beir(config.data.path, "train"), Stage(config, "cascade")
     model, tokenizer = build_model(stage)

@@ -203,6 +203,10 @@ def given_negatives(config: RunConfig) -> Path:
     return Path(config.data.path) / "negatives.jsonl"
 
 
+NEW_STUDENT_KEYS = {"keep": "all", "query_prompt": None, "passage_prompt": None}
+"""Left out of fingerprints where they do nothing: runs of before them are still good."""
+
+
 def models_hash(config: RunConfig, stage: str) -> list[Any]:
     """Settings of the models that a stage runs, with the contents of those that are folders."""
     student, teacher = _decisive(asdict(config.student)), _decisive(asdict(config.teacher))
@@ -215,11 +219,17 @@ def models_hash(config: RunConfig, stage: str) -> list[Any]:
             student = {key: student[key] for key in ("path", "revision", "trust_remote_code")}
         if not needs_teacher(weights):
             teacher = {"path": ""}
+    for key, default in NEW_STUDENT_KEYS.items():
+        if student.get(key) == default:
+            student.pop(key, None)
     described: list[Any] = [student, teacher]
     for path in (student["path"], teacher["path"]):
         folder = Path(path)
         if path and folder.is_dir():
-            described.append(hash_files([*folder.glob("*.json"), *folder.glob("*.safetensors")]))
+            patterns = ("*.json", "*.safetensors", "artifact.metadata", "[0-9]_Dense/*",
+                        "[0-9]_MultiVectorMask/*")  # fmt: skip
+            files = [file for pattern in patterns for file in folder.glob(pattern)]
+            described.append(hash_files(files))
     return described
 
 

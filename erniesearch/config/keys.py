@@ -37,10 +37,19 @@ class StudentConfig:
     """The student: one encoder with a dual-encoder and a late-interaction head."""
 
     path: str
-    """Pretrained encoder: a folder, 'package:NAME' for weights shipped in the Python package
-    NAME, or a hub name."""
+    """Pretrained encoder or published model (sentence-transformers, PyLate, ColBERT): a folder,
+    'package:NAME' for weights shipped in the Python package NAME, or a hub name."""
     revision: str | None = None
     """Commit of the hub repository; ignored for folders and packages."""
+    keep: Literal["all", "all_but_lengths", "weights_only"] = "all"
+    """What training and exports keep of a published model: all that its folder says (pooling,
+    projection, prompts, prefixes, query expansion, skip list, lengths), where settings that
+    contradict are an error; the same but for the lengths, which are the data's; or the
+    transformer's weights alone."""
+    query_prompt: str | None = None
+    """Text put before every query; null is the published model's, or none."""
+    passage_prompt: str | None = None
+    """Text put before every passage; null is the published model's, or none."""
     pooling: Literal["cls", "mean"] = "cls"
     """The passage and query vector: the first token's state, or the mean over real tokens."""
     normalize: bool = False

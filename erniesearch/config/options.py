@@ -15,8 +15,9 @@ class EncodeOptions:
     """``erniesearch encode``."""
 
     model: str
-    """Folder: exports/dual_encoder, exports/late_interaction, any sentence-transformers folder of
-    Transformer + Pooling (+ Normalize), RUN/stages/NAME/model/student, or, with --pooling, a plain
+    """Folder or hub name (OWNER/NAME, OWNER/NAME@REVISION): exports/dual_encoder,
+    exports/late_interaction, any model of sentence-transformers or PyLate (what is not built here,
+    sentence-transformers 6 runs), RUN/stages/NAME/model/student, or, with --pooling, a plain
     encoder. For untied towers the name without _query or _passage."""
     data: str
     """Folder in BEIR layout."""
@@ -47,6 +48,8 @@ class EncodeOptions:
     dim: int | None = None
     """Keep the first dimensions of a dual-encoder's vectors alone, as objective.matryoshka_dims
     trains them; all by default."""
+    trust_remote_code: bool = False
+    """Run code that lies with the model's folder. Only for models you trust."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class MineOptions:
     """Search on all GPUs (start one process)."""
     seed: int = 42
     """Draws max_queries and a random selection."""
+    trust_remote_code: bool = False
+    """Run code that lies with the model's folder. Only for models you trust."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,8 @@ class EvaluateOptions:
     """Longest query in tokens; the folder's own by default."""
     max_passage_length: int | None = None
     """Longest passage in tokens; the folder's own by default."""
+    trust_remote_code: bool = False
+    """Run code that lies with the model's folder. Only for models you trust."""
     bm25_stemmer: str | None = "english"
     """Snowball stemmer of BM25, or null for none."""
     bm25_tokenizer: Literal["words", "code", "jieba"] = "words"

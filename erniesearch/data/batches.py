@@ -12,14 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from erniesearch.data.collection import RetrievalData
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.data.sampler import Group, StepSampler
+from erniesearch.data.text_format import PLAIN, TEXT, TextFormat, TextReader, having
 from erniesearch.errors import UserError
 
-ON_THE_CPU = ("query_mask_on_cpu", "passage_mask_on_cpu", "mlm_words")
+ON_THE_CPU = ("query_mask_on_cpu", "passage_mask_on_cpu", "query_roles_on_cpu",
+              "passage_roles_on_cpu", "mlm_words")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch of B queries with G passages each; masks are True on real tokens.
+    """One rank's micro-batch of B queries with G passages each; masks are True on all tokens but
+    padding, and where a side's texts are not plain, ``roles`` say what each token is there for.
 
     Attributes:
         query_ids: ``[B, Lq]`` token ids, [CLS] and [SEP] included.
@@ -33,10 +36,12 @@ class Batch:
             None where it scores them itself or nothing asks.
         mlm_ids: ``[B·G, Lp]`` passages with masked words (post-training only).
         mlm_labels: ``[B·G, Lp]`` the words to predict, -100 elsewhere.
-        query_mask_on_cpu, passage_mask_on_cpu: the masks once more.
+        query_roles: ``[B, Lq]`` (:mod:`erniesearch.data.text_format`); None: all have every role.
+        passage_roles: ``[B·G, Lp]``, likewise.
+        query_mask_on_cpu and the other names on_cpu: the same once more.
         mlm_words: where words are predicted in the flattened ``mlm_labels``.
 
-    The last three follow from the others and stay on the CPU, so that nothing that asks for a
+    The last five follow from the others and stay on the CPU, so that nothing that asks for a
     shape waits for a GPU.
     """
 
@@ -51,15 +56,19 @@ class Batch:
     teacher_scores: Tensor | None = None
     mlm_ids: Tensor | None = None
     mlm_labels: Tensor | None = None
+    query_roles: Tensor | None = None
+    passage_roles: Tensor | None = None
     query_mask_on_cpu: Tensor = field(init=False)
     passage_mask_on_cpu: Tensor = field(init=False)
+    query_roles_on_cpu: Tensor | None = field(init=False)
+    passage_roles_on_cpu: Tensor | None = field(init=False)
     mlm_words: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         words = None
         if self.mlm_labels is not None:
             words = (self.mlm_labels != -100).flatten().nonzero().squeeze(1)
-        known = self.query_mask, self.passage_mask, words
+        known = (self.query_mask, self.passage_mask, self.query_roles, self.passage_roles, words)
         for name, value in zip(ON_THE_CPU, known, strict=True):
             object.__setattr__(self, name, value)
 
@@ -67,6 +76,18 @@ class Batch:
     def group_size(self) -> int:
         """G = 1 + n."""
         return self.passage_ids.shape[0] // self.query_ids.shape[0]
+
+    def queries(self, role: int, on_cpu: bool = False) -> Tensor:
+        """``[B, Lq]`` mask of the queries' tokens with a role."""
+        if on_cpu:
+            return having(self.query_mask_on_cpu, self.query_roles_on_cpu, role)
+        return having(self.query_mask, self.query_roles, role)
+
+    def passages(self, role: int, on_cpu: bool = False) -> Tensor:
+        """``[B·G, Lp]``, the same of the passages."""
+        if on_cpu:
+            return having(self.passage_mask_on_cpu, self.passage_roles_on_cpu, role)
+        return having(self.passage_mask, self.passage_roles, role)
 
     @property
     def num_tokens(self) -> int:
@@ -89,15 +110,6 @@ class Batch:
         return made
 
 
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both ``[len(texts), longest]``, truncated to ``max_length``."""
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True,
-                        return_tensors="pt", return_token_type_ids=False)  # fmt: skip
-    return encoded["input_ids"], encoded["attention_mask"].bool()
-
-
 class GroupCollator:
     """Groups of queries and passages to a :class:`Batch`."""
 
@@ -108,27 +120,27 @@ class GroupCollator:
         tokenizer: PreTrainedTokenizerBase,
         max_query_length: int,
         max_passage_length: int,
+        text_format: TextFormat = PLAIN,
     ) -> None:
-        self.passages = open_tokens(data.passages, tokenizer)
+        self.passages = open_tokens(data.passages, tokenizer, text_format.passage.prompt)
         self.queries = [data.queries[qid] for qid in qids]
-        self.tokenizer = tokenizer
-        self.max_query_length = max_query_length
-        self.max_passage_length = max_passage_length
+        self.tokenizer, self.text_format = tokenizer, text_format
+        self.query_reader = TextReader(tokenizer, text_format.query, max_query_length)
+        self.passage_reader = TextReader(tokenizer, text_format.passage, max_passage_length)
 
     def __call__(self, groups: list[Group], step: int = 0, micro_step: int = 0) -> Batch:
-        query_ids, query_mask = encode_texts(
-            self.tokenizer, [self.queries[g.query] for g in groups], self.max_query_length
-        )
+        queries = self.query_reader.texts([self.queries[g.query] for g in groups])
         index = np.concatenate([g.passages for g in groups])
-        passage_ids, passage_mask = self.passages.tensors(index, self.max_passage_length)
+        passages = self.passage_reader.stored(self.passages, index)
         relevant = np.full((len(groups), max(len(g.relevant) for g in groups)), -1)
         for row, group in zip(relevant, groups, strict=True):
             row[: len(group.relevant)] = group.relevant
         scores = [g.teacher_scores for g in groups if g.teacher_scores is not None]
         return Batch(
-            query_ids, query_mask, passage_ids, passage_mask,
+            queries.ids, queries.mask, passages.ids, passages.mask,
             torch.from_numpy(index), torch.from_numpy(relevant), step, micro_step,
             torch.from_numpy(np.concatenate(scores)) if scores else None,
+            query_roles=queries.roles, passage_roles=passages.roles,
         )  # fmt: skip
 
 
@@ -148,12 +160,14 @@ class SpanCollator:
         max_passage_length: int,
         seed: int,
         mask_words: bool,
+        text_format: TextFormat = PLAIN,
     ) -> None:
         if mask_words and tokenizer.mask_token_id is None:
             raise UserError("weights.mlm is above 0, but the tokenizer has no mask token")
         self.passages = open_tokens(data.passages, tokenizer)
-        self.tokenizer = tokenizer
-        self.lengths = (max_query_length, max_passage_length)
+        self.tokenizer, self.text_format = tokenizer, text_format
+        sides = (text_format.query, max_query_length), (text_format.passage, max_passage_length)
+        self.readers = [TextReader(tokenizer, form, length) for form, length in sides]
         self.seed = seed
         self.mask_words = mask_words
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
@@ -163,46 +177,39 @@ class SpanCollator:
         ids = self.passages[index]
         # One generator per passage: the batch does not depend on how ranks share it out.
         rngs = [np.random.default_rng([self.seed, 2, step, int(i)]) for i in index]
-        spans = [
-            [self._span(r, tokens, n) for r, tokens in zip(rngs, ids, strict=True)]
-            for n in self.lengths
-        ]
-        (query_ids, query_mask), (passage_ids, passage_mask) = map(self._pad, spans)
+        queries, passages = (
+            reader.rows([self._span(r, own, reader) for r, own in zip(rngs, ids, strict=True)])
+            for reader in self.readers
+        )
         batch = Batch(
-            query_ids, query_mask, passage_ids, passage_mask,
+            queries.ids, queries.mask, passages.ids, passages.mask,
             torch.from_numpy(index), torch.from_numpy(index[:, None]), step, micro_step,
+            query_roles=queries.roles, passage_roles=passages.roles,
         )  # fmt: skip
         if not self.mask_words:
             return batch
+        of_text = passages.having(TEXT)
         masked = [
-            self._mask_words(rng, np.array(span)) for rng, span in zip(rngs, spans[1], strict=True)
+            self._mask_words(rng, row[real].numpy(), own[real].numpy())
+            for rng, row, real, own in zip(rngs, passages.ids, passages.mask, of_text, strict=True)
         ]
-        mlm_ids, mlm_labels = passage_ids.clone(), torch.full_like(passage_ids, -100)
+        mlm_ids, mlm_labels = passages.ids.clone(), torch.full_like(passages.ids, -100)
         for row, (word_ids, labels) in enumerate(masked):
             mlm_ids[row, : len(word_ids)] = torch.from_numpy(word_ids)
             mlm_labels[row, : len(labels)] = torch.from_numpy(labels)
         return replace(batch, mlm_ids=mlm_ids, mlm_labels=mlm_labels)
 
-    def _span(self, rng: np.random.Generator, tokens: np.ndarray, max_length: int) -> list[int]:
+    def _span(self, rng: np.random.Generator, tokens: np.ndarray, reader: TextReader) -> list[int]:
+        prompt, room = reader.prompt_ids, reader.room - len(reader.prompt_ids)
         # At most two thirds of the passage, so that the two spans seldom coincide.
-        length = max(1, min(max_length - 2, 2 * len(tokens) // 3))
+        length = max(1, min(room, 2 * len(tokens) // 3))
         start = int(rng.integers(max(1, len(tokens) - length + 1)))
-        words = tokens[start : start + length].tolist()
-        return [self.tokenizer.cls_token_id, *words, self.tokenizer.sep_token_id]
-
-    def _pad(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, sequences))
-        ids = torch.full((len(sequences), width), int(self.tokenizer.pad_token_id or 0))
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = True
-        return ids, mask
+        return [*prompt, *tokens[start : start + length].tolist()]
 
     def _mask_words(
-        self, rng: np.random.Generator, ids: np.ndarray
+        self, rng: np.random.Generator, ids: np.ndarray, of_text: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        maskable = ~np.isin(ids, self.special_ids)
+        maskable = of_text & ~np.isin(ids, self.special_ids)
         chosen = maskable & (rng.random(ids.shape) < 0.15)
         if maskable.any() and not chosen.any():
             # One word at least, or a batch of short texts would average over nothing.

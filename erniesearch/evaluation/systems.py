@@ -81,9 +81,15 @@ def check(options: EvaluateOptions) -> None:
         if options.kind and found not in (options.kind, "student"):
             raise UserError(f"--kind {options.kind}: {options.model} holds a {found}")
         first = Path(options.first_stage)
-        if options.first_stage != "bm25" and not first.exists():
-            raise UserError(f"--first_stage {first}: bm25, a run file or a dual-encoder's folder")
-        if first.is_dir() and not read_folder(first).has_vectors:
+        if options.first_stage == "bm25" or first.is_file():
+            return
+        try:
+            vectors = read_folder(options.first_stage).has_vectors
+        except UserError as error:
+            raise UserError(
+                f"--first_stage {first}: bm25, a run file or a dual-encoder's folder ({error})"
+            ) from None
+        if not vectors:
             raise UserError(f"--first_stage {first}: no dual-encoder")
     if options.dim is not None and not (options.model and searches):
         raise UserError(f"--dim {options.dim}: no dual-encoder searches here; leave it out")
@@ -148,7 +154,9 @@ def _first_stage(options: EvaluateOptions, data: RetrievalData, read: _RunReader
 
 def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
     require_faiss()  # before hours of encoding
-    retriever = load_retriever(folder, dim=options.dim, **_loading(options))
+    retriever = load_retriever(
+        folder, **_loading(options), trust_remote_code=options.trust_remote_code
+    ).truncate(options.dim)
     if options.index:
         index = VectorIndex.load(Path(options.index))
         if len(index.pids) != len(data.pids):
@@ -184,7 +192,9 @@ def _reranker(folder: str, options: EvaluateOptions, data: RetrievalData) -> Cal
     if read_folder(folder).kind == "cross_encoder":
         scorer = load_scorer(folder, **_loading(options))
         return lambda run: ranking.rerank_cross_encoder(scorer, data, run, depth)
-    retriever = load_retriever(folder, **_loading(options))
+    retriever = load_retriever(
+        folder, **_loading(options), trust_remote_code=options.trust_remote_code
+    )
     return lambda run: ranking.rerank_late_interaction(retriever, data, run, depth)
 
 

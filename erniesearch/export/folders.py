@@ -8,6 +8,7 @@ from pathlib import Path
 
 from erniesearch import stages
 from erniesearch.config.keys import RunConfig
+from erniesearch.data.text_format import FORMAT_FILE, PLAIN, TextFormat, stored_format
 from erniesearch.errors import UserError
 from erniesearch.export.layout import (
     cross_encoder_layout,
@@ -21,6 +22,8 @@ from erniesearch.files import write_atomically, written_aside
 from erniesearch.models.encoder import HEAD_FILE
 from erniesearch.run_folder import RunFolder
 
+OWN_FILES = (HEAD_FILE, FORMAT_FILE, "passage_tower")
+"""What a stage's student has besides a transformers folder; the layouts say it in their way."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,12 +35,13 @@ TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class _Target:
     """One export folder: ``kind`` and ``suffix`` make its name, ``model`` is where it comes from,
-    ``add`` writes the layout's files."""
+    ``add`` writes the layout's files, ``reading`` is how the student's texts are read."""
 
     kind: str
     suffix: str
     model: Path
     add: Callable[[Path, RunConfig], None]
+    reading: TextFormat = PLAIN
 
 
 def export_all(config: RunConfig, onnx: bool = False, results: str | None = None) -> list[Path]:
@@ -64,7 +68,10 @@ def write_cards(config: RunConfig, results: str) -> None:
         folder = RunFolder(config.run_dir).export(target.kind + target.suffix)
         if folder.is_dir():
             onnx = (folder / "onnx" / "model.onnx").is_file()
-            card = model_card(target.kind, target.suffix, config, results, onnx, cut_of(folder))
+            cut = cut_of(folder)
+            card = model_card(
+                target.kind, target.suffix, config, results, onnx, cut, target.reading
+            )  # fmt: skip
             write_atomically(folder / "README.md", card)
 
 
@@ -78,11 +85,15 @@ def _targets(config: RunConfig) -> list[_Target]:
         towers = {"": student}
         if not config.student.tied:
             towers = {"_query": student, "_passage": student / "passage_tower"}
-        late = partial(late_interaction_layout, head=student / HEAD_FILE)
+        reading = stored_format(student) or PLAIN
+        late = partial(late_interaction_layout, reading=reading, head=student / HEAD_FILE)
+        dual = partial(dual_encoder_layout, reading=reading)
         for suffix, tower in towers.items():
-            targets.append(_Target("dual_encoder", suffix, tower, dual_encoder_layout))
-            if stages.trains_late_interaction(config):
-                targets.append(_Target("late_interaction", suffix, tower, late))
+            if not (reading.query.expand and reading.query.attend):  # no dual-encoder can be told
+                targets.append(_Target("dual_encoder", suffix, tower, dual, reading))
+            # A head that came with the start leaves, even if no stage trained it further.
+            if stages.trains_late_interaction(config) or reading.of_late_interaction:
+                targets.append(_Target("late_interaction", suffix, tower, late, reading))
     if teacher_stage:
         teacher = folder.model(teacher_stage, "teacher")
         _require(teacher, teacher_stage)
@@ -100,7 +111,7 @@ def _write(target: _Target, config: RunConfig, onnx: bool, results: str | None) 
     folder = RunFolder(config.run_dir).export(target.kind + target.suffix)
     model = target.model
     with written_aside(folder) as aside:
-        shutil.copytree(model, aside, ignore=shutil.ignore_patterns(HEAD_FILE, "passage_tower"))
+        shutil.copytree(model, aside, ignore=shutil.ignore_patterns(*OWN_FILES))
         # An untied passage tower has no tokenizer of its own.
         for name in TOKENIZER_FILES:
             if not (aside / name).exists() and (model.parent / name).is_file():
@@ -110,6 +121,8 @@ def _write(target: _Target, config: RunConfig, onnx: bool, results: str | None) 
         if with_onnx:
             export_onnx(aside)
         cut = cut_of(aside)
-        card = model_card(target.kind, target.suffix, config, results, with_onnx, cut)
+        card = model_card(
+            target.kind, target.suffix, config, results, with_onnx, cut, target.reading
+        )  # fmt: skip
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder

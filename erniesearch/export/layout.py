@@ -13,9 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from safetensors.torch import load_file
+from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from erniesearch.config.keys import RunConfig
+from erniesearch.data.text_format import TextFormat
 from erniesearch.export.model_card import pair_length
 
 ST_VERSION = "5.0.0"
@@ -49,8 +51,12 @@ def _modules(folder: Path, *modules: tuple[str, str]) -> None:
     )
 
 
-def dual_encoder_layout(folder: Path, config: RunConfig) -> None:
-    """Transformer, Pooling and, for cosines, Normalize, as sentence-transformers' modules."""
+def dual_encoder_layout(folder: Path, config: RunConfig, reading: TextFormat) -> None:
+    """Transformer, Pooling and, for cosines, Normalize, as sentence-transformers' modules.
+
+    ``reading`` is how the student's texts are read. A prefix becomes the beginning of the prompt,
+    and of the tokenizer's special tokens, so that the text of the prompt becomes that one token.
+    """
     student = config.student
     modules = [
         ("", "sentence_transformers.models.Transformer"),
@@ -60,16 +66,16 @@ def dual_encoder_layout(folder: Path, config: RunConfig) -> None:
         modules.append(("2_Normalize", "sentence_transformers.models.Normalize"))
         (folder / "2_Normalize").mkdir()
     _modules(folder, *modules)
-    length = max(config.data.max_query_length, config.data.max_passage_length)
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
-    )
+    _transformer(folder, config)
+    prompts = {side: form.prefix + form.prompt for side, form in
+               (("query", reading.query), ("document", reading.passage))}  # fmt: skip
+    _register(folder, reading.prefixes)
     write_json(
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"sentence_transformers": ST_VERSION},
             "model_type": "SentenceTransformer",
-            "prompts": {"query": "", "document": ""},
+            "prompts": prompts,
             "default_prompt_name": None,
             "similarity_fn_name": "cosine" if student.normalize else "dot",
         },
@@ -84,48 +90,124 @@ def dual_encoder_layout(folder: Path, config: RunConfig) -> None:
             "pooling_mode_mean_sqrt_len_tokens": False,
             "pooling_mode_weightedmean_tokens": False,
             "pooling_mode_lasttoken": False,
-            "include_prompt": True,
+            "include_prompt": reading.query.pool_prompt and reading.passage.pool_prompt,
         },
     )
 
 
-def late_interaction_layout(folder: Path, config: RunConfig, head: Path) -> None:
-    """Transformer and PyLate's Dense; ``head`` is the safetensors file of its matrix."""
+def _transformer(folder: Path, config: RunConfig, **more: object) -> None:
+    length = max(config.data.max_query_length, config.data.max_passage_length)
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": length, "do_lower_case": False} | more,
+    )
+
+
+def _register(folder: Path, words: list[str]) -> None:
+    """Tokens that stand for themselves in a text, whatever the tokenizer does to letters."""
+    if words:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        special = [AddedToken(word, normalized=False, special=True) for word in words]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.save_pretrained(folder)
+
+
+def late_interaction_layout(
+    folder: Path, config: RunConfig, reading: TextFormat, head: Path
+) -> None:
+    """Transformer and a linear layer over its states, as PyLate writes them, or, where the student
+    started from a folder of sentence-transformers 6, as that does.
+
+    ``head`` is the safetensors file of the layer, ``reading`` how the student's texts are read.
+    """
+    names = load_file(head)
+    dense = {
+        "in_features": _hidden_size(folder),
+        "out_features": config.student.late_interaction_dim,
+        "bias": "linear.bias" in names,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    if reading.layout == "sentence_transformers":
+        _multi_vector(folder, config, reading, dense)
+    else:
+        _pylate(folder, config, reading, dense)
+    shutil.copy(head, folder / "1_Dense" / "model.safetensors")
+
+
+def _pylate(folder: Path, config: RunConfig, reading: TextFormat, dense: dict[str, Any]) -> None:
+    query, passage = reading.query, reading.passage
     _modules(
         folder,
         ("", "sentence_transformers.models.Transformer"),
         ("1_Dense", "pylate.models.Dense.Dense"),
     )
-    length = max(config.data.max_query_length, config.data.max_passage_length)
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
-    )
-    write_json(
-        folder / "1_Dense" / "config.json",
-        {
-            "in_features": _hidden_size(folder),
-            "out_features": config.student.late_interaction_dim,
-            "bias": False,
-            "activation_function": "torch.nn.modules.linear.Identity",
-            "use_residual": False,
-        },
-    )
-    shutil.copy(head, folder / "1_Dense" / "model.safetensors")
+    _transformer(folder, config)
+    write_json(folder / "1_Dense" / "config.json", dense | {"use_residual": False})
     write_json(
         folder / "config_sentence_transformers.json",
         {
             "__version__": {"sentence_transformers": ST_VERSION},
             "model_type": "ColBERT",
-            "prompts": {},
+            "prompts": {"query": query.prompt, "document": passage.prompt}
+            if query.prompt or passage.prompt else {},
             "default_prompt_name": None,
             "similarity_fn_name": "MaxSim",
-            "query_prefix": "",
-            "document_prefix": "",
+            "query_prefix": query.prefix,
+            "document_prefix": passage.prefix,
             "query_length": config.data.max_query_length,
             "document_length": config.data.max_passage_length,
-            "attend_to_expansion_tokens": False,
-            "skiplist_words": [],
-            "do_query_expansion": False,
+            "attend_to_expansion_tokens": query.attend,
+            "skiplist_words": list(passage.skip),
+            "do_query_expansion": query.expand,
+        },
+    )  # fmt: skip
+
+
+def _multi_vector(
+    folder: Path, config: RunConfig, reading: TextFormat, dense: dict[str, Any]
+) -> None:
+    query, passage = reading.query, reading.passage
+    base, tokens = "sentence_transformers.base.modules", "token_embeddings"
+    both = {"module_input_name": tokens, "module_output_name": tokens}
+    _modules(
+        folder,
+        ("", f"{base}.transformer.Transformer"),
+        ("1_Dense", f"{base}.dense.Dense"),
+        ("2_MultiVectorMask", "sentence_transformers.multi_vector_encoder.modules"
+         ".multi_vector_mask.MultiVectorMask"),
+        ("3_Normalize", f"{base}.normalize.Normalize"),
+    )  # fmt: skip
+    lengths: dict[str, object] = {"document_length": config.data.max_passage_length}
+    if query.expand:
+        lengths["query_expansion"] = {
+            "strategy": "min" if query.at_least else "fixed", "attend": query.attend,
+            "token": query.expansion_token or None,
+            "length": query.at_least or config.data.max_query_length,
+        }  # fmt: skip
+    if query.at_least or not query.expand:
+        lengths["query_length"] = config.data.max_query_length
+    states = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"transformer_task": "feature-extraction", "modality_config": states,
+         "module_output_name": tokens} | lengths,
+    )  # fmt: skip
+    write_json(folder / "1_Dense" / "config.json", dense | both)
+    skip = {"query": query.skip, "document": passage.skip}
+    write_json(
+        folder / "2_MultiVectorMask" / "config.json",
+        {"skiplist_words": list(passage.skip or query.skip), "keep_only_token_ids": None,
+         "skiplist_tasks": [side for side, words in skip.items() if words] or ["document"]},
+    )  # fmt: skip
+    write_json(folder / "3_Normalize" / "config.json", both)
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "__version__": {"sentence_transformers": "6.0.0"},
+            "model_type": "MultiVectorEncoder",
+            "prompts": {"query": query.prompt, "document": passage.prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "maxsim",
         },
     )
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from erniesearch import __version__
 from erniesearch.config.keys import RunConfig, training_stages
 from erniesearch.config.yaml_file import to_yaml
+from erniesearch.data.text_format import PLAIN, TextFormat
 
 _FRONT = {
     "dual_encoder": ("sentence-transformers", "sentence-similarity", "dual-encoder"),
@@ -45,6 +46,14 @@ model = CrossEncoder("PATH")
 scores = model.predict([("a query", "a passage"), ("a query", "another")])
 """,
 }
+_MULTI_VECTOR = """\
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("PATH")
+queries = model.encode_query(["a query"])
+passages = model.encode_document(["a passage", "another"])
+scores = model.similarity(queries, passages)
+"""
 _TRANSFORMERS = {
     "dual_encoder": """\
 from transformers import AutoModel, AutoTokenizer
@@ -107,11 +116,7 @@ Trained with erniesearch {version} by the method of ERNIE-Search
 {usage}
 ```
 {onnx}
-transformers alone:
-
-```python
 {plain}
-```
 
 ## Results
 
@@ -132,6 +137,7 @@ def model_card(
     results: str | None,
     onnx: bool,
     cut: dict[str, Any] | None = None,
+    reading: TextFormat = PLAIN,
 ) -> str:
     """The card of one export folder.
 
@@ -141,18 +147,22 @@ def model_card(
         results: the evaluation's caption and table in Markdown; None if there is none yet.
         onnx: whether ``onnx/model.onnx`` is there.
         cut: what the model's config.json says of the layers it was left with (``layers``, ``of``).
+        reading: how the student's texts are read.
     """
     library, pipeline, name = _FRONT[kind]
+    if kind == "late_interaction" and reading.layout == "sentence_transformers":
+        library = "sentence-transformers"
     base = config.student.path
     if kind == "cross_encoder":
         base = config.teacher.path or base
     origin = f"`{base}`{_kept_layers(cut)}"
     data = Path(config.data.path).name
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    name_there = base.partition("@")[0]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name_there) and not Path(base).exists()
     front = ModelCardData(
         library_name=library, pipeline_tag=pipeline,
         tags=["erniesearch", "information-retrieval", kind.replace("_", "-")],
-        base_model=base if on_hub else None,  # a folder's name would point nowhere
+        base_model=name_there if on_hub else None,  # a folder's name would point nowhere
     )  # fmt: skip
     tower = f", {suffix.removeprefix('_')} tower" if suffix else ""
     onnx_line = f"\n{_ONNX}\n" if onnx else ""
@@ -166,8 +176,8 @@ def model_card(
         origin=origin, data=data, split=config.data.train_split, stages=_stages(config),
         query_length=config.data.max_query_length, passage_length=config.data.max_passage_length,
         score=_score(kind, config), lengths=_lengths(kind, config), pair=pair,
-        library=_LIBRARY_TITLE[kind], usage=_USAGE[kind].rstrip(), onnx=onnx_line,
-        plain=_plain(kind, config).rstrip(),
+        library=_library(kind, reading), usage=_usage(kind, reading), onnx=onnx_line,
+        plain=_plain(kind, config, reading).rstrip(),
         results=(results or "Not evaluated yet; `erniesearch run` does it at its end.").rstrip(),
         configuration=to_yaml(config).rstrip(),
     )  # fmt: skip
@@ -181,6 +191,12 @@ _LIBRARY_TITLE = {
     "late_interaction": "PyLate (sentence-transformers 6 loads it as a `MultiVectorEncoder` too)",
     "cross_encoder": "sentence-transformers",
 }
+
+
+def _library(kind: str, reading: TextFormat) -> str:
+    if kind == "late_interaction" and reading.layout == "sentence_transformers":
+        return "sentence-transformers 6"
+    return _LIBRARY_TITLE[kind]
 
 
 def _stages(config: RunConfig) -> str:
@@ -234,7 +250,27 @@ def pair_length(config: RunConfig) -> int:
     return config.data.max_query_length + config.data.max_passage_length - 1
 
 
-def _plain(kind: str, config: RunConfig) -> str:
+def _usage(kind: str, reading: TextFormat) -> str:
+    usage = _USAGE[kind].rstrip()
+    if kind == "dual_encoder" and not reading.is_plain:  # these know the sides' prompts
+        usage = usage.replace("queries = model.encode(", "queries = model.encode_query(")
+        return usage.replace("passages = model.encode(", "passages = model.encode_document(")
+    if kind == "late_interaction" and reading.layout == "sentence_transformers":
+        return _MULTI_VECTOR.rstrip()
+    if kind == "late_interaction":
+        for side, name, flag in (("query", "query", "True"), ("passage", "document", "False")):
+            if reading.prompts[side]:  # type: ignore[index]
+                given = f"is_query={flag}"
+                usage = usage.replace(given, f'{given}, prompt_name="{name}"')
+    return usage
+
+
+def _plain(kind: str, config: RunConfig, reading: TextFormat) -> str:
+    if kind != "cross_encoder" and not reading.is_plain:
+        return (
+            "Texts are not read as they stand: `config_sentence_transformers.json` says which"
+            " prompts, prefixes and expansion belong to a side, and the library above adds them."
+        )
     longest = max(config.data.max_query_length, config.data.max_passage_length)
     if kind == "late_interaction":
         longest = config.data.max_query_length
@@ -248,4 +284,5 @@ def _plain(kind: str, config: RunConfig) -> str:
         )
     if config.student.normalize:
         pool += "\nvectors = vectors / vectors.norm(dim=-1, keepdim=True)"
-    return _TRANSFORMERS[kind].replace("MAX", str(longest)).replace("POOL", pool)
+    code = _TRANSFORMERS[kind].replace("MAX", str(longest)).replace("POOL", pool)
+    return f"transformers alone:\n\n```python\n{code.rstrip()}\n```"

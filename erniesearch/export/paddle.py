@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertTokenizer, ErnieConfig, ErnieForSequenceClassification, ErnieModel
 
 from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig
+from erniesearch.data.text_format import PLAIN
 from erniesearch.errors import UserError
 from erniesearch.export.layout import cross_encoder_layout, dual_encoder_layout, write_json
 from erniesearch.export.paddle_ernie import (
@@ -88,7 +89,7 @@ def convert_paddle(
             if kind == "cross_encoder":
                 cross_encoder_layout(aside, run)
             else:
-                dual_encoder_layout(aside, run)
+                dual_encoder_layout(aside, run, PLAIN)
                 if reduce:
                     _add_dense(aside, reduce)
     except OSError as error:

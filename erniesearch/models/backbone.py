@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,6 +37,7 @@ from erniesearch.models.families import (
     cut_layers,
     set_dropout,
 )
+from erniesearch.models.hub import from_hub
 
 _weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=True)
 
@@ -56,12 +57,12 @@ def weights_wanted() -> bool:
     return _weights_wanted.get()
 
 
-def resolve(path: str) -> str:
-    """A folder for ``package:NAME`` and for local paths; hub names pass through.
+def resolve(path: str, revision: str | None = None) -> str:
+    """The folder of ``package:NAME``, of a local path, or of a hub name, downloaded if need be.
 
     Raises:
-        UserError: for a package that is not installed or holds no weights, a missing folder, or
-            weights that are not safetensors.
+        UserError: for a package that is not installed or holds no weights, a missing folder, a name
+            that the hub has not or cannot be asked for, or weights that are not safetensors.
     """
     if path.startswith("package:"):
         name = path.removeprefix("package:")
@@ -88,12 +89,12 @@ def resolve(path: str) -> str:
         return path
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model folder {path}: no such folder")
-    return path
+    return resolve(from_hub(path, revision, weights_wanted()))
 
 
 def _load(loader: Callable[..., Any], path: str, **options: Any) -> Any:
     try:
-        return loader(resolve(path), **options)
+        return loader(resolve(path, options.get("revision")), **options)
     except UserError:
         raise
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
@@ -118,13 +119,18 @@ def check_same_vocabulary(
     teacher: PreTrainedTokenizerBase,
     student_path: str,
     teacher_path: str,
+    own: Collection[str] = (),
 ) -> None:
-    """Teacher and student read the same token ids, so their vocabularies must be equal.
+    """Teacher and student read the same token ids, so their vocabularies must be equal, but for
+    tokens of the student's ``own`` that the teacher never reads.
 
     Raises:
         UserError: naming both models and the first difference.
     """
     first, second = student.get_vocab(), teacher.get_vocab()
+    for token in own:
+        if token not in second:
+            first.pop(token, None)
     if first != second:
         differing = sorted(t for t in first.keys() | second.keys() if first.get(t) != second.get(t))
         word = differing[0]

@@ -108,6 +108,13 @@ def assemble_pairs(
     )
 
 
+def of_the_text(ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ``[N, L]`` that ``keep`` names, first and in their order; their mask; and where each
+    of the L tokens now stands (anywhere, if it is left out)."""
+    order = keep.long().argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), keep.gather(1, order), (keep.long().cumsum(1) - 1).clamp(min=0)
+
+
 TEMPERATURE_FILE = "temperature.json"
 LOGITS = 1 << 24
 """Of a teacher's attention, at a time."""

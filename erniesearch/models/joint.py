@@ -18,7 +18,14 @@ from erniesearch.config.keys import ObjectiveConfig
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
 from erniesearch.config.terms import comparing
 from erniesearch.data.batches import Batch
-from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
+from erniesearch.data.text_format import SCORED, TEXT
+from erniesearch.models.cross_encoder import (
+    CrossEncoder,
+    PairLayout,
+    Pairs,
+    assemble_pairs,
+    of_the_text,
+)
 from erniesearch.models.encoder import Side, StudentEncoder, content_mask
 from erniesearch.models.projections import matched_layers, split_heads
 from erniesearch.objectives import scores
@@ -123,11 +130,7 @@ class JointModel(nn.Module):
                 second_queries=queries.vectors, second_passages=passages.vectors
             )
         if self.teacher is not None:
-            lengths = self._layout.lengths(batch.query_mask_on_cpu, batch.passage_mask_on_cpu)
-            pairs = assemble_pairs(
-                batch.query_ids, batch.query_mask, batch.passage_ids, batch.passage_mask,
-                self._layout, self.pad_id, int(lengths.max()),
-            )  # fmt: skip
+            pairs, lengths = self._pairs(batch, slice(None), everything)
             self._seed_pass(batch, 3)
             wanted = torch.is_grad_enabled() and self.objective.trains_teacher
             with torch.set_grad_enabled(wanted):
@@ -156,31 +159,55 @@ class JointModel(nn.Module):
         assert self.student is not None
         side: Side = "query" if chunk.kind == "query" else "passage"
         first = chunk.number == 1
-        every_id, every_mask, on_cpu = (
-            (batch.query_ids, batch.query_mask, batch.query_mask_on_cpu)
+        every_id, every_mask, on_cpu, roles = (
+            (batch.query_ids, batch.query_mask, batch.query_mask_on_cpu, batch.query_roles)
             if side == "query"
-            else (batch.passage_ids, batch.passage_mask, batch.passage_mask_on_cpu)
-        )
+            else (
+                batch.passage_ids, batch.passage_mask, batch.passage_mask_on_cpu,
+                batch.passage_roles,
+            )
+        )  # fmt: skip
         part = chunk.rows, slice(int(distributed.row_lengths(on_cpu[chunk.rows]).max()))
         encoded: Encoded = self.student(
             every_id[part], every_mask[part], side,
             self.objective.needs_vectors or not first, self.objective.needs_tokens and first,
             self.objective.needs_projections and first,
+            roles=None if roles is None else roles[part],
         )  # fmt: skip
         return encoded.padded(every_mask.shape[1])
 
     def pairs(self, batch: Batch, rows: slice) -> Pairs:
         """The cross-encoder's input of some of the B·G pairs."""
-        group_size, device = batch.group_size, batch.query_ids.device
-        query = torch.arange(rows.start, rows.stop, device=device) // group_size
-        on_cpu = torch.arange(rows.start, rows.stop) // group_size
-        lengths = self._layout.lengths(
-            batch.query_mask_on_cpu[on_cpu], batch.passage_mask_on_cpu[rows]
-        )
-        return assemble_pairs(
-            batch.query_ids[query], batch.query_mask[query], batch.passage_ids[rows],
-            batch.passage_mask[rows], self._layout, self.pad_id, int(lengths.max()),
+        query = torch.arange(rows.start, rows.stop) // batch.group_size
+        return self._pairs(batch, query, rows)[0]
+
+    def _pairs(self, batch: Batch, queries: Tensor | slice, rows: slice) -> tuple[Pairs, Tensor]:
+        """The pairs of these queries with their passages ``rows``, and the pairs' lengths. The
+        cross-encoder reads the texts alone, without what the student reads besides."""
+        on_cpu = (
+            batch.queries(TEXT, on_cpu=True)[queries], batch.passages(TEXT, on_cpu=True)[rows]
         )  # fmt: skip
+        lengths = self._layout.lengths(*on_cpu)
+        if isinstance(queries, Tensor):
+            queries = queries.to(batch.query_ids.device, non_blocking=True)
+        sides = []
+        for ids, mask, roles in (
+            (batch.query_ids[queries], batch.queries(TEXT)[queries], batch.query_roles),
+            (batch.passage_ids[rows], batch.passages(TEXT)[rows], batch.passage_roles),
+        ):
+            sides.append((ids, mask, None) if roles is None else of_the_text(ids, mask))
+        (query_ids, query_mask, query_place), (passage_ids, passage_mask, passage_place) = sides
+        pairs = assemble_pairs(
+            query_ids, query_mask, passage_ids, passage_mask,
+            self._layout, self.pad_id, int(lengths.max()),
+        )  # fmt: skip
+        if query_place is not None:
+            own = _per_pair(query_place, passage_ids)
+            pairs = pairs._replace(query_columns=pairs.query_columns.gather(1, own))
+        if passage_place is not None:
+            columns = pairs.passage_columns.gather(1, passage_place)
+            pairs = pairs._replace(passage_columns=columns)
+        return pairs, lengths
 
     def open_pair_terms(self) -> list[str]:
         """The terms over the teacher's attention that count in this step."""
@@ -205,9 +232,12 @@ class JointModel(nn.Module):
         step = (rows.stop - rows.start) // num_queries
         query = torch.arange(rows.start, rows.stop, step, device=batch.query_ids.device)
         query = query // batch.group_size
+        # Tokens of the text that late interaction compares: the teacher reads no others.
+        of_queries = batch.queries(TEXT) & batch.queries(SCORED)
+        of_passages = batch.passages(TEXT) & batch.passages(SCORED)
         masks = (
-            content_mask(batch.query_ids[query], batch.query_mask[query], self.special_ids),
-            content_mask(batch.passage_ids[rows], batch.passage_mask[rows], self.special_ids),
+            content_mask(batch.query_ids[query], of_queries[query], self.special_ids),
+            content_mask(batch.passage_ids[rows], of_passages[rows], self.special_ids),
         )
         settings = self.objective.settings
         if "attention" in wanted:
@@ -273,16 +303,14 @@ class JointModel(nn.Module):
         wanted = vectors, tokens, projections
         return (
             self.student(
-                batch.query_ids, batch.query_mask, "query", *wanted, batch.query_mask_on_cpu
+                batch.query_ids, batch.query_mask, "query", *wanted, batch.query_mask_on_cpu,
+                batch.query_roles,
             ),
             self.student(
-                batch.passage_ids,
-                batch.passage_mask,
-                "passage",
-                *wanted,
-                batch.passage_mask_on_cpu,
+                batch.passage_ids, batch.passage_mask, "passage", *wanted,
+                batch.passage_mask_on_cpu, batch.passage_roles,
             ),
-        )
+        )  # fmt: skip
 
     @property
     def _layout(self) -> PairLayout:

@@ -26,6 +26,7 @@ from erniesearch.config.terms import (
     weight_of,
 )
 from erniesearch.data.batches import Batch
+from erniesearch.data.text_format import SCORED
 from erniesearch.errors import UserError
 from erniesearch.objectives import losses, scores
 from erniesearch.objectives.outputs import Outputs
@@ -172,12 +173,13 @@ class Objective:
         settings = self.settings
         if self.candidates == "cross_batch":
             return scores.cross_batch_late_interaction_scores(
-                queries, batch.query_mask, passages, batch.passage_mask, batch.passage_mask_on_cpu,
+                queries, batch.queries(SCORED), passages, batch.passages(SCORED),
+                batch.passages(SCORED, on_cpu=True),
                 settings.tau_li, settings.kernels, settings.late_interaction_exchange,
             )  # fmt: skip
         return scores.late_interaction_scores(
-            queries, batch.query_mask, self._compared(passages, len(queries)),
-            self._compared(batch.passage_mask, len(queries)), settings.tau_li, settings.kernels,
+            queries, batch.queries(SCORED), self._compared(passages, len(queries)),
+            self._compared(batch.passages(SCORED), len(queries)), settings.tau_li, settings.kernels,
         )  # fmt: skip
 
     def _distill(

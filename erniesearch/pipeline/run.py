@@ -17,6 +17,7 @@ from erniesearch.evaluation.table import Report, table_console
 from erniesearch.export import export_all
 from erniesearch.files import hold_lock
 from erniesearch.models.backbone import load_tokenizer
+from erniesearch.models.start import read_start
 from erniesearch.pipeline import launcher
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
@@ -83,7 +84,8 @@ def _check_and_tokenize(
     ):
         launcher.check_devices(config)
         check_trackers(config.training.trackers)
-        open_tokens(data.passages, load_tokenizer(config.student))  # ranks have one thread each
+        prompt = read_start(config.student).text_format.passage.prompt
+        open_tokens(data.passages, load_tokenizer(config.student), prompt)  # ranks have one thread
 
 
 def _run_step(

@@ -30,7 +30,7 @@ from erniesearch.retrieval.embeddings import (
     write_shard,
 )
 from erniesearch.retrieval.load import load_retriever
-from erniesearch.retrieval.model_folder import fingerprint, read_folder
+from erniesearch.retrieval.model_folder import as_named, fingerprint, read_folder
 from erniesearch.retrieval.retriever import Retriever, StoredTokens
 
 SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
@@ -84,7 +84,7 @@ def encode_collection(options: EncodeOptions) -> None:
     what = options.what or ("vectors" if found.has_vectors else "tokens")
     if not (found.has_vectors if what == "vectors" else found.has_tokens):
         raise UserError(f"model '{model}' is a {found.kind.replace('_', '-')}: it makes no {what}")
-    if what == "tokens" and options.dim is not None:
+    if what == "tokens" and options.dim is not None:  # a stage's student makes both
         raise UserError(f"--dim {options.dim}: token vectors are not shortened; leave it out")
     if found.only and found.only != side:
         raise UserError(f"model '{model}' is the {found.only} tower: --side {found.only}")
@@ -93,16 +93,16 @@ def encode_collection(options: EncodeOptions) -> None:
         model, batch_size=options.batch_size, device=device, pooling=options.pooling,
         max_query_length=options.max_length if side == "query" else None,
         max_passage_length=options.max_length if side == "passage" else None,
-        precision=options.precision, dim=options.dim,
-    )  # fmt: skip
+        precision=options.precision, trust_remote_code=options.trust_remote_code,
+    ).truncate(options.dim)  # fmt: skip
     manifest = Manifest(
         what=what, side=side, dtype=options.dtype,
-        dim=retriever.dim if what == "vectors" else found.settings.late_interaction_dim,
+        dim=retriever.dim if what == "vectors" else retriever.token_dim,
         rows=len(collection.ids), shard_size=options.shard_size or SHARD_SIZES[what],
         max_length=retriever.lengths[side], precision=retriever.precision,
         model=fingerprint(found),
         data=collection.fingerprint,
-        source={name: str(Path(getattr(options, name)).absolute()) for name in ("model", "data")},
+        source={name: as_named(getattr(options, name)) for name in ("model", "data")},
     )  # fmt: skip
     claim(out, manifest)
     encode_shards(retriever, collection, out, manifest)
@@ -120,8 +120,10 @@ def encode_shards(
     mine = range(rank, manifest.num_shards, world_size)
     todo = [k for k in mine if not is_whole(folder, manifest, k)]
     rows = sum(end - start for start, end in map(manifest.bounds, todo))
-    stored = manifest.side == "passage" and not retriever.prompts.get("passage") and rows > 0
-    store = open_tokens(collection.texts, retriever.tokenizer) if stored else None
+    store = None
+    if manifest.side == "passage" and rows > 0 and retriever.reads_stored_tokens:
+        prompt = retriever.text_format.passage.prompt
+        store = open_tokens(collection.texts, retriever.tokenizer, prompt)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     unit = "passages" if manifest.side == "passage" else "queries"
     if rank == 0:

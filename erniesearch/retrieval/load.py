@@ -10,6 +10,7 @@ from erniesearch.config.keys import MAX_TOKENS, Precision, TeacherConfig
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_config, max_positions
 from erniesearch.models.encoder import Side
+from erniesearch.retrieval.foreign import ForeignRetriever
 from erniesearch.retrieval.model_folder import ModelFolder, read_folder
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 
@@ -26,32 +27,35 @@ def load_retriever(
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
     precision: Precision = "fp32",
-    dim: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Retriever:
     """A dual-encoder or late-interaction model ready to encode (see :func:`read_folder`).
 
-    ``dim`` keeps the first dimensions of a dual-encoder's vectors alone.
-
-    ``precision`` auto is bf16 where the device has it (:func:`use_bf16`).
+    ``precision`` auto is bf16 where the device has it (:func:`use_bf16`). What is not built here,
+    sentence-transformers runs (:mod:`erniesearch.retrieval.foreign`); code that lies with a model
+    runs only with ``trust_remote_code``.
 
     Raises:
-        UserError: also for a cross-encoder, for lengths that the model cannot read, and for a
-            ``dim`` that its vectors do not have.
+        UserError: also for a cross-encoder, and for lengths that the model cannot read.
     """
     found = read_folder(path, pooling)
     if found.kind == "cross_encoder":
         raise UserError(
             f"model '{path}' is a cross-encoder: give a dual_encoder or late_interaction folder"
         )
-    lengths = _lengths(found, {"query": max_query_length, "passage": max_passage_length})
+    asked: dict[Side, int | None] = {"query": max_query_length, "passage": max_passage_length}
+    if found.foreign:
+        return ForeignRetriever(
+            Path(found.settings.path), found.has_tokens, found.foreign, asked, batch_size, device,
+            precision, trust_remote_code,
+        )  # fmt: skip
+    settings = replace(found.settings, trust_remote_code=trust_remote_code)
+    lengths = _lengths(replace(found, settings=settings), asked)
     retriever = Retriever(
-        found.settings, lengths["query"], lengths["passage"], batch_size, device,
-        precision=precision, extras=replace(found, truncate=dim),
+        settings, lengths["query"], lengths["passage"], batch_size, device,
+        precision=precision, extras=found,
     )  # fmt: skip
-    if dim is not None and not (found.has_vectors and dim <= retriever.whole_dim):
-        what = f"has vectors of {retriever.whole_dim} dimensions" if found.has_vectors else (
-            "is a late-interaction model, whose token vectors are not shortened")  # fmt: skip
-        raise UserError(f"--dim {dim}: model '{path}' {what}")
+    retriever.makes_vectors = found.has_vectors
     return retriever
 
 

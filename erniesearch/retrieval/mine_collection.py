@@ -29,7 +29,7 @@ from erniesearch.retrieval.miner import (
     statistics,
     told,
 )
-from erniesearch.retrieval.model_folder import ModelFolder, fingerprint, read_folder
+from erniesearch.retrieval.model_folder import ModelFolder, as_named, fingerprint, read_folder
 from erniesearch.retrieval.parts import PATIENCE, Parts
 from erniesearch.retrieval.vector_index import VectorIndex
 
@@ -50,7 +50,9 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": options.batch_size, "device": device, "precision": options.precision,
     }  # fmt: skip
-    retriever = load_retriever(options.model, dim=options.dim, **loading)
+    retriever = load_retriever(
+        options.model, **loading, trust_remote_code=options.trust_remote_code
+    ).truncate(options.dim)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
     found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)
     miner = Miner(
@@ -93,10 +95,10 @@ def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in named}
     for name in ("model", "index", "data", "teacher"):
         path = getattr(options, name)
-        given[name] = path and str(Path(path).absolute())
+        given[name] = path and as_named(path)
     data = Path(options.data)
     files = [data / "queries.jsonl", data / "qrels" / f"{options.split}.tsv",
-             Path(options.model) / "model.safetensors",
+             *Path(read_folder(options.model).settings.path).glob("*.safetensors"),
              *Path(options.index).glob("**/index.json")]  # fmt: skip
     return given | {"settings": asdict(settings), "files": hash_files(files)}
 

@@ -9,19 +9,20 @@ any other encoder                                 with a pooling given
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from erniesearch.config.keys import RunConfig, StudentConfig
 from erniesearch.config.yaml_file import from_dict
+from erniesearch.data.text_format import PLAIN, stored_format
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.models.backbone import resolve
 from erniesearch.models.encoder import HEAD_FILE, Side
+from erniesearch.models.published import NotBuilt, Published, read_json, read_published
 from erniesearch.retrieval.retriever import Extras
 
 Kind = Literal["dual_encoder", "late_interaction", "cross_encoder", "student"]
@@ -32,12 +33,14 @@ class ModelFolder(Extras):
     """What a model folder says about itself.
 
     ``kind`` ``student`` has both a dual-encoder and a late-interaction head; ``lengths`` are the
-    longest texts in tokens by side, empty where the folder names none.
+    longest texts in tokens by side, empty where the folder names none; ``foreign`` is what of the
+    model is not built here, so that sentence-transformers runs it.
     """
 
     kind: Kind
     settings: StudentConfig
     lengths: dict[Side, int] = field(default_factory=dict)
+    foreign: str | None = None
 
     @property
     def has_vectors(self) -> bool:
@@ -54,16 +57,19 @@ def read_folder(path: str | Path, pooling: Literal["cls", "mean"] | None = None)
     """What lies in a model folder; no weights are loaded.
 
     Args:
-        path: a folder, or ``package:NAME``.
+        path: a folder, ``package:NAME``, or a name on the hub (``OWNER/NAME``, with
+            ``@REVISION`` if wanted).
         pooling: for encoders that do not say it themselves.
 
     Raises:
         UserError: for a missing or damaged folder, or one that asks for what is not built here.
     """
     name = str(path)
-    folder = Path(resolve(name) if name.startswith("package:") else name)
+    folder = Path(name)
     if not folder.is_dir():
-        return _both_towers(folder, pooling)
+        if _towers(folder):
+            return _both_towers(folder, pooling)
+        folder = Path(resolve(name))
     found = _read_one(folder, pooling)
     other: dict[Side, Side] = {"query": "passage", "passage": "query"}
     for side in other:
@@ -73,24 +79,38 @@ def read_folder(path: str | Path, pooling: Literal["cls", "mean"] | None = None)
     return found
 
 
+def as_named(path: str) -> str:
+    """A model's or a collection's name that holds from everywhere: absolute, where it is a path."""
+    hub = path.startswith("package:") or (not Path(path).exists() and path.count("/") == 1)
+    return path if hub else str(Path(path).absolute())
+
+
 def fingerprint(found: ModelFolder) -> str:
     """Hash of the files and settings that decide what the model makes of a text."""
     kinds = (".json", ".safetensors", ".txt", ".model")
     sources = [Path(found.settings.path), found.passage_path, found.head and found.head.parent]
     files = [[file for file in source.rglob("*") if file.suffix in kinds]
              for source in sources if source]  # fmt: skip
-    content = [found.settings.pooling, found.settings.normalize, sorted(found.prompts.items()),
-               *map(hash_files, files)]  # fmt: skip
+    reading = found.text_format or stored_format(Path(found.settings.path)) or PLAIN
+    prompts: dict[Side, str] = {}
+    if found.kind == "dual_encoder" and found.text_format:
+        prompts = found.text_format.prompts
+    settings = found.settings
+    content: list[object] = [settings.pooling, settings.normalize, sorted(prompts.items())]
+    content += map(hash_files, files)
+    if reading != PLAIN.prompted(prompts.get("query"), prompts.get("passage")):
+        content.append(asdict(reading))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _both_towers(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFolder:
+def _towers(folder: Path) -> list[Path]:
+    """The towers of an untied model whose folder's common name this is."""
     towers = [folder.with_name(f"{folder.name}_{side}") for side in ("query", "passage")]
-    if not all(tower.is_dir() for tower in towers):
-        raise UserError(
-            f"model folder {folder}: no such folder (models from a hub: download them first,"
-            " e.g. hf download NAME --local-dir DIR)"
-        )
+    return towers if folder.name and all(tower.is_dir() for tower in towers) else []
+
+
+def _both_towers(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFolder:
+    towers = _towers(folder)
     query, passage = (_read_one(tower, pooling) for tower in towers)
     alike = replace(passage, settings=query.settings, head=query.head)
     if alike != query or replace(passage.settings, path=query.settings.path) != query.settings:
@@ -102,11 +122,14 @@ def _both_towers(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelF
 
 
 def _read_one(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFolder:
-    if (folder / "modules.json").is_file():
-        return _sentence_transformers(folder)
+    try:
+        if found := read_published(folder):
+            return _published(found)
+    except NotBuilt as why:
+        return _foreign(folder, str(why))
     resolve(str(folder) if folder.is_absolute() else f"./{folder}")  # config.json and safetensors
-    config = _json(folder / "config.json", dict)
-    settings = StudentConfig(str(folder))
+    config = read_json(folder / "config.json", dict)
+    settings = StudentConfig(str(folder), keep="weights_only")
     run = _run_of(folder)
     lengths = {}
     if run:
@@ -122,13 +145,42 @@ def _read_one(folder: Path, pooling: Literal["cls", "mean"] | None) -> ModelFold
                 lengths[side] = int(config["erniesearch"][key])
         return ModelFolder("cross_encoder", settings, lengths)  # type: ignore[arg-type]
     if run and (folder / HEAD_FILE).is_file():
-        student = replace(run.student, path=str(folder), revision=None, dropout=None, layers=None)
+        student = replace(
+            run.student, path=str(folder), revision=None, dropout=None, layers=None,
+            keep="weights_only",
+        )  # fmt: skip
         return ModelFolder("student", student, lengths)  # type: ignore[arg-type]
     if pooling is None:
         raise UserError(
             f"model folder {folder}: nothing says how it pools; --pooling cls or --pooling mean"
         )
     return ModelFolder("dual_encoder", replace(settings, pooling=pooling))
+
+
+def _published(found: Published) -> ModelFolder:
+    settings = StudentConfig(
+        str(found.path), keep="weights_only", pooling=found.pooling or "cls",
+        normalize=found.normalize, late_interaction_dim=found.dim or 128,
+    )  # fmt: skip
+    return ModelFolder(
+        found.kind, settings, found.lengths, text_format=found.text_format, head=found.head,
+        dense=found.dense,
+    )  # fmt: skip
+
+
+def _foreign(folder: Path, why: str) -> ModelFolder:
+    """A folder for sentence-transformers to run: token vectors where it says so, or pools none."""
+    about = folder / "config_sentence_transformers.json"
+    said = read_json(about, dict).get("model_type") if about.is_file() else None
+    modules = [str(module.get("type")) for module in read_json(folder / "modules.json", list)]
+    pools = any(module.endswith(".Pooling") for module in modules)
+    if said == "SparseEncoder":
+        raise UserError(f"{about}: a SparseEncoder makes no vectors that an index here holds")
+    multi_vector = said in ("MultiVectorEncoder", "ColBERT") or (said is None and not pools)
+    return ModelFolder(
+        "late_interaction" if multi_vector else "dual_encoder",
+        StudentConfig(str(folder), keep="weights_only"), foreign=why,
+    )  # fmt: skip
 
 
 def _run_of(folder: Path) -> RunConfig | None:
@@ -144,116 +196,3 @@ def _run_of(folder: Path) -> RunConfig | None:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError):
         raise UserError(f"{record}: damaged; `erniesearch run` writes it again") from None
     return config
-
-
-def _sentence_transformers(folder: Path) -> ModelFolder:
-    """A folder of modules: Transformer, then Pooling (and Normalize, or a linear layer), or
-    PyLate's Dense."""
-    modules = _json(folder / "modules.json", list)
-    try:
-        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-        paths = [folder / module["path"] for module in modules]
-    except (TypeError, KeyError):
-        raise UserError(f"{folder / 'modules.json'}: expected objects with type and path") from None
-    readers: dict[tuple[str, ...], Callable[[Path, dict[str, Any]], ModelFolder]] = {
-        ("Transformer", "Pooling"): _pooled,
-        ("Transformer", "Pooling", "Normalize"): _pooled,
-        ("Transformer", "Pooling", "Dense"): _pooled,
-        ("Transformer", "Dense"): _late_interaction,
-    }
-    if tuple(kinds) not in readers:
-        raise UserError(
-            f"{folder / 'modules.json'}: modules {', '.join(kinds)}; readable are Transformer +"
-            " Pooling (+ Normalize or Dense), and Transformer + Dense (late interaction)"
-        )
-    about = folder / "config_sentence_transformers.json"
-    said = _json(about, dict) if about.is_file() else {}
-    found = readers[tuple(kinds)](paths[1], said)
-    # Cosine is what sentence-transformers takes where nothing is said.
-    similarity = said.get("similarity_fn_name") or "cosine"
-    if found.kind == "dual_encoder" and similarity not in ("cosine", "dot"):
-        raise UserError(f"{about}: similarity_fn_name is {similarity!r}; cosine and dot are built")
-    transformer = paths[0] / "sentence_bert_config.json"
-    options = _json(transformer, dict) if transformer.is_file() else {}
-    if options.get("do_lower_case"):
-        raise UserError(f"{transformer}: do_lower_case is not read here; set it in the tokenizer")
-    lengths = found.lengths
-    if not lengths and (longest := options.get("max_seq_length")):
-        lengths = {"query": int(longest), "passage": int(longest)}
-    settings = replace(
-        found.settings, path=resolve(str(paths[0].absolute())),
-        normalize="Normalize" in kinds or similarity == "cosine",
-    )  # fmt: skip
-    dense = _linear(paths[2]) if kinds[2:] == ["Dense"] else None
-    return replace(found, settings=settings, lengths=lengths, dense=dense)
-
-
-def _linear(module: Path) -> Path:
-    """A Dense module that is a linear layer and nothing more."""
-    config = _json(module / "config.json", dict)
-    if "Identity" not in str(config.get("activation_function")) or config.get("use_residual"):
-        raise UserError(
-            f"{module / 'config.json'}: a layer after pooling is linear here, without activation"
-            " and residual"
-        )
-    if not (module / "model.safetensors").is_file():
-        raise UserError(f"{module / 'model.safetensors'}: no such file (pickles are not read)")
-    return module
-
-
-def _pooled(module: Path, about: dict[str, Any]) -> ModelFolder:
-    config = _json(module / "config.json", dict)
-    modes = {
-        key.removeprefix("pooling_mode_")
-        for key, value in config.items() if key.startswith("pooling_mode_") and value
-    }  # fmt: skip
-    if isinstance(config.get("pooling_mode"), str):  # as version 6 writes it
-        modes = {config["pooling_mode"]}
-    pooling = {"cls_token": "cls", "cls": "cls", "mean_tokens": "mean", "mean": "mean"}
-    if len(modes) != 1 or not modes <= pooling.keys():
-        raise UserError(f"{module / 'config.json'}: pooling {sorted(modes)}; readable: cls or mean")
-    texts = about.get("prompts") or {}
-    default = texts.get(about.get("default_prompt_name") or "", "")
-    names = {"query": ("query",), "passage": ("document", "passage", "corpus")}
-    prompts = {side: next((texts[k] for k in keys if texts.get(k)), default)
-               for side, keys in names.items()}  # fmt: skip
-    if any(prompts.values()) and config.get("include_prompt") is False:
-        raise UserError(f"{module / 'config.json'}: include_prompt false is not read here")
-    settings = StudentConfig("", pooling=pooling[modes.pop()])  # type: ignore[arg-type]
-    return ModelFolder("dual_encoder", settings, prompts=prompts)  # type: ignore[arg-type]
-
-
-def _late_interaction(module: Path, about: dict[str, Any]) -> ModelFolder:
-    config = _json(module / "config.json", dict)
-    plain = "Identity" in str(config.get("activation_function", "Identity"))
-    if config.get("bias") or config.get("use_residual") or not plain:
-        raise UserError(
-            f"{module / 'config.json'}: a late-interaction head is one matrix here, without bias,"
-            " activation and residual"
-        )
-    for key in ("query_prefix", "document_prefix", "skiplist_words", "do_query_expansion"):
-        if about.get(key):
-            raise UserError(
-                f"{module.parent / 'config_sentence_transformers.json'}: {key} is {about[key]!r};"
-                " late interaction here has no prefixes, query expansion or skip list"
-            )
-    head = module / "model.safetensors"
-    if not head.is_file():
-        raise UserError(f"{head}: no such file (pickles are not read)")
-    lengths = {side: int(about[key])
-               for side, key in (("query", "query_length"), ("passage", "document_length"))
-               if about.get(key)}  # fmt: skip
-    settings = StudentConfig("", late_interaction_dim=int(config["out_features"]))
-    return ModelFolder("late_interaction", settings, lengths, head=head)  # type: ignore[arg-type]
-
-
-def _json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
-    return content

@@ -1,9 +1,9 @@
 """Encode texts with a trained student; score pairs with a cross-encoder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
-from erniesearch.data.batches import encode_texts
 from erniesearch.data.corpus.texts import take
 from erniesearch.data.corpus.tokens import TokenStore
+from erniesearch.data.text_format import SCORED, TextFormat, TextReader, Tokens, encode_texts
 from erniesearch.distributed import HostCopy
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, assemble_pairs
 from erniesearch.models.encoder import Side, StudentEncoder
 from erniesearch.models.precision import convert, use_bf16
+from erniesearch.objectives.outputs import Encoded
 from erniesearch.progress import Meter
 
 Made = TypeVar("Made")
@@ -62,7 +63,8 @@ def _on_host(batches: Iterator[tuple[Made, Tensor]]) -> Iterator[tuple[Made, Ten
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """Passages ``start`` to ``end`` of a token store, in place of their texts."""
+    """Passages ``start`` to ``end`` of a token store that knows the prompt, in place of their
+    texts."""
 
     store: TokenStore
     start: int
@@ -77,19 +79,17 @@ class Extras:
     """What an exported folder may hold beside its encoder.
 
     Attributes:
-        prompts: text put before every query or passage.
+        text_format: how its texts are read; None: as the student's folder says.
         head, passage_path: as in :class:`StudentEncoder`.
         only: the side whose tower this is, when the other one lies elsewhere.
         dense: folder of a linear layer applied to the pooled vectors.
-        truncate: dimensions that are kept of a vector, the first ones; None keeps all.
     """
 
-    prompts: dict[Side, str] = field(default_factory=dict)
+    text_format: TextFormat | None = None
     head: Path | None = None
     passage_path: Path | None = None
     only: Side | None = None
     dense: Path | None = None
-    truncate: int | None = None
 
 
 class Retriever:
@@ -101,9 +101,13 @@ class Retriever:
 
     Attributes:
         told: whether work of more than a few seconds says how far it is.
+        makes_vectors: whether its dual-encoder vectors mean anything.
+        reads_stored_tokens: whether it takes passages as :class:`StoredTokens`.
     """
 
     told = False
+    makes_vectors = True
+    reads_stored_tokens = True
 
     def __init__(
         self,
@@ -117,19 +121,23 @@ class Retriever:
         extras: Extras = Extras(),
     ) -> None:
         self.device = device or default_device()
-        self.tokenizer = load_tokenizer(settings)
         torch.manual_seed(seed)  # a checkpoint without a late-interaction head gets a random one
         # A linear layer's vectors are normalised, not those that it reads; so are shortened ones.
-        self._truncate = extras.truncate
-        self._normalize = bool(extras.dense or extras.truncate) and settings.normalize
+        self._truncate: int | None = None
+        self._wants_length_1 = settings.normalize
         settings = replace(settings, normalize=settings.normalize and not extras.dense)
         student = StudentEncoder(settings, head=extras.head, passage_path=extras.passage_path)
         self.student = student.to(self.device).eval()
+        self.tokenizer = load_tokenizer(student.settings)
+        self.text_format = extras.text_format or student.text_format
         bf16 = use_bf16(precision, self.device)
         convert(self.student, bf16)
         self.precision: Literal["fp32", "bf16"] = "bf16" if bf16 else "fp32"
-        self.lengths = {"query": max_query_length, "passage": max_passage_length}
-        self.prompts = extras.prompts
+        self.lengths: dict[Side, int] = {"query": max_query_length, "passage": max_passage_length}
+        self.readers = {
+            side: TextReader(self.tokenizer, self.text_format.of(side), length)
+            for side, length in self.lengths.items()
+        }
         self.only = extras.only
         self.batch_size = batch_size
         # In fp32 like the pooled vectors that it reads.
@@ -140,10 +148,28 @@ class Retriever:
         """Dimensions of a dual-encoder vector."""
         return self._truncate or self.whole_dim
 
+    def truncate(self, dim: int | None) -> Self:
+        """Keep the first ``dim`` dimensions of a dual-encoder's vectors alone; None keeps all.
+
+        Raises:
+            UserError: if its vectors do not have so many.
+        """
+        if dim is not None and not self.makes_vectors:
+            raise UserError(f"--dim {dim}: token vectors are not shortened; leave it out")
+        if dim is not None and dim > self.whole_dim:
+            raise UserError(f"--dim {dim}: this model has vectors of {self.whole_dim} dimensions")
+        self._truncate = dim
+        return self
+
     @property
     def whole_dim(self) -> int:
         """The same before any are left out."""
         return self.dense.out_features if self.dense else self.student.hidden_size
+
+    @property
+    def token_dim(self) -> int:
+        """Dimensions of a token vector."""
+        return self.student.settings.late_interaction_dim
 
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), dim]``, fp32."""
@@ -171,12 +197,12 @@ class Retriever:
 
         @torch.inference_mode()
         def made() -> Iterator[tuple[np.ndarray, Tensor]]:
-            for positions, ids, mask in self._inputs(texts, side):
-                vectors = self.student(*self._moved(ids, mask), side, tokens=False).vectors
+            for positions, read in self._inputs(texts, side):
+                vectors = self._encoded(read, side, tokens=False).vectors
                 if self.dense:
                     vectors = self.dense(vectors.float())
                 vectors = vectors[:, : self._truncate]
-                if self._normalize:
+                if self._wants_length_1 and (self.dense or self._truncate):
                     vectors = torch.nn.functional.normalize(vectors, dim=-1)
                 yield positions, vectors.to(dtype)
 
@@ -190,36 +216,37 @@ class Retriever:
         batch by batch."""
 
         def made() -> Iterator[tuple[tuple[np.ndarray, Tensor], Tensor]]:
-            for positions, ids, mask in self._inputs(texts, side):
-                encoded = self.student(*self._moved(ids, mask), side, vectors=False).tokens
-                yield (positions, mask), encoded.to(dtype)
+            for positions, read in self._inputs(texts, side):
+                encoded = self._encoded(read, side, vectors=False).tokens
+                yield (positions, read.having(SCORED)), encoded.to(dtype)
 
         for (positions, mask), batch in _on_host(made()):
             yield positions, [row[real] for row, real in zip(batch, mask, strict=True)]
 
-    def _moved(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+    def _encoded(self, read: Tokens, side: Side, **wanted: bool) -> Encoded:
+        ids, mask, roles = (
+            None if part is None else part.to(self.device, non_blocking=True) for part in read
+        )
+        encoded: Encoded = self.student(ids, mask, side, **wanted, roles=roles)
+        return encoded
 
     def _inputs(
         self, texts: Sequence[str] | StoredTokens, side: Side
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """Positions, token ids and mask of each batch, longest texts first."""
+    ) -> Iterator[tuple[np.ndarray, Tokens]]:
+        """Positions and tokens of each batch, longest texts first."""
         if self.only and side != self.only:
             raise UserError(
                 f"model '{self.student.settings.path}' is the {self.only} tower of an untied model:"
                 f" give the folder's name without _{self.only} to load both"
             )
-        prompt = self.prompts.get(side, "")
+        reader = self.readers[side]
         if isinstance(texts, StoredTokens):
-            assert not prompt  # its tokens are not in the store
             lengths = texts.store.lengths[texts.start : texts.end].astype(np.int64)
             for positions in _longest_first(lengths, self.batch_size):
-                rows = texts.start + positions
-                yield positions, *texts.store.tensors(rows, self.lengths[side])
+                yield positions, reader.stored(texts.store, texts.start + positions)
         else:
             for positions, part in length_sorted_batches(texts, self.batch_size):
-                part = [prompt + text for text in part] if prompt else part
-                yield positions, *encode_texts(self.tokenizer, part, self.lengths[side])
+                yield positions, reader.texts(part)
 
 
 def _load_linear(module: Path) -> torch.nn.Linear:

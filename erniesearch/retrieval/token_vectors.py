@@ -57,9 +57,14 @@ def store_token_vectors(
         Why nothing is stored; None if it is.
     """
     collection = read_collection(data, "passage", None, use_titles)
-    lengths = open_tokens(collection.texts, retriever.tokenizer).lengths.astype(np.int64)
+    reading = retriever.text_format.passage
+    lengths = open_tokens(collection.texts, retriever.tokenizer, reading.prompt).lengths
     settings, longest = retriever.student.settings, retriever.lengths["passage"]
-    size = 2 * settings.late_interaction_dim * int(np.minimum(lengths + 2, longest).sum())
+    size = (
+        2
+        * settings.late_interaction_dim
+        * int(np.minimum(lengths.astype(np.int64) + 2 + bool(reading.prefix), longest).sum())
+    )
     manifest = Manifest(
         what="tokens", side="passage", dtype="fp16", dim=settings.late_interaction_dim,
         rows=len(collection.ids), shard_size=SHARD_SIZES["tokens"], max_length=longest,

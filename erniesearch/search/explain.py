@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from erniesearch.data.text_format import SCORED
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import Side
 from erniesearch.retrieval.retriever import Retriever
@@ -10,8 +11,8 @@ from erniesearch.retrieval.retriever import Retriever
 class Token(NamedTuple):
     """A token as it stands in its text: ``text[start:end]``, counted in code points.
 
-    Special tokens ([CLS], [SEP]) have no place there: their name stands in ``text``, and ``start``
-    equals ``end``.
+    Tokens that are not of the text ([CLS], [SEP], a prompt's, those that fill a query up) have no
+    place there: their name stands in ``text``, and ``start`` equals ``end``.
     """
 
     text: str
@@ -29,7 +30,7 @@ class TokenMatch(NamedTuple):
 
 
 def tokens_in(retriever: Retriever, text: str, side: Side) -> list[Token]:
-    """The tokens that the student reads of a text, truncated as it truncates.
+    """The tokens of a text that take part in MaxSim, truncated as the student truncates.
 
     Raises:
         UserError: for a tokenizer that does not say where its tokens stand.
@@ -40,17 +41,17 @@ def tokens_in(retriever: Retriever, text: str, side: Side) -> list[Token]:
             "the run's tokenizer gives no character offsets; token matches need a fast tokenizer"
             " (tokenizer.json)"
         )
-    encoded = tokenizer(
-        text, truncation=True, max_length=retriever.lengths[side], return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )  # fmt: skip
-    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    reader = retriever.readers[side]
+    read = reader.texts([text])
+    names = tokenizer.convert_ids_to_tokens(read.ids[0].tolist())
     return [
-        Token(name if special else text[start:end] or name, start, end, bool(special))
-        for name, (start, end), special in zip(
-            names, encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+        Token(name, 0, 0, True) if place is None
+        else Token(text[slice(*place)] or name, *place, False)
+        for name, place, scored in zip(
+            names, reader.places(text), read.having(SCORED)[0].tolist(), strict=True
         )
-    ]
+        if scored
+    ]  # fmt: skip
 
 
 def match_tokens(retriever: Retriever, query: str, passage: str) -> list[TokenMatch]:

@@ -253,9 +253,8 @@ class SearchSystem:
         Raises:
             UserError: if nothing of the query becomes a token.
         """
-        tokenizer = self.retriever.tokenizer
-        length = len(tokenizer(query, truncation=False, verbose=False)["input_ids"])
-        if length <= tokenizer.num_special_tokens_to_add():
+        length, own = self.retriever.readers["query"].length(query)
+        if own <= 0:
             raise UserError(f"the query {query!r} holds no character that the tokenizer knows")
         return length, min(length, self.retriever.lengths["query"])
 

@@ -18,11 +18,12 @@ from erniesearch.config.keys import (
     training_stages,
 )
 from erniesearch.config.stage_keys import LossWeights, TrainingStageConfig
-from erniesearch.config.terms import settings_read, trains_teacher
+from erniesearch.config.terms import reads, settings_read, trains_teacher
 from erniesearch.data.batches import GroupCollator, SpanCollator, StepBatches
 from erniesearch.data.collection import RetrievalData, with_split
 from erniesearch.data.negatives import read_negatives, read_scored_negatives, scored_lists
 from erniesearch.data.sampler import GroupSampler, PassageSampler, StepSampler, check_group_fits
+from erniesearch.data.text_format import PLAIN, TextFormat, TextReader
 from erniesearch.errors import UserError
 from erniesearch.models.attention import attention_options
 from erniesearch.models.backbone import (
@@ -38,6 +39,7 @@ from erniesearch.models.backbone import (
 from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, stored_temperature
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
+from erniesearch.models.start import check_lengths, read_start
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
 from erniesearch.training.retrieval_quality import check_best_metric
@@ -69,6 +71,7 @@ def assemble_model(
     if stages.needs_student(stage.weights):
         _check_length(load_config(student_settings), student_settings.path,
                       max(query_length, passage_length))  # fmt: skip
+        check_lengths(student_settings, query_length, passage_length)
         student = StudentEncoder(student_settings, masked_lm=bool(stage.weights.mlm))
         _check_dims(config.objective, student.hidden_size)
     if stages.runs_teacher(stage.settings):
@@ -77,6 +80,7 @@ def assemble_model(
             load_tokenizer(teacher_settings),
             student_settings.path,
             teacher_settings.path,
+            read_start(student_settings).text_format.prefixes,
         )
         _check_length(load_config(teacher_settings), teacher_settings.path,
                       query_length + passage_length)  # fmt: skip
@@ -174,6 +178,11 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     enabled = [stage for stage in training_stages(config).values() if stage.steps]
     weights = [stage.weights for stage in enabled]
     query_length, passage_length = config.data.max_query_length, config.data.max_passage_length
+    start = read_start(student)
+    check_lengths(student, query_length, passage_length)
+    TextReader(tokenizer, start.text_format.query, query_length)
+    TextReader(tokenizer, start.text_format.passage, passage_length)
+    _check_expansion(config, start.text_format)
     student_config = load_config(student)
     _check_length(student_config, student.path, max(query_length, passage_length))
     kept_layers(student_config, student)
@@ -181,7 +190,8 @@ def check_inputs(config: RunConfig, data: RetrievalData) -> None:
     _check_dims(config.objective, int(student_config.hidden_size))
     _check_temperature(config, teacher)
     if any(map(stages.runs_teacher, enabled)):
-        check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path)
+        check_same_vocabulary(tokenizer, load_tokenizer(teacher), student.path, teacher.path,
+                              start.text_format.prefixes)  # fmt: skip
         teacher_config = load_config(teacher)
         _check_length(teacher_config, teacher.path, query_length + passage_length)
         _check_computes(config, teacher, teacher_config)
@@ -195,6 +205,21 @@ def _check_computes(
     attention_options(settings, model)
     if config.training.activation_checkpointing:
         check_recomputes(model)
+
+
+def _check_expansion(config: RunConfig, text_format: TextFormat) -> None:
+    """No library's dual-encoder fills its queries up: its vectors are none where it attends to
+    what fills them up."""
+    if not (text_format.query.expand and text_format.query.attend):
+        return
+    for name, stage in training_stages(config).items():
+        if stage.steps and reads(stage.weights, "vectors"):
+            raise UserError(
+                f"stages.{name}: its terms train the dual-encoder, but '{config.student.path}'"
+                " attends to the tokens that fill its queries up, which no dual-encoder can be"
+                " exported with: train late interaction alone (weights.li, ce_to_li, attention),"
+                " or set student.keep to weights_only"
+            )
 
 
 def _check_attention(
@@ -278,17 +303,27 @@ def build_batches(
     sampler: StepSampler
     collator: GroupCollator | SpanCollator
     lengths = (config.data.max_query_length, config.data.max_passage_length)
+    text_format = text_format_of(stage)
     if stage.name == "post_train":
         sampler = PassageSampler(len(data.pids), stage.global_batch, stage.seed)
-        collator = SpanCollator(data, tokenizer, *lengths, stage.seed, stage.weights.mlm > 0)
+        collator = SpanCollator(
+            data, tokenizer, *lengths, stage.seed, stage.weights.mlm > 0, text_format
+        )
     else:
         sampler = build_sampler(stage, data)
-        collator = GroupCollator(data, sampler.qids, tokenizer, *lengths)
+        collator = GroupCollator(data, sampler.qids, tokenizer, *lengths, text_format)
         _tell_short_lists(stage, sampler)
     return StepBatches(
         sampler, collator, settings.steps, settings.accumulation_steps, distributed.rank(),
         stage.queries_per_rank, stage.ranks,
     )  # fmt: skip
+
+
+def text_format_of(stage: Stage) -> TextFormat:
+    """How a stage's texts are read: as its student does, plain where none runs."""
+    if not stages.needs_student(stage.weights):
+        return PLAIN
+    return read_start(part_settings(stage.config, stage.name)[0]).text_format
 
 
 def build_sampler(stage: Stage, data: RetrievalData) -> GroupSampler:

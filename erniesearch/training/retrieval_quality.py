@@ -125,7 +125,7 @@ class RetrievalQuality:
         self.models, self.metrics = trained_models(stage), retrieval_metrics(training)
         self.collator = GroupCollator(
             held_out, self.qids, batches.collator.tokenizer, config.data.max_query_length,
-            config.data.max_passage_length,
+            config.data.max_passage_length, batches.collator.text_format,
         )  # fmt: skip
         settings = stage.settings
         micro_step = stage.queries_per_rank * (1 + settings.num_negatives)

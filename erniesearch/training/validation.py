@@ -54,6 +54,7 @@ class Validation:
         collator = GroupCollator(
             held_out, sampler.qids, batches.collator.tokenizer,
             config.data.max_query_length, config.data.max_passage_length,
+            batches.collator.text_format,
         )  # fmt: skip
         self.batches = StepBatches(sampler, collator, steps, 1, rank, queries_per_rank, world_size)
 

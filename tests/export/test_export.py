@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from erniesearch.config.keys import TeacherConfig
 from erniesearch.config.stage_keys import LossWeights, StageConfig
-from erniesearch.data.batches import encode_texts
+from erniesearch.data.text_format import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.retrieval.retriever import PairScorer

@@ -8,7 +8,7 @@ from support.backbones import roberta_tokenizer
 from transformers import BertModel, PreTrainedTokenizerBase
 
 from erniesearch.config.keys import StudentConfig, TeacherConfig
-from erniesearch.data.batches import encode_texts
+from erniesearch.data.text_format import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, assemble_pairs

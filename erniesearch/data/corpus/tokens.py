@@ -109,26 +109,32 @@ class TokenStore:
 class ListStore(TokenStore):
     """The same for texts in memory."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt: str = ""
+    ) -> None:
         self.special = SpecialTokens.of(tokenizer)
-        self._tokens = [ids for part in _batches(texts) for ids in _tokenize(tokenizer, part)]
+        parts = _batches(texts, prompt)
+        self._tokens = [ids for part in parts for ids in _tokenize(tokenizer, part)]
         self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int32)
 
     def __getitem__(self, rows: Rows) -> list[np.ndarray]:
         return [self._tokens[int(row)] for row in rows]
 
 
-def open_tokens(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStore:
-    """The token ids of ``passages``: of a cached corpus from its cache, tokenised by the first
-    call that asks; of a list in memory.
+def open_tokens(
+    passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt: str = ""
+) -> TokenStore:
+    """The token ids of ``passages``, each behind ``prompt``: of a cached corpus from its cache,
+    tokenised by the first call that asks; of a list in memory.
 
     Raises:
         UserError: if the cache folder cannot be written, or special tokens do not surround a text.
     """
     if not isinstance(passages, ArrowColumn):
-        return ListStore(passages, tokenizer)
+        return ListStore(passages, tokenizer, prompt)
     special = SpecialTokens.of(tokenizer)
-    folder = passages.folder / f"tokens-{key_of(VERSION, describe(tokenizer))}"
+    facts = (VERSION, describe(tokenizer), *([prompt] if prompt else []))
+    folder = passages.folder / f"tokens-{key_of(*facts)}"
 
     def build(aside: Path) -> None:
         lengths = np.empty(len(passages), np.int32)
@@ -138,7 +144,7 @@ def open_tokens(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
             Meter("tokenising the corpus", "passages", len(passages), patience=5) as meter,
         ):
             row = 0
-            for texts in _batches(passages):
+            for texts in _batches(passages, prompt):
                 for ids in _tokenize(tokenizer, texts):
                     lengths[row] = len(ids)
                     writer.add((ids,), len(ids))
@@ -161,11 +167,11 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps([tokenizers.__version__, content], sort_keys=True)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Sequence[str], prompt: str) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for text in texts:
-        batch.append(text)
+        batch.append(prompt + text if prompt else text)
         characters += len(text)
         if len(batch) == BATCH_TEXTS or characters >= BATCH_CHARACTERS:
             yield batch

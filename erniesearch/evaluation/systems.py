@@ -1,7 +1,8 @@
 """Runs of the systems to evaluate: run files, a model's search, rerankers.
 
-A dual-encoder searches the corpus exhaustively. Late interaction and cross-encoder rerank a first
-stage: BM25, a run file or a dual-encoder.
+A dual-encoder searches the corpus exhaustively, or an index; late interaction searches an index of
+token vectors. Otherwise it and a cross-encoder rerank a first stage: BM25, a run file, or such a
+search.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run
 from erniesearch.retrieval import ranking
+from erniesearch.retrieval.first_stage import Index, is_token_index, open_index
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
 from erniesearch.retrieval.vector_index import VectorIndex, require_faiss
 
@@ -71,8 +73,33 @@ def check(options: EvaluateOptions) -> None:
         first = Path(options.first_stage)
         if options.first_stage != "bm25" and not first.exists():
             raise UserError(f"--first_stage {first}: bm25, a run file or a dual-encoder's folder")
-        if first.is_dir() and not read_folder(first).has_vectors:
-            raise UserError(f"--first_stage {first}: no dual-encoder")
+        late = _index_of_tokens(options)
+        kind = options.kind or found
+        if late and kind == "dual_encoder":
+            raise UserError(
+                f"--index {options.index} holds token vectors, which a dual-encoder does not make:"
+                " give --model a late-interaction folder"
+            )
+        if first.is_dir() and not late and not read_folder(first).has_vectors:
+            raise UserError(
+                f"--first_stage {first}: no dual-encoder (a late-interaction model searches an"
+                " --index of token vectors)"
+            )
+        if options.index and not first.is_dir() and not _searches(options, kind):
+            raise UserError(
+                f"--index {options.index}: nothing searches it: --model {options.model} reranks"
+                f" --first_stage {first}"
+            )
+
+
+def _index_of_tokens(options: EvaluateOptions) -> bool:
+    return options.index is not None and is_token_index(Path(options.index))
+
+
+def _searches(options: EvaluateOptions, kind: str) -> bool:
+    """Whether --model is itself the first stage."""
+    late = _index_of_tokens(options) and options.first_stage == "bm25"
+    return kind in ("dual_encoder", "student") or (kind == "late_interaction" and late)
 
 
 def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
@@ -88,7 +115,7 @@ def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
     if options.model is None:
         return runs
     kind = options.kind or read_folder(options.model).kind
-    if kind in ("dual_encoder", "student"):
+    if _searches(options, kind):
         base = runs[name_of[options.model]] = _search(options.model, options, data)
         rerankers = options.rerank
     else:
@@ -136,7 +163,7 @@ def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
     require_faiss()  # before hours of encoding
     retriever = load_retriever(folder, **_loading(options))
     if options.index:
-        index = VectorIndex.load(Path(options.index))
+        index: Index = open_index(Path(options.index), read_folder(folder))
         if len(index.pids) != len(data.pids):
             raise UserError(
                 f"--index {options.index}: {len(index.pids)} passages, but the corpus has"

@@ -161,7 +161,10 @@ def main() -> None:
     assert asked.offsets is not None
     queries = list(asked.embeddings.float().split(asked.offsets.diff().tolist()))
     tokens = Embeddings(work / "tokens")
-    best = exhaustive(queries, tokens, 100)
+    ranking = work / "exhaustive.npy"
+    if not ranking.is_file():
+        np.save(ranking, exhaustive(queries, tokens, 100))
+    best = np.load(ranking)
     indexes = []
     for bits in given.bits:
         folder = work / f"index-{bits}-{given.num_centroids or 'default'}"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def _pairs(centroids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[np.ndar
 def _token_rows(source: Embeddings, rows: np.ndarray, starts: list[int]) -> np.ndarray:
     """Some token vectors, counted over all shards and rising, in fp32."""
     out = np.empty((len(rows), source.manifest.dim), dtype=np.float32)
-    for number, (low, high) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for number, (low, high) in enumerate(pairwise(starts)):
         first, last = np.searchsorted(rows, (low, high))
         if first < last:
             picked = rows[first:last] - low

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,7 @@ def test_lists_hold_each_passage_once(
     monkeypatch.setattr(build_token_index, "BLOCK", 64)
     index = TokenIndex.load(build(embeddings, tmp_path / "i", num_centroids=20))
     of_passage = np.repeat(np.arange(300), [len(p) for p in passages])
-    for number, (start, end) in enumerate(
-        zip(index.list_ends[:-1], index.list_ends[1:], strict=True)
-    ):
+    for number, (start, end) in enumerate(pairwise(index.list_ends)):
         own = np.unique(of_passage[index.centroids == number])
         np.testing.assert_array_equal(index.lists[start:end], own)
 
@@ -212,44 +211,39 @@ class Killed(BaseException):
     """In the place of SIGKILL: nothing catches it."""
 
 
-@pytest.mark.parametrize("after", ["codec", 0, 2, 5, "lists"])
+@pytest.mark.parametrize(("place", "number", "done"),
+                         [("_array", 1, 0), ("_split", 1, 0), ("_split", 3, 2),
+                          ("_write_lists", 1, 5)])  # fmt: skip
 def test_goes_on_where_it_was_killed(
-    after: int | str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same bytes as without an interrupt, and nothing done twice."""
+    place: str, number: int, done: int, embeddings: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """At the ``number``-th call of a function: the same bytes as without an interrupt, and none of
+    the ``done`` shards of five again."""
     whole = content(build(embeddings, tmp_path / "whole", bits=4, num_centroids=20))
-    out = tmp_path / "i"
-    encoded: list[int] = []
-    split, write_lists = build_token_index._split, build_token_index._write_lists
+    calls: list[str] = []
 
-    def counted(codec: Any, vectors: np.ndarray) -> Any:
-        encoded.append(len(vectors))
-        if len(encoded) - 1 == after:
-            raise Killed
-        return split(codec, vectors)
+    def interrupted(name: str, function: Any, last: int | None) -> Any:
+        def called(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if calls.count(name) == last:
+                raise Killed
+            return function(*arguments, **options)
 
-    def lists(*arguments: Any) -> None:
-        if after == "lists":
-            raise Killed
-        write_lists(*arguments)
+        return called
 
-    def array(*arguments: Any) -> Any:
-        if after == "codec":
-            raise Killed
-        return make_array(*arguments)
-
-    make_array = build_token_index._array
-    monkeypatch.setattr(build_token_index, "_split", counted)
-    monkeypatch.setattr(build_token_index, "_write_lists", lists)
-    monkeypatch.setattr(build_token_index, "_array", array)
-    if after != 5:  # there are five shards
+    with monkeypatch.context() as patched:
+        function = getattr(build_token_index, place)
+        patched.setattr(build_token_index, place, interrupted(place, function, number))
         with pytest.raises(Killed):
-            build(embeddings, out, bits=4, num_centroids=20)
-        assert not out.exists()
-    after, before = "", len(encoded)
-    build(embeddings, out, bits=4, num_centroids=20)
-    assert content(out) == whole
-    assert len(encoded) - before == 5 - max(0, before - (before not in (0, 5)))
+            build(embeddings, tmp_path / "i", bits=4, num_centroids=20)
+    assert not (tmp_path / "i").exists()
+    calls.clear()
+    monkeypatch.setattr(
+        build_token_index, "_split", interrupted("_split", build_token_index._split, None)
+    )
+    assert content(build(embeddings, tmp_path / "i", bits=4, num_centroids=20)) == whole
+    assert len(calls) == 5 - done
     assert not (tmp_path / ".i.parts").exists()
 
 
@@ -259,9 +253,10 @@ def test_parts_of_other_settings_are_not_continued(
     def killed(*_: Any) -> None:
         raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(build_token_index, "_write_lists", killed)
-        build(embeddings, tmp_path / "i", bits=4, num_centroids=20)
+        with pytest.raises(Killed):
+            build(embeddings, tmp_path / "i", bits=4, num_centroids=20)
     other = build(embeddings, tmp_path / "i", bits=2, num_centroids=20)
     assert content(other) == content(build(embeddings, tmp_path / "j", bits=2, num_centroids=20))
 

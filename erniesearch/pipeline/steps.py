@@ -117,7 +117,7 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
         RunFolder(config.run_dir).negatives("mined"),
         "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
     )
-    facts = statistics(mined.queries, "dual_encoder")
+    facts = statistics(mined.queries)
     console.print(told(facts))
     return facts
 

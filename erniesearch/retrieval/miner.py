@@ -79,7 +79,8 @@ def mined_line(query: MinedQuery, with_scores: bool) -> str:
 
 
 def statistics(
-    queries: Iterable[MinedQuery], searched_by: Literal["dual_encoder", "late_interaction"]
+    queries: Iterable[MinedQuery],
+    searched_by: Literal["dual_encoder", "late_interaction"] = "dual_encoder",
 ) -> dict[str, Any]:
     """Counts, and histograms of the scores of negatives and positives."""
     facts = dict.fromkeys(

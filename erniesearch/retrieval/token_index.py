@@ -154,10 +154,10 @@ class TokenIndex:
         return rows, scores
 
     def _table(self) -> np.ndarray:
-        """The centroids, ``[centroids, dim]``."""
+        """The centroids, ``[centroids, dim]``, where FAISS keeps them."""
         quantizer = faiss.downcast_index(self.codec.quantizer)
-        table: np.ndarray = quantizer.reconstruct_n(0, quantizer.ntotal)
-        return table
+        table: np.ndarray = faiss.rev_swig_ptr(quantizer.get_xb(), quantizer.ntotal * self.dim)
+        return table.reshape(quantizer.ntotal, self.dim)
 
     def _candidates(self, similarities: Tensor, depth: int, allowed: np.ndarray | None) -> Any:
         """Rows to score exactly, rising, by the ``[query tokens, centroids]`` similarities."""

@@ -155,7 +155,7 @@ class TokenIndex:
 
     def _table(self) -> np.ndarray:
         """The centroids, ``[centroids, dim]``, where FAISS keeps them."""
-        quantizer = faiss.downcast_index(self.codec.quantizer)
+        quantizer: Any = faiss.downcast_index(self.codec.quantizer)
         table: np.ndarray = faiss.rev_swig_ptr(quantizer.get_xb(), quantizer.ntotal * self.dim)
         return table.reshape(quantizer.ntotal, self.dim)
 

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--about", default="", help="what the model is, for the figures")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--passages", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--queries", type=int, default=300, help="drawn, or of those there")
     parser.add_argument("--max_length", type=int, default=24, help="tokens of a text")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--num_centroids", type=int)
@@ -155,6 +155,8 @@ def main() -> None:
     if not (work / "data" / "qrels" / "test.tsv").is_file():
         write_corpus(work / "data", given.model, given.passages, given.queries)
     for side, name in (("passage", "tokens"), ("query", "queries")):
+        if (work / "exhaustive.npy").is_file():  # all is there
+            break
         call("encode", "--what", "tokens", "--side", side, "--model", given.model, "--data",
              work / "data", "--out", work / name, "--max_length", given.max_length)  # fmt: skip
     asked = Embeddings(work / "queries").shard(0)
@@ -164,7 +166,7 @@ def main() -> None:
     ranking = work / "exhaustive.npy"
     if not ranking.is_file():
         np.save(ranking, exhaustive(queries, tokens, 100))
-    best = np.load(ranking)
+    best, queries = np.load(ranking)[: given.queries], queries[: given.queries]
     indexes = []
     for bits in given.bits:
         folder = work / f"index-{bits}-{given.num_centroids or 'default'}"

@@ -19,8 +19,8 @@ class RunFolder:
     """Paths inside ``run_dir``.
 
     ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
-    ``exports/``, ``index/``, ``token_vectors/``, ``runs/*.trec`` and ``summary.md`` are for the
-    user.
+    ``exports/``, ``index/``, ``token_vectors/``, ``token_index/``, ``runs/*.trec`` and
+    ``summary.md`` are for the user.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -51,6 +51,11 @@ class RunFolder:
     def token_vectors(self) -> Path:
         """The final late interaction's vectors of the whole corpus."""
         return self.root / "token_vectors"
+
+    @property
+    def token_index(self) -> Path:
+        """The final late interaction's index of the whole corpus."""
+        return self.root / "token_index"
 
     @property
     def runs(self) -> Path:

@@ -281,6 +281,8 @@ def fingerprint(config: RunConfig, stage: str, world_size: int | None = None) ->
         settings["objective"] = _decisive(asdict(config.objective))
     if stage == "evaluate":
         settings["evaluation"] = asdict(config.evaluation)
+        if not config.evaluation.late_interaction_index:
+            del settings["evaluation"]["late_interaction_index"]  # as before there was one
     elif stage == "teacher_check":
         settings["settings"] = asdict(config.stages.teacher_check) | {"split": check_split(config)}
         settings["teachers"] = checked_teachers(config)

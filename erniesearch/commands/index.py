@@ -11,7 +11,8 @@ def index_command(argv: list[str]) -> int:
         " wrote. States memory and disk before it starts. OMP_NUM_THREADS bounds the cores; HNSW"
         " gives the same bytes again with one thread only.",
     )  # fmt: skip
-    positive = dict.fromkeys(("train_sample", "shards", "nprobe", "ef_search"), 1)
+    names = ("train_sample", "shards", "nprobe", "ef_search", "num_centroids", "candidates")
+    positive = dict.fromkeys(names, 1)
     options, _ = parse_options(parser, argv, IndexOptions, at_least=positive)
     from erniesearch.retrieval.build_index import build_index
 

@@ -4,7 +4,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
+from erniesearch.commands.parsing import (
+    add_first_stage,
+    command_parser,
+    name_accelerator,
+    require_at_least,
+)
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ def search_command(argv: list[str]) -> int:
         help="none (dual-encoder only), late_interaction or cross_encoder.",
     )  # fmt: skip
     parser.add_argument("--rerank_depth", type=int, default=50, help="Passages reranked.")
+    add_first_stage(parser)
     settings = parser.parse_args(argv)
     if settings.rerank not in ("none", "late_interaction", "cross_encoder"):
         raise UserError(f"--rerank {settings.rerank}: none, late_interaction or cross_encoder")
@@ -30,7 +36,13 @@ def search_command(argv: list[str]) -> int:
     from erniesearch.search.system import SearchSystem
 
     reranks = settings.rerank != "none"
-    system = SearchSystem.from_run(settings.run, settings.rerank == "cross_encoder")
+    late_first = settings.first_stage == "late_interaction"
+    if late_first and settings.rerank == "late_interaction":
+        raise UserError("--rerank late_interaction: with --first_stage late_interaction it has"
+                        " ranked already; leave one of the two out")  # fmt: skip
+    system = SearchSystem.from_run(
+        settings.run, settings.rerank == "cross_encoder", settings.first_stage
+    )
     if reranks and settings.rerank not in system.models:
         raise UserError(
             f"--rerank {settings.rerank}: {settings.run} trained no such model; it has"
@@ -38,7 +50,7 @@ def search_command(argv: list[str]) -> int:
         )
     result = system.search(
         settings.query, settings.depth,
-        settings.rerank_depth if settings.rerank == "late_interaction" else 0,
+        settings.rerank_depth if settings.rerank == "late_interaction" else int(late_first),
         settings.rerank_depth if settings.rerank == "cross_encoder" else 0,
     )  # fmt: skip
     _show(result)

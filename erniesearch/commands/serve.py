@@ -1,6 +1,11 @@
 """``serve``: a finished run as an HTTP service."""
 
-from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
+from erniesearch.commands.parsing import (
+    add_first_stage,
+    command_parser,
+    name_accelerator,
+    require_at_least,
+)
 from erniesearch.errors import UserError
 
 
@@ -24,6 +29,7 @@ def serve_command(argv: list[str]) -> int:
         "--cross_encoder_depth", type=int | None, default=None,
         help="The same for the cross-encoder; null means 20, or 0 if the run trained none.",
     )  # fmt: skip
+    add_first_stage(parser)
     settings = parser.parse_args(argv)
     if not 0 <= settings.port <= 65535:
         raise UserError(f"--port {settings.port}: must be 0 to 65535")
@@ -40,7 +46,9 @@ def serve_command(argv: list[str]) -> int:
             f"the package {error.name} is not installed: pip install fastapi uvicorn"
         ) from None
     serve(
-        lambda: SearchSystem.from_run(settings.run, settings.cross_encoder_depth != 0),
+        lambda: SearchSystem.from_run(
+            settings.run, settings.cross_encoder_depth != 0, settings.first_stage
+        ),
         settings.host, settings.port,
         settings.late_interaction_depth, settings.cross_encoder_depth,
     )  # fmt: skip

@@ -243,6 +243,10 @@ class EvaluationConfig:
     token_vectors_gib: float = 2.0
     """Keep late interaction's vectors of the whole corpus in run_dir, in fp16, if they take at most
     so many GiB: reranking, `search` and `serve` then encode no passage. 0 keeps none."""
+    late_interaction_index: bool = False
+    """Index late interaction's vectors of the whole corpus, for the row 'late interaction, end to
+    end' and for --first_stage late_interaction of `search` and `serve`. Off by default: k-means
+    over token vectors takes longer than all other indexing."""
     bm25_stemmer: str | None = "english"
     """Snowball stemmer of the BM25 row, or null for none."""
     bm25_tokenizer: Literal["words", "code", "jieba"] = "words"

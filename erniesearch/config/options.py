@@ -57,20 +57,31 @@ class IndexOptions:
     """``erniesearch index``."""
 
     embeddings: str
-    """Folder written by `erniesearch encode`."""
+    """Folder written by `erniesearch encode`; of token vectors (--what tokens) a late-interaction
+    index is made."""
     out: str
     """Folder to make."""
-    factory: str = "Flat"
-    """FAISS's index_factory string: Flat (exact), SQfp16, IVF1024,Flat, IVF1024,PQ48,
+    factory: str | None = None
+    """FAISS's index_factory string: Flat (exact, the default), SQfp16, IVF1024,Flat, IVF1024,PQ48,
     OPQ48,IVF1024,PQ48, HNSW32 and so on."""
     metric: Literal["ip", "l2"] = "ip"
     """ip is the models' score, the inner product (cosine for normalised vectors)."""
     train_sample: int | None = None
-    """Vectors to train on; by default 64 per centroid, 65,536 at least."""
+    """Vectors to train on; by default 64 per centroid, of token vectors 40, and 65,536 at least."""
     shards: int = 1
     """Parts built one after the other, each of them in memory alone; a search asks all."""
     nprobe: int | None = None
-    """Lists an IVF search visits unless it says otherwise; the root of their number by default."""
+    """Lists an IVF search visits unless it says otherwise; the root of their number by default. Of
+    token vectors: lists visited for each token of a query, 8 by default."""
+    num_centroids: int | None = None
+    """Token vectors: lists; by default the power of two nearest to 16 times the root of their
+    number, as PLAID has it."""
+    bits: Literal[1, 2, 4, 8, 16] | None = None
+    """Token vectors: bits kept of each dimension beside the centroid; 4 by default, and 16, which
+    is fp16 without loss, below 65,536 token vectors."""
+    candidates: int | None = None
+    """Token vectors: passages of a query scored with all their vectors unless a search says
+    otherwise; 1,024 by default, or four times the depth if that is more."""
     ef_search: int | None = None
     """Breadth of an HNSW search unless it says otherwise; FAISS's by default."""
     seed: int = 42
@@ -84,7 +95,8 @@ class MineOptions:
     """``erniesearch mine``; what is mined is said by :class:`MineConfig`."""
 
     model: str
-    """Dual-encoder folder, as in `erniesearch encode`."""
+    """Dual-encoder folder, as in `erniesearch encode`; a late-interaction folder for an index of
+    token vectors."""
     index: str
     """Folder made by `erniesearch index`."""
     data: str
@@ -102,7 +114,7 @@ class MineOptions:
     dim: int | None = None
     """First dimensions of the vectors, as many as were indexed (`encode --dim`)."""
     nprobe: int | None = None
-    """Lists an IVF search visits."""
+    """Lists an IVF search visits; for each token of a query in an index of token vectors."""
     ef_search: int | None = None
     """Breadth of an HNSW search."""
     batch_size: int = 128
@@ -165,16 +177,18 @@ class EvaluateOptions:
     trec: list[str] = field(default_factory=list)
     """TREC run files to evaluate, of one data set; may be given several times."""
     model: str | None = None
-    """Model folder. A dual-encoder searches the corpus exhaustively; late interaction and
-    cross-encoder rerank --first_stage."""
+    """Model folder. A dual-encoder searches the corpus exhaustively; late interaction searches
+    --index, if that is one of token vectors, and otherwise it and a cross-encoder rerank
+    --first_stage."""
     kind: str | None = None
     """What --model is: dual_encoder, late_interaction, cross_encoder; read off the folder by
     default. A stage's student is two of them."""
     first_stage: str = "bm25"
-    """What a reranking --model reranks: bm25, a TREC run file or a dual-encoder's folder."""
+    """What a reranking --model reranks: bm25, a TREC run file, a dual-encoder's folder, or with an
+    --index of token vectors a late-interaction folder."""
     index: str | None = None
-    """Folder of `erniesearch index` over this corpus by the same dual-encoder: it is searched, and
-    the corpus is not encoded."""
+    """Folder of `erniesearch index` over this corpus by the same dual-encoder or late-interaction
+    model: it is searched, and the corpus is not encoded."""
     rerankers: list[str] = field(default_factory=list)
     """Folders of late-interaction models and cross-encoders; each reranks the run that --model
     makes or reranks."""

@@ -1,7 +1,8 @@
 """Runs of the systems to evaluate: run files, a model's search, rerankers.
 
-A dual-encoder searches the corpus exhaustively. Late interaction and cross-encoder rerank a first
-stage: BM25, a run file or a dual-encoder.
+A dual-encoder searches the corpus exhaustively, or an index; late interaction searches an index of
+token vectors. Otherwise it and a cross-encoder rerank a first stage: BM25, a run file, or such a
+search.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run
 from erniesearch.retrieval import ranking
+from erniesearch.retrieval.first_stage import Index, is_token_index, open_index
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
 from erniesearch.retrieval.vector_index import VectorIndex, require_faiss
 
@@ -74,25 +76,54 @@ def check(options: EvaluateOptions) -> None:
             raise UserError(f"--rerankers {folder}: a dual-encoder does not rerank")
     if options.index and not Path(options.index).is_dir():
         raise UserError(f"--index {options.index}: no such folder; `erniesearch index` writes one")
-    searches = Path(options.first_stage).is_dir()
     if options.model:
-        found = read_folder(options.model).kind
-        searches |= (options.kind or found) in ("dual_encoder", "student")
-        if options.kind and found not in (options.kind, "student"):
-            raise UserError(f"--kind {options.kind}: {options.model} holds a {found}")
-        first = Path(options.first_stage)
-        if options.first_stage == "bm25" or first.is_file():
-            return
+        _check_model(options, options.model)
+    elif options.dim is not None:
+        raise UserError(f"--dim {options.dim}: no dual-encoder searches here; leave it out")
+
+
+def _check_model(options: EvaluateOptions, model: str) -> None:
+    """What --model, --first_stage, --index and --dim say together."""
+    found, first, late = read_folder(model).kind, options.first_stage, _index_of_tokens(options)
+    if options.kind and found not in (options.kind, "student"):
+        raise UserError(f"--kind {options.kind}: {model} holds a {found}")
+    kind = options.kind or found
+    if late and kind == "dual_encoder":
+        raise UserError(
+            f"--index {options.index} holds token vectors, which a dual-encoder does not make:"
+            " give --model a late-interaction folder"
+        )
+    searches = _searches(options, kind)
+    if first != "bm25" and not Path(first).is_file():
         try:
-            vectors = read_folder(options.first_stage).has_vectors
+            vectors = read_folder(first).has_vectors
         except UserError as error:
             raise UserError(
                 f"--first_stage {first}: bm25, a run file or a dual-encoder's folder ({error})"
             ) from None
-        if not vectors:
-            raise UserError(f"--first_stage {first}: no dual-encoder")
-    if options.dim is not None and not (options.model and searches):
+        if not vectors and not late:
+            raise UserError(
+                f"--first_stage {first}: no dual-encoder (a late-interaction model searches an"
+                " --index of token vectors)"
+            )
+        searches = True
+    if options.index and not searches:
+        raise UserError(
+            f"--index {options.index}: nothing searches it: --model {model} reranks --first_stage"
+            f" {first}"
+        )
+    if options.dim is not None and (late or not searches):
         raise UserError(f"--dim {options.dim}: no dual-encoder searches here; leave it out")
+
+
+def _index_of_tokens(options: EvaluateOptions) -> bool:
+    return options.index is not None and is_token_index(Path(options.index))
+
+
+def _searches(options: EvaluateOptions, kind: str) -> bool:
+    """Whether --model is itself the first stage."""
+    late = _index_of_tokens(options) and options.first_stage == "bm25"
+    return kind in ("dual_encoder", "student") or (kind == "late_interaction" and late)
 
 
 def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
@@ -108,7 +139,7 @@ def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
     if options.model is None:
         return runs
     kind = options.kind or read_folder(options.model).kind
-    if kind in ("dual_encoder", "student"):
+    if _searches(options, kind):
         base = runs[name_of[options.model]] = _search(options.model, options, data)
         rerankers = options.rerankers
     else:
@@ -158,7 +189,7 @@ def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
         folder, **_loading(options), trust_remote_code=options.trust_remote_code
     ).truncate(options.dim)
     if options.index:
-        index = VectorIndex.load(Path(options.index))
+        index: Index = open_index(Path(options.index), read_folder(folder))
         if len(index.pids) != len(data.pids):
             raise UserError(
                 f"--index {options.index}: {len(index.pids)} passages, but the corpus has"

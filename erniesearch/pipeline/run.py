@@ -74,6 +74,11 @@ def _check_and_tokenize(
     held_out = with_split(data, config.data.path, config.evaluation.split)
     evaluation_subset(held_out, config.evaluation, config.seed)
     check_analyzer(config.evaluation.bm25_stemmer, config.evaluation.bm25_tokenizer)
+    if config.evaluation.late_interaction_index and not stages.trains_late_interaction(config):
+        raise UserError(
+            "config key 'evaluation.late_interaction_index' is True: must be False while no stage"
+            " trains late interaction (weights.li and the terms that teach it)"
+        )
     if "teacher_check" in names:
         with_split(data, config.data.path, stages.check_split(config))
     check_inputs(config, data)

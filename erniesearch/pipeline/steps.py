@@ -7,11 +7,14 @@ need the room.
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -36,7 +39,11 @@ from erniesearch.retrieval.miner import (
     told,
 )
 from erniesearch.retrieval.retriever import Retriever
-from erniesearch.retrieval.token_vectors import TokenVectors, store_token_vectors
+from erniesearch.retrieval.token_vectors import (
+    TokenVectors,
+    store_token_index,
+    store_token_vectors,
+)
 from erniesearch.retrieval.trained import (
     make_retriever,
     make_scorer,
@@ -251,15 +258,40 @@ class _TableMaker:
                 self.final_retriever, data, self.final_run, depth, self._token_vectors()
             )
             self.add("late interaction, reranking", "late_interaction", run)
+            if self.config.evaluation.late_interaction_index:
+                self._add_end_to_end(self.final_retriever)
+            else:  # one of other models would be searched
+                shutil.rmtree(self.folder.token_index, ignore_errors=True)
         if teacher := trained_teacher(self.config):
             scorer = make_scorer(self.config, teacher, told=True)
             run = ranking.rerank_cross_encoder(scorer, data, self.final_run, depth)
             self.add("cross-encoder, reranking", "cross_encoder", run)
 
+    def _add_end_to_end(self, retriever: Retriever) -> None:
+        """Late interaction as the first stage; its index holds the whole corpus."""
+        index = store_token_index(self.folder.token_vectors, self.folder.token_index)
+        allowed = None
+        if self.data.pids is not self.held_out.pids:  # a part of the corpus
+            allowed = np.zeros(len(self.held_out.pids), dtype=bool)
+            allowed[rows_of(self.held_out.index_of, self.data.pids)] = True
+        run = ranking.dense_run(retriever, index, self.data.queries, self.depth, allowed)
+        self.add("late interaction, end to end", "late_interaction-end_to_end", run)
+        vectors = self.folder.token_vectors
+        if sum(file.stat().st_size for file in vectors.iterdir()) > self._most_token_vectors:
+            shutil.rmtree(vectors)
+
+    @property
+    def _most_token_vectors(self) -> float:
+        """Bytes that the token vectors left in the run's folder may take."""
+        return self.config.evaluation.token_vectors_gib * (1 << 30)
+
     def _token_vectors(self) -> TokenVectors | None:
-        """Late interaction's vectors of the corpus, stored for searches, if they are to be."""
+        """Late interaction's vectors of the corpus, stored for searches and the index, if they are
+        to be."""
         assert self.final_retriever is not None
-        most = self.config.evaluation.token_vectors_gib * (1 << 30)
+        most = self._most_token_vectors
+        if self.config.evaluation.late_interaction_index:
+            most = inf  # it is made from them
         reason = store_token_vectors(
             self.final_retriever, Path(self.config.data.path), self.config.data.use_titles,
             self.folder.token_vectors, most,

@@ -7,7 +7,7 @@ with one (OMP_NUM_THREADS=1), since threads race for links.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from erniesearch.config.options import IndexOptions
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
 from erniesearch.progress import Meter
+from erniesearch.retrieval.build_token_index import build_token_index
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.vector_index import (
     faiss,
@@ -49,13 +50,18 @@ def plan_index(embeddings: Embeddings, options: IndexOptions) -> Plan:
     """Make the empty index and estimate the work.
 
     Raises:
-        UserError: for token vectors, and a factory that FAISS does not know or that cannot work
-            with so many dimensions or vectors.
+        UserError: for options of token vectors, and a factory that FAISS does not know or that
+            cannot work with so many dimensions or vectors.
     """
     require_faiss()
-    manifest, factory, shards = embeddings.manifest, options.factory, options.shards
-    if manifest.what != "vectors":
-        raise UserError(f"{embeddings.folder} holds token vectors: encode with --what vectors")
+    manifest, shards = embeddings.manifest, options.shards
+    factory = options.factory or "Flat"
+    for name in ("num_centroids", "bits", "candidates"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} is for token vectors, and {embeddings.folder} has one vector a passage:"
+                " leave it out, or encode with --what tokens"
+            )
     rows, dim = manifest.rows, manifest.dim
     if shards > rows:
         raise UserError(f"--shards {shards}: there are only {rows} vectors")
@@ -93,6 +99,9 @@ def build_index(options: IndexOptions) -> None:
     source, folder = Embeddings(options.embeddings), Path(options.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already: name another --out, or delete it")
+    if source.manifest.what == "tokens":
+        return build_token_index(options, source)
+    options = replace(options, factory=options.factory or "Flat")
     if options.gpu:
         require_gpu()
     plan = plan_index(source, options)

@@ -19,6 +19,7 @@ from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files, write_atomically, written_aside
 from erniesearch.progress import Meter
+from erniesearch.retrieval.first_stage import is_token_index, open_index
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.miner import (
     MinedQuery,
@@ -31,7 +32,6 @@ from erniesearch.retrieval.miner import (
 )
 from erniesearch.retrieval.model_folder import ModelFolder, as_named, fingerprint, read_folder
 from erniesearch.retrieval.parts import PATIENCE, Parts
-from erniesearch.retrieval.vector_index import VectorIndex
 
 
 def mine_collection(options: MineOptions, settings: MineConfig) -> None:
@@ -54,7 +54,9 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
         options.model, **loading, trust_remote_code=options.trust_remote_code
     ).truncate(options.dim)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
-    found = VectorIndex.load(index, options.nprobe, options.ef_search, options.gpu)
+    found = open_index(
+        index, read_folder(options.model), options.nprobe, options.ef_search, options.gpu
+    )
     miner = Miner(
         collection, retriever, found, scorer, settings, seed, always_score=options.write_scores
     )
@@ -71,7 +73,7 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     _mine_blocks(miner, list(query_blocks(qids)), parts)
     distributed.barrier()
     if distributed.is_main():
-        _join(parts, target, options.write_scores, console)
+        _join(parts, target, options, console)
 
 
 def _check(options: MineOptions, settings: MineConfig) -> None:
@@ -129,12 +131,13 @@ def _queries(parts: Parts) -> Iterator[MinedQuery]:
     return (MinedQuery(**json.loads(line)) for line in parts.lines())
 
 
-def _join(parts: Parts, target: Path, write_scores: bool, console: Console) -> None:
-    facts = statistics(_queries(parts))
+def _join(parts: Parts, target: Path, options: MineOptions, console: Console) -> None:
+    late = is_token_index(Path(options.index))
+    facts = statistics(_queries(parts), "late_interaction" if late else "dual_encoder")
     with written_aside(target) as aside:
         with aside.open("w", encoding="utf-8") as handle:
             for query in _queries(parts):
-                handle.write(mined_line(query, write_scores))
+                handle.write(mined_line(query, options.write_scores))
         write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
     parts.remove()
     console.print(f"{told(facts)}; {target}")

@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from erniesearch.data.collection import RetrievalData
 from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.data.negatives import negatives_line
 from erniesearch.errors import UserError
+from erniesearch.retrieval.first_stage import Index, retrieve
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.vector_index import VectorIndex
 
@@ -32,7 +33,7 @@ SPARE = 8
 class MinedQuery:
     """What was found for one query, hardest first, and what was dropped.
 
-    ``scores`` are the dual-encoder's of ``negatives``, ``positive_scores`` those of the relevant
+    ``scores`` are the index's of ``negatives``, ``positive_scores`` those of the relevant
     passages that the search found; the teacher's are empty if it was not asked, and otherwise
     parallel to ``negatives`` and ``positives``.
     """
@@ -77,7 +78,10 @@ def mined_line(query: MinedQuery, with_scores: bool) -> str:
     return negatives_line(query.qid, query.positives, query.negatives, scores)
 
 
-def statistics(queries: Iterable[MinedQuery]) -> dict[str, Any]:
+def statistics(
+    queries: Iterable[MinedQuery],
+    searched_by: Literal["dual_encoder", "late_interaction"] = "dual_encoder",
+) -> dict[str, Any]:
     """Counts, and histograms of the scores of negatives and positives."""
     facts = dict.fromkeys(
         ("queries", "queries_without_negatives", "candidates", "negatives", "dropped_as_positives",
@@ -97,7 +101,7 @@ def statistics(queries: Iterable[MinedQuery]) -> dict[str, Any]:
         scores["positives"].extend(query.positive_scores)
         teacher_scores["negatives"].extend(query.teacher_scores)
         teacher_scores["positives"].extend(query.teacher_positive_scores)
-    histograms = {"dual_encoder_scores": _histograms(scores)}
+    histograms = {f"{searched_by}_scores": _histograms(scores)}
     if teacher_scores["positives"]:
         histograms["teacher_scores"] = _histograms(teacher_scores)
     return facts | histograms
@@ -110,7 +114,7 @@ def told(facts: dict[str, Any]) -> str:
         f" {facts['dropped_as_duplicates']} copies of positives left out,"
         f" {facts['dropped_by_teacher']} dropped by the teacher, {facts['negatives']} kept"
     )
-    for name in ("dual_encoder", "teacher"):
+    for name in ("dual_encoder", "late_interaction", "teacher"):
         if scores := facts.get(f"{name}_scores"):
             means = (scores[kind]["mean"] for kind in ("positives", "negatives"))
             numbers = ["none" if mean is None else f"{mean:.3f}" for mean in means]
@@ -165,7 +169,7 @@ class Miner:
         self,
         data: RetrievalData,
         retriever: Retriever,
-        index: VectorIndex,
+        index: Index,
         scorer: PairScorer | None,
         settings: MineConfig,
         seed: int,
@@ -181,8 +185,8 @@ class Miner:
 
     def mine(self, qids: list[str]) -> list[MinedQuery]:
         """Negatives for these queries, in their order."""
-        vectors = self.retriever.vectors([self.data.queries[qid] for qid in qids], "query")
-        rows, scores = self.index.search(vectors, self.depth)
+        queries = [self.data.queries[qid] for qid in qids]
+        rows, scores = retrieve(self.retriever, self.index, queries, self.depth)
         found = [
             self._window(qid, query_rows, query_scores)
             for qid, query_rows, query_scores in zip(qids, rows, scores, strict=True)

@@ -1,19 +1,24 @@
-"""Search and rerank: dual-encoder by FAISS, then late interaction or cross-encoder."""
+"""Search and rerank: an index's best, then late interaction or cross-encoder over them."""
 
+import numpy as np
 import torch
 from erniesearch_kernels import maxsim
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from erniesearch.data.collection import RetrievalData, Run
+from erniesearch.retrieval.first_stage import Index, retrieve
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.token_vectors import TokenVectors
-from erniesearch.retrieval.vector_index import VectorIndex
 
 
-def dense_run(retriever: Retriever, index: VectorIndex, queries: dict[str, str], depth: int) -> Run:
-    """The ``depth`` best passages of each query by inner product."""
-    rows, scores = index.search(retriever.vectors(list(queries.values()), "query"), depth)
+def dense_run(
+    retriever: Retriever, index: Index, queries: dict[str, str], depth: int,
+    allowed: np.ndarray | None = None,
+) -> Run:  # fmt: skip
+    """The ``depth`` best passages of each query by inner product, or by MaxSim in an index of token
+    vectors; ``allowed`` as in :func:`retrieve`."""
+    rows, scores = retrieve(retriever, index, list(queries.values()), depth, allowed)
     return {
         qid: {
             index.pids[row]: float(score)

@@ -1,18 +1,23 @@
 """Late interaction's vectors of a whole corpus on disk, so that reranking encodes queries alone."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from erniesearch.config.options import IndexOptions
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
+from erniesearch.retrieval.build_index import build_index
 from erniesearch.retrieval.embeddings import Embeddings, Manifest, claim, read_manifest
 from erniesearch.retrieval.encode_collection import SHARD_SIZES, encode_shards, read_collection
 from erniesearch.retrieval.model_folder import fingerprint, read_folder
 from erniesearch.retrieval.retriever import Retriever
+from erniesearch.retrieval.token_index import TokenIndex
 
 
 class TokenVectors:
@@ -78,3 +83,15 @@ def store_token_vectors(
     claim(folder, manifest)
     encode_shards(retriever, collection, folder, manifest)
     return None
+
+
+def store_token_index(vectors: Path, folder: Path) -> TokenIndex:
+    """Index the folder of :func:`store_token_vectors`, as `erniesearch index` does by default; an
+    index of the same vectors is kept, another one replaced."""
+    manifest = asdict(read_manifest(vectors))
+    record = folder / "index.json"
+    if record.is_file() and json.loads(record.read_text())["embeddings"] != manifest:
+        shutil.rmtree(folder)
+    if not record.is_file():
+        build_index(IndexOptions(str(vectors), str(folder)))
+    return TokenIndex.load(folder)

@@ -1,4 +1,4 @@
-"""A search system: dual-encoder, late interaction over its best, cross-encoder over theirs."""
+"""A search system: dual-encoder, late interaction over its best or in its place, cross-encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,9 @@ from erniesearch.data.collection import RetrievalData, Run, load_beir
 from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 from erniesearch.retrieval import ranking
+from erniesearch.retrieval.first_stage import Index
 from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.token_index import TokenIndex
 from erniesearch.retrieval.token_vectors import TokenVectors
 from erniesearch.retrieval.trained import (
     load_run_config,
@@ -45,7 +47,8 @@ class SearchSystem:
 
     Args:
         retriever: encodes for the index and, if ``late_interaction``, for MaxSim.
-        index: the passage vectors of ``retriever``'s dual-encoder.
+        index: the passage vectors of ``retriever``'s dual-encoder; or late interaction's token
+            vectors, which then is the first stage in the dual-encoder's place.
         data: has a text for every pid of ``index``; queries and qrels are not used.
         scorer: the cross-encoder; None leaves it out.
         late_interaction: whether the retriever's late-interaction head was trained.
@@ -58,7 +61,7 @@ class SearchSystem:
     def __init__(
         self,
         retriever: Retriever,
-        index: VectorIndex,
+        index: Index,
         data: RetrievalData,
         scorer: PairScorer | None = None,
         late_interaction: bool = True,
@@ -66,13 +69,10 @@ class SearchSystem:
     ) -> None:
         self.retriever, self.index, self.data, self.scorer = retriever, index, data, scorer
         self.token_vectors = token_vectors
-        self.models = tuple(
-            name
-            for name, there in zip(
-                MODELS, (True, late_interaction, scorer is not None), strict=True
-            )
-            if there
-        )
+        dual_encoder = not isinstance(index, TokenIndex)
+        self.first_stage: Model = "dual_encoder" if dual_encoder else "late_interaction"
+        there = (dual_encoder, late_interaction, scorer is not None)
+        self.models = tuple(name for name, own in zip(MODELS, there, strict=True) if own)
         self._row_of = data.index_of
         missing = np.flatnonzero(rows_of(data.index_of, index.pids) < 0)
         if missing.size:
@@ -83,11 +83,17 @@ class SearchSystem:
         self._queue = MergingQueue(MERGED_QUERIES)
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, cross_encoder: bool = True) -> "SearchSystem":
+    def from_run(
+        cls,
+        run_dir: str | Path,
+        cross_encoder: bool = True,
+        first_stage: Model = "dual_encoder",
+    ) -> "SearchSystem":
         """Load a finished run's index and last models.
 
         Args:
             cross_encoder: False leaves the cross-encoder unloaded.
+            first_stage: what searches the whole corpus, dual_encoder or late_interaction.
 
         Raises:
             UserError: if the run is not finished, or its collection is not where it was.
@@ -107,7 +113,14 @@ class SearchSystem:
                 f"{config.data.path}: no such folder; a run's data.path is relative to the folder"
                 " that the run was started in"
             )
-        index = VectorIndex.load(folder.index)
+        late = first_stage == "late_interaction"
+        if late and not folder.token_index.is_dir():
+            raise UserError(
+                f"{run_dir}: the run has no late-interaction index; set"
+                " evaluation.late_interaction_index to true and finish it with"
+                f" `erniesearch run {folder.root / 'config.yaml'}`"
+            )
+        index = TokenIndex.load(folder.token_index) if late else VectorIndex.load(folder.index)
         data = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
         teacher = trained_teacher(config) if cross_encoder else None
         stored = folder.token_vectors
@@ -130,6 +143,11 @@ class SearchSystem:
             return DEFAULT_DEPTHS[model] if there else 0
         if wanted < 0:
             raise UserError(f"{model}_depth is {wanted}: must be 0 or more")
+        if not wanted and model == self.first_stage:
+            raise UserError(
+                f"{model}_depth is 0, but {model.replace('_', '-')} is the first stage: give 1 or"
+                " more"
+            )
         if wanted and not there:
             raise UserError(
                 f"{model}_depth is {wanted}, but there is no trained {model.replace('_', '-')}"
@@ -165,7 +183,8 @@ class SearchSystem:
         Args:
             depth: passages returned per query.
             late_interaction_depth: of the dual-encoder's best, this many are scored by late
-                interaction; 0 leaves it out, None is :meth:`rerank_depth`'s default.
+                interaction; 0 leaves it out, None is :meth:`rerank_depth`'s default. Where late
+                interaction is the first stage, this many are retrieved, or more for the others.
             cross_encoder_depth: of the best after that, this many are scored by the cross-encoder.
 
         Raises:
@@ -196,11 +215,13 @@ class SearchSystem:
         texts = {str(i): query for i, query in enumerate(queries)}
         lengths = [self._query_lengths(query) for query in queries]
         pool = max(depth, late_depth, cross_depth)
-        dense = ranking.dense_run(self.retriever, self.index, texts, pool)
-        order = {qid: ranking.top(scores, pool) for qid, scores in dense.items()}
-        late: Run = {qid: {} for qid in texts}
-        cross = late
-        if late_depth:
+        first = ranking.dense_run(self.retriever, self.index, texts, pool)
+        order = {qid: ranking.top(scores, pool) for qid, scores in first.items()}
+        none: Run = {qid: {} for qid in texts}
+        dense, late, cross = first, none, none
+        if self.first_stage == "late_interaction":
+            dense, late = none, first
+        elif late_depth:
             best = {qid: pids[:late_depth] for qid, pids in order.items()}
             late = ranking.late_interaction_scores(
                 self.retriever, self.data, texts, best, self.token_vectors

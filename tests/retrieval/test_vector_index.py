@@ -217,9 +217,9 @@ def test_other_mistakes_are_named(embeddings: Path, queries: np.ndarray, tmp_pat
         build(embeddings, out)
     with pytest.raises(UserError, match="dimensions, the query has 16"):
         VectorIndex.load(out).search(queries[:, :16], 5)
-    tokens = write_embeddings(tmp_path / "t", np.ones((300, 8), np.float16), what="tokens")
-    with pytest.raises(UserError, match="holds token vectors"):
-        build(tokens, tmp_path / "j")
+    for option in ({"num_centroids": 4}, {"bits": 4}, {"candidates": 9}):
+        with pytest.raises(UserError, match=f"--{next(iter(option))} is for token vectors, and .*"):
+            build(embeddings, tmp_path / "j", **option)
     if not hasattr(faiss, "StandardGpuResources"):
         with pytest.raises(UserError, match="this FAISS has no GPU"):
             build(embeddings, tmp_path / "g", gpu=True)

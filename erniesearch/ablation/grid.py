@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import installation, stages
+from erniesearch.config.build_config import config_from, merged, nested
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import launcher
 from erniesearch.pipeline.run import ORDER
-from erniesearch.retrieval.trained import config_from
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
              "primary", "arms")  # fmt: skip
@@ -167,16 +167,6 @@ def needed_steps(config: RunConfig) -> list[str]:
     return [name for name in ORDER if name in wanted]
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, those of ``over`` winning."""
-    out = dict(base)
-    for key, value in over.items():
-        mine = out.get(key)
-        both = isinstance(value, Mapping) and (mine is None or isinstance(mine, Mapping))
-        out[key] = merged(mine or {}, value) if both else value
-    return out
-
-
 def _arm(name: str, settings: Any, seeds: tuple[int, ...], control: str, path: Path) -> Arm:
     where = f"arms.{name}"
     if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -208,12 +198,7 @@ def _nested(content: Any, path: Path, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: '{where}' must be a mapping of configuration keys to values")
-    out: dict[str, Any] = {}
-    for key, value in content.items():
-        nested: Any = value
-        for part in reversed(str(key).split(".")):
-            nested = {part: nested}
-        out = merged(out, nested)
+    out = nested(content)
     if problem := unknown_key(out, RunConfig):
         raise UserError(f"{path}: {where}: {problem}")
     return out

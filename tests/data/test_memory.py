@@ -167,8 +167,14 @@ ODD_CORPUS = [
     ({"corpus": {"_id": ["p1", "p1"], "text": ["x", "y"]}}, "corpus[1]: passage 'p1' came before"),
     ({"corpus": {"_id": ["p 1"], "text": ["x"]}}, "corpus[0]: id 'p 1' is empty or has white"),
     ({"queries": {"_id": ["q1"], "text": [None]}}, "queries[0]: 'text' must be text, found NoneTy"),
-    ({"qrels": {"query-id": ["q1"], "corpus-id": ["p9"]}}, "qrels train[0]: passage 'p9' is not in"),
-    ({"qrels": {"query-id": ["q9"], "corpus-id": ["p1"]}}, "qrels train[0]: query 'q9' is not amon"),
+    (
+        {"qrels": {"query-id": ["q1"], "corpus-id": ["p9"]}},
+        "qrels train[0]: passage 'p9' is not in",
+    ),
+    (
+        {"qrels": {"query-id": ["q9"], "corpus-id": ["p1"]}},
+        "qrels train[0]: query 'q9' is not amon",
+    ),
     ({"qrels": QRELS | {"score": [0.5, 1.0, 1.0]}}, "qrels train[0]: score 0.5 is not a whole"),
     ({"qrels": QRELS | {"score": [0, 0, 0]}}, "the sources hold no relevant passage"),
     ({"negatives": {"q1": ["p9"]}}, "negatives['q1']: passage 'p9' is not in the corpus"),

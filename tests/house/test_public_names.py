@@ -2,8 +2,9 @@
 
 import inspect
 
-import erniesearch
 from support.processes import ROOT, run_python
+
+import erniesearch
 
 NAMES = {"Callback", "Collection", "LossTerm", "Trainer", "UserError", "export_all", "load",
          "load_config", "run"}  # fmt: skip

@@ -15,6 +15,7 @@ config = load_config(
     stages={name: {"steps": 2, "queries_per_rank": 4, "chunk_size": None}
             for name in ("contrastive", "interaction", "teacher", "cascade")},
     training={"num_processes": 1},
+    evaluation={"max_queries": None, "num_distractors": None},  # all of them
 )  # fmt: skip
 report = run(config)
 print(report.table())

@@ -1,4 +1,5 @@
-"""A callback that ends a training when validation no longer gets better.
+"""A callback that ends a training when nDCG@10 no longer gets better. The configuration can do so
+by itself (``training.early_stopping_patience``); this one can be changed.
 
 python examples/stop_early.py MODEL OUT
 """
@@ -14,11 +15,12 @@ class EarlyStopping(Callback):
     """Stops after ``patience`` measurements in a row that were not the best so far."""
 
     def __init__(self, patience):
-        self.patience, self.best, self.waited = patience, float("inf"), 0
+        self.patience, self.best, self.waited = patience, -1.0, 0
 
     def on_evaluate(self, state):
-        self.waited = 0 if state.evaluation["loss"] < self.best else self.waited + 1
-        self.best = min(self.best, state.evaluation["loss"])
+        found = state.evaluation["nDCG@10_de"]  # of the dual-encoder
+        self.waited = 0 if found > self.best else self.waited + 1
+        self.best = max(self.best, found)
         state.should_stop = self.waited >= self.patience
 
     def on_train_end(self, state):
@@ -37,7 +39,7 @@ config = load_config(
     run_dir=out,
     student={"path": model},
     stages={"contrastive": {"steps": 40, "negatives": "random", "student_lr": 0}},  # learns nothing
-    training={"validation_split": "dev", "save_every": 1, "validation_queries": 20},
+    training={"validation_split": "dev", "validation_metrics": ["nDCG@10"], "evaluate_every": 1},
 )
 data = Collection.from_rows(rows[20:], dev=rows[:20])
 Trainer(config, "contrastive", data, callbacks=[EarlyStopping(patience=2)]).train()

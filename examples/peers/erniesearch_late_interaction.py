@@ -11,16 +11,10 @@ from erniesearch import Collection, Trainer, export_all, load, load_config
 
 source, triplets, out = sys.argv[1:]
 train_dataset = load_dataset("json", data_files=triplets, split="train")
-config = load_config(
-    run_dir=out,
-    student={"path": source, "late_interaction_dim": 128},
-    data={"max_query_length": 32, "max_passage_length": 128},
-    stages={"interaction": {
-        "steps": 20, "queries_per_rank": 8, "student_lr": 1e-4, "num_negatives": 1,
-        "negatives": "given", "weights": {"li": 1, "de": 0, "li_to_de": 0, "dual_reg": 0},
-    }},
-)  # fmt: skip
-model = Trainer(config, "interaction", Collection.from_rows(train_dataset)).train()
+stage = {"steps": 20, "queries_per_rank": 8, "student_lr": 1e-4, "num_negatives": 1}
+stage |= {"negatives": "given", "weights": {"li": 1, "de": 0}}
+config = load_config(run_dir=out, student={"path": source}, stages={"contrastive": stage})
+model = Trainer(config, "contrastive", Collection.from_rows(train_dataset)).train()
 export_all(config)  # folders for PyLate and sentence-transformers
 
 row = train_dataset[0]

@@ -11,18 +11,9 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 
 source, triplets, out = sys.argv[1:]
 train_dataset = load_dataset("json", data_files=triplets, split="train")
-model = models.ColBERT(
-    model_name_or_path=source,
-    embedding_size=128,
-    query_length=32,
-    document_length=128,
-)
+model = models.ColBERT(model_name_or_path=source)
 args = SentenceTransformerTrainingArguments(
-    output_dir=out,
-    max_steps=20,
-    per_device_train_batch_size=8,
-    learning_rate=1e-4,
-    logging_steps=1,
+    output_dir=out, max_steps=20, per_device_train_batch_size=8, learning_rate=1e-4, logging_steps=1
 )
 trainer = SentenceTransformerTrainer(
     model=model,

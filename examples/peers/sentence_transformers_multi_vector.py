@@ -19,11 +19,7 @@ source, triplets, out = sys.argv[1:]
 train_dataset = load_dataset("json", data_files=triplets, split="train")
 model = MultiVectorEncoder(source)
 args = MultiVectorEncoderTrainingArguments(
-    output_dir=out,
-    max_steps=20,
-    per_device_train_batch_size=8,
-    learning_rate=1e-4,
-    logging_steps=1,
+    output_dir=out, max_steps=20, per_device_train_batch_size=8, learning_rate=1e-4, logging_steps=1
 )
 trainer = MultiVectorEncoderTrainer(
     model=model,

@@ -207,7 +207,8 @@ def _stored(
         finally:
             writer.close()
 
-    return cached(cache_root() / "collections" / key, build, lambda folder: folder)
+    # The folder's own name is what tables and cards call the data set.
+    return cached(cache_root() / "collections" / key / "in-memory", build, lambda folder: folder)
 
 
 def _digest(table: Table, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Late interaction from query, positive and negative, by PyLate 1.6; written as its documentation does.
+"""Late interaction from query, positive and negative, by PyLate 1.6, as its documentation has it.
 
 python examples/peers/pylate_colbert.py MODEL TRIPLETS.jsonl OUT
 """

@@ -188,8 +188,8 @@ def test_odd_corpora_are_named(changed: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError) as error:
         Collection.from_corpus(**given, negatives=changed.get("negatives"))
     assert problem in str(error.value)
-    for folder in (cache_root() / "collections").iterdir():
-        assert folder.name[0] == "." or (folder / "whole.json").is_file()  # nothing half-written
+    for folder in (cache_root() / "collections").glob("*/*"):  # nothing half-written
+        assert folder.suffix == ".lock" or (folder / "whole.json").is_file()
 
 
 def test_mappings_of_odd_judgements() -> None:
@@ -209,8 +209,9 @@ def test_content_names_the_folder() -> None:
     other = whole.map(lambda row: {"positive": row["positive"] + " desel"})
     assert Collection.from_rows(other).root != root
     assert texts(Collection.from_rows(whole.select([1]))) == {"fitor gozul": {"fitor kusel"}}
-    shown = whole.with_transform(lambda batch: {"query": batch["query"],
-                                                "positive": [p.upper() for p in batch["positive"]]})  # fmt: skip
+    shown = whole.with_transform(
+        lambda batch: batch | {"positive": [text.upper() for text in batch["positive"]]}
+    )
     assert texts(Collection.from_rows(shown))["baran desel"] == {"BARAN BARAN"}
 
 

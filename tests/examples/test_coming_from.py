@@ -1,5 +1,5 @@
-"""One small training by PyLate, by sentence-transformers and here: each runs, ours is no longer than
-theirs, and docs/coming-from.md shows what ran.
+"""One small training by PyLate, by sentence-transformers and here: each runs, ours is no longer
+than theirs, and docs/coming-from.md shows what ran.
 
 A peer is looked for beside this project's packages, and in the folder that ERNIESEARCH_PEERS names
 (tests/export/test_peers.py makes it)."""
@@ -8,13 +8,21 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 from support.processes import ROOT
 from support.tiny import WORDS, write_model
+from transformers import TrainingArguments
+
+import erniesearch
+from erniesearch.config.keys import TRAINING_STAGES, RunConfig
+from erniesearch.config.stage_keys import StageConfig
+from erniesearch.config.yaml_file import types_of
 
 SCRIPTS = ROOT / "examples" / "peers"
 OURS = "erniesearch_late_interaction"
@@ -38,7 +46,9 @@ def lines_of_code(name: str) -> int:
 def interpreter(package: str, release: str) -> str:
     """A Python that imports this release of a peer."""
     folder = os.environ.get("ERNIESEARCH_PEERS")
-    kept = Path(folder).glob(f"{package.replace('_', '-')}-{release}-*/bin/python") if folder else ()
+    kept = (
+        Path(folder).glob(f"{package.replace('_', '-')}-{release}-*/bin/python") if folder else ()
+    )
     ask = f"from importlib.metadata import version; print(version('{package}'))"
     for python in (*map(str, kept), sys.executable):
         if python == sys.executable and not importlib.util.find_spec(package):
@@ -97,3 +107,27 @@ def test_the_page_shows_what_runs(page: str) -> None:
     for name in (OURS, *THEIRS):
         assert body(name) in text, name
         assert f"{lines_of_code(name)}" in text
+
+
+def keys_of(cls: type, prefix: str = "") -> set[str]:
+    found = set()
+    for name, kind in types_of(cls).items():
+        found |= keys_of(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_sides_of_the_table_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").split("\n## ")[-1]
+    tables = [table.splitlines() for table in text.split("\n\n") if table.startswith("| ")]
+    arguments = {field.name for field in fields(TrainingArguments)}
+    for line in tables[0][2:-1]:
+        theirs, _ = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("| ").split(" | "))
+        assert set(theirs) <= arguments | {"EarlyStoppingCallback", "mini_batch_size"}, line
+    stage = keys_of(StageConfig)
+    ours = keys_of(RunConfig) | stage | {f"stages.NAME.{key}" for key in stage} | {"run_dir"}
+    ours |= {key.removeprefix("stages.mine.") for key in ours if key.startswith("stages.mine.")}
+    for line in (line for table in tables[:3] for line in table[2:]):
+        for name in re.findall(r"`([a-z_A-Z.]+)(?:: \w+)?`", line.strip("| ").split(" | ")[1]):
+            known = name in ours or name in TRAINING_STAGES or name in erniesearch.__all__
+            assert known or name == "mine", f"{name}: {line}"

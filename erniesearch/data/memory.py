@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch.config.keys import RunConfig
-from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.collection import NO_DATA, RetrievalData, load_beir
 from erniesearch.data.corpus.cache import cache_root, cached, key_of
 from erniesearch.data.corpus.texts import ArrowColumn
 from erniesearch.data.importers.beir_writer import BeirWriter
@@ -181,7 +181,7 @@ def with_data(config: RunConfig, data: RetrievalData | None) -> RunConfig:
     """
     if data is None:
         if not config.data.path:
-            raise UserError("no data: set data.path, or give a Collection as data")
+            raise UserError(NO_DATA)
         return config
     if not isinstance(data, Collection):
         if isinstance(data.pids, ArrowColumn):

@@ -285,8 +285,10 @@ def test_plain_data_is_written_and_missing_data_is_told(make_config: ConfigMaker
     assert (list(written.passages), written.qrels) == (["x", "y"], plain.qrels)
     with pytest.raises(UserError, match=r"Collection\.from_beir"):
         with_data(config, load_beir(config.data.path, "train"))
-    with pytest.raises(UserError, match=r"no data: set data\.path, or give a Collection"):
-        with_data(replace(config, data=replace(config.data, path="")), None)
+    nowhere = replace(config, data=replace(config.data, path=""))
+    for call in (lambda: load_beir("", "train"), lambda: with_data(nowhere, None)):
+        with pytest.raises(UserError, match=r"no data: set data\.path, or give a Collection"):
+            call()
 
 
 def test_a_copy_outlives_the_cache(tmp_path: Path) -> None:

@@ -31,11 +31,15 @@ _HOME = {
     "load_config": "config.build_config",
     "run": "pipeline.run",
 }
+_COMPUTES = ("Trainer", "export_all", "load", "run")
+"""What loads DeepSpeed, which on a CPU must be told that one is meant."""
 __all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        if name in _COMPUTES:
+            import_module("erniesearch.commands.parsing").name_accelerator()
         return getattr(import_module(f"erniesearch.{_HOME[name]}"), name)
     raise AttributeError(f"module 'erniesearch' has no attribute '{name}'")
 

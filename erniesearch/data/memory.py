@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch.config.keys import RunConfig
+from erniesearch.config.options import ImportOptions
 from erniesearch.data.collection import NO_DATA, RetrievalData, load_beir
 from erniesearch.data.corpus.cache import cache_root, cached, key_of
 from erniesearch.data.corpus.texts import ArrowColumn
@@ -29,8 +30,10 @@ from erniesearch.data.importers.records import (
     Passage,
     Query,
     Record,
+    content_id,
     require,
 )
+from erniesearch.data.importers.tables import LABELS, row_scores
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
 
@@ -81,7 +84,9 @@ class Collection(RetrievalData):
         """Rows of a query, its positive and its negatives, as sentence-transformers has them.
 
         Equal texts are one passage, or one query whose positives and negatives are those of all its
-        rows. The negatives are what ``negatives: given`` trains on.
+        rows. The negatives are what ``negatives: given`` trains on, and the numbers of a column
+        ``label``, ``labels``, ``score`` or ``scores`` what ``teacher_scores: stored`` distils from:
+        a score of the positive and of each negative, or a margin of each negative.
 
         Args:
             train: a ``Dataset`` or a list of dictionaries.
@@ -345,12 +350,16 @@ class _Grouped:
             self.query, self.positive = (self._find(row, what, at) for what in self.wanted)
             self.negatives = self._others(row, at)
             self.known = tuple(row)
-        positives = _texts(row, self.positive, at)
+        query, positives = _text(row, self.query, at), _texts(row, self.positive, at)
         if not positives:
             raise UserError(f"{at}: column '{self.positive}' is empty")
         negatives = [text for name in self.negatives if row[name] is not None
                      for text in _texts(row, name, at)]  # fmt: skip
-        yield from group(_text(row, self.query, at), positives, negatives, self.split, at)
+        yield from group(query, positives, negatives, self.split, at)
+        if negatives:
+            qid, options = content_id(query), ImportOptions()
+            right, wrong = ([*map(content_id, texts)] for texts in (positives, negatives))
+            yield from row_scores(row, options, qid, right, wrong, at, BadLines())
 
     def _find(self, row: dict[str, Any], what: str, at: str) -> str:
         found = _column(row, self.wanted[what])
@@ -364,12 +373,14 @@ class _Grouped:
     def _others(self, row: dict[str, Any], at: str) -> list[str]:
         """The columns of negatives, which must be all that are left."""
         left = [name for name in row if name not in (self.query, self.positive)]
-        if odd := [name for name in left if not self.pattern.fullmatch(name)]:
+        found = [name for name in left if self.pattern.fullmatch(name)]
+        known = {*found, _column(row, LABELS)} if found else set()  # a pair's label says no more
+        if odd := [name for name in left if name not in known]:
             raise UserError(
                 f"{at}: column '{odd[0]}' is neither query, positive nor negatives: remove it"
                 f" (remove_columns), or name the negatives: negative='{odd[0]}'"
             )
-        return left
+        return found
 
 
 def _texts(row: dict[str, Any], column: str, at: str) -> list[str]:

@@ -17,7 +17,7 @@ from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.corpus.cache import cache_root
 from erniesearch.data.importers.records import content_id
 from erniesearch.data.memory import Collection, with_data
-from erniesearch.data.negatives import read_negatives
+from erniesearch.data.negatives import read_negatives, read_scored_negatives
 from erniesearch.errors import UserError
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.stages import Stage, fingerprint
@@ -68,6 +68,23 @@ def test_n_tuples_of_sentence_transformers() -> None:
         {"baran baran", "fitor kusel", "mivix miran", "lavix lapat"}
     )
     assert list(data.pids) == [content_id(text) for text in data.passages]
+
+
+@pytest.mark.parametrize(
+    ("column", "numbers"),
+    [("scores", [[9.0, 4.0, 1.0], [7.0, 2.0, 3.0]]), ("label", [[5.0, 8.0], [5.0, 4.0]])],
+)
+def test_scores_of_a_teacher(column: str, numbers: list[list[float]]) -> None:
+    """sentence-transformers' two forms: scores of positive and negatives, and margins."""
+    rows = table({**N_TUPLES, "negative_2": ["mivix miran", "desel desel"], column: numbers})
+    data = Collection.from_rows(rows)
+    scores = read_scored_negatives(data.root / "negatives.jsonl", data)[1]
+    margins = []
+    for qid, negatives in read_negatives(data.root / "negatives.jsonl", data).items():
+        own = scores[qid]
+        (positive,) = data.relevant()[qid]
+        margins.append([own[positive] - own[pid] for pid in negatives])
+    assert margins == [[5.0, 8.0], [5.0, 4.0]]
 
 
 def test_triplets_that_share_an_anchor_are_one_query() -> None:
@@ -142,6 +159,11 @@ ODD = [
     ([ROW, {"query": "c", "positive": None}], "train[1]: 'positive' must be text, found NoneType"),
     ([ROW, {"query": "c", "positive": []}], "train[1]: column 'positive' is empty"),
     ([ROW | {"label": 1}], "train[0]: column 'label' is neither query, positive nor negatives"),
+    ([ROW | {"negative": "c", "score": [1.0] * 3}], "train[0]: 'score' has 3 numbers for 1 posit"),
+    (
+        [ROW | {"negative": "c", "score": ["x"] * 2}],
+        "train[0]: 'score' must hold numbers, found st",
+    ),
     ([ROW | {"negative_x": "c"}], "train[0]: column 'negative_x' is neither query"),
     ([ROW | {"negative": [["c"]]}], "train[0]: 'negative' must be text, found list"),
     ([ROW, "c"], "train[1]: expected a mapping of column to value, found str"),

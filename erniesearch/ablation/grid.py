@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from erniesearch import installation, stages
+from erniesearch.config.build_config import config_from, merged, nested
 from erniesearch.config.checks import named_as_here
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.stage_keys import LossWeights
@@ -27,7 +28,6 @@ from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import launcher
 from erniesearch.pipeline.run import ORDER
-from erniesearch.retrieval.trained import config_from
 from erniesearch.training.epochs import resolve_epochs
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
@@ -171,16 +171,6 @@ def needed_steps(config: RunConfig) -> list[str]:
     return [name for name in ORDER if name in wanted]
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, those of ``over`` winning."""
-    out = dict(base)
-    for key, value in over.items():
-        mine = out.get(key)
-        both = isinstance(value, Mapping) and (mine is None or isinstance(mine, Mapping))
-        out[key] = merged(mine or {}, value) if both else value
-    return out
-
-
 def _arm(name: str, settings: Any, seeds: tuple[int, ...], control: str, path: Path) -> Arm:
     where = f"arms.{name}"
     if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -212,13 +202,7 @@ def _nested(content: Any, path: Path, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: '{where}' must be a mapping of configuration keys to values")
-    out: dict[str, Any] = {}
-    for key, value in content.items():
-        nested: Any = value
-        for part in reversed(str(key).split(".")):
-            nested = {part: nested}
-        out = merged(out, nested)
-    out = named_as_here(out, f"{path}: {where}")
+    out = named_as_here(nested(content), f"{path}: {where}")
     if problem := unknown_key(out, RunConfig):
         raise UserError(f"{path}: {where}: {problem}")
     return out

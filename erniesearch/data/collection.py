@@ -16,6 +16,8 @@ from erniesearch.data.corpus.texts import ArrowColumn, PidIndex, open_corpus, ro
 from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
 
+NO_DATA = "no data: set data.path, or give a Collection as data"
+"""A configuration made in Python may leave ``data.path`` out."""
 Run = dict[str, dict[str, float]]
 """Scores by query id and passage id."""
 
@@ -126,6 +128,8 @@ def load_beir(root: str | Path, split: str, use_titles: bool = True) -> Retrieva
     Raises:
         UserError: naming the file, the line and the remedy.
     """
+    if not str(root):
+        raise UserError(NO_DATA)
     root = Path(root)
     if not root.is_dir():
         raise UserError(

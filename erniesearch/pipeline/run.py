@@ -1,7 +1,9 @@
 """``erniesearch run``: every stage in order, each skipped when its result is there and its inputs
 are unchanged; then export, index, evaluate, report."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -9,8 +11,9 @@ from rich.console import Console
 from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, training_stages
 from erniesearch.data.bm25 import check_analyzer
-from erniesearch.data.collection import load_beir, with_split
+from erniesearch.data.collection import RetrievalData, load_beir, with_split
 from erniesearch.data.corpus.tokens import open_tokens
+from erniesearch.data.memory import with_data
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import evaluation_subset
 from erniesearch.evaluation.table import Report, table_console
@@ -22,6 +25,7 @@ from erniesearch.pipeline import launcher
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
 from erniesearch.training.epochs import resolve_epochs
+from erniesearch.training.faults import preemption
 from erniesearch.training.trackers import check_trackers
 
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
@@ -31,6 +35,29 @@ console = Console(stderr=True, highlight=False)
 
 
 Launch = Callable[[RunConfig, str, int], None]
+
+
+def run(
+    config: RunConfig, data: RetrievalData | None = None, *, only: Sequence[str] = ()
+) -> Report | None:
+    """``erniesearch run`` from Python: its steps are processes that it starts.
+
+    Args:
+        data: the collection, if it is not the folder that ``data.path`` names; for the table it
+            needs the split ``evaluation.split`` too.
+        only: steps of :data:`ORDER`, all that the config enables by default.
+
+    Returns:
+        The table, None if ``only`` leaves the step ``evaluate`` out.
+
+    Raises:
+        UserError, StageFailed, Preempted: as :func:`run_pipeline`.
+    """
+    config = with_data(config, data)
+    main = threading.current_thread() is threading.main_thread()  # the one that gets signals
+    with preemption.listening(launcher.stop) if main else nullcontext():
+        run_pipeline(config, list(only))
+    return Report.load(Path(config.run_dir)) if "evaluate" in (only or ORDER) else None
 
 
 def run_pipeline(

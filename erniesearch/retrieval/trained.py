@@ -1,16 +1,12 @@
 """A run folder's models, ready to encode and to score."""
 
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import jsonargparse
 
 from erniesearch import stages
-from erniesearch.config.checks import named_as_here, validate
+from erniesearch.config.build_config import config_from
 from erniesearch.config.keys import RunConfig, StudentConfig, TeacherConfig
-from erniesearch.config.yaml_file import from_dict, read_yaml, unknown_key
+from erniesearch.config.yaml_file import read_yaml
 from erniesearch.errors import UserError
 from erniesearch.retrieval.crew import Model
 from erniesearch.retrieval.retriever import PairScorer, Retriever
@@ -36,32 +32,6 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
         for key in FORMER_POST_TRAIN:
             former.pop(key, None)
     return config_from(content | {"run_dir": str(run_dir)}, str(path))
-
-
-def config_from(content: dict[str, Any], source: str) -> RunConfig:
-    """A validated config from nested mappings; ``source`` is named in errors.
-
-    Raises:
-        UserError: for unknown keys, wrong types and impossible values.
-    """
-    content = named_as_here(content, source)
-    if problem := unknown_key(content, RunConfig):
-        raise UserError(f"{source}: {problem}")
-    try:
-        settings = _parser().parse_object(content)
-    except jsonargparse.ArgumentError as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
-    try:
-        return validate(from_dict(RunConfig, settings.as_dict()))
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-@lru_cache
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig)
-    return parser
 
 
 def trained_student(config: RunConfig, stage: str | None) -> StudentConfig:

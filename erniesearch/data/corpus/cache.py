@@ -71,5 +71,6 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     with written_aside(folder, "part") as aside:  # the lock is ours: what lies here is a ruin
         aside.mkdir()
         build(aside)
-        sizes = {path.name: path.stat().st_size for path in aside.iterdir()}
+        files = (path for path in aside.rglob("*") if path.is_file())
+        sizes = {str(path.relative_to(aside)): path.stat().st_size for path in files}
         (aside / MANIFEST).write_text(json.dumps(sizes))

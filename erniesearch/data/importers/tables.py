@@ -39,7 +39,7 @@ def read(sources: list[Path], options: ImportOptions, bad: BadLines) -> Iterator
     and ``negative_1`` to ``negative_n``, or ``options.documents`` (a list, the positive first) in
     place of both; ``options.query_id`` and ``options.positive_id`` name columns of ids, without
     which ids are hashes of the text. ``options.scores`` is read as sentence-transformers' losses
-    read it (:func:`_scores`).
+    read it (:func:`row_scores`).
 
     Raises:
         UserError: if a source does not load, or lacks a column.
@@ -104,7 +104,7 @@ def _row(
         raise UserError(f"{at}: column '{options.query}' must hold one text")
     positives, negatives = _passages(row, options, at)
     qid = _one(row, options.query_id, at) if options.query_id else content_id(query[0])
-    scores = partial(_scores, row, options, qid, at=at, bad=bad)
+    scores = partial(row_scores, row, options, qid, at=at, bad=bad)
     if not options.query_id and not options.positive_id:
         yield from group(query[0], positives, negatives, split, at)
         yield from scores([*map(content_id, positives)], [*map(content_id, negatives)])
@@ -140,7 +140,7 @@ def _passages(row: dict[str, Any], options: ImportOptions, at: str) -> tuple[lis
     return positives, negatives
 
 
-def _scores(
+def row_scores(
     row: dict[str, Any], options: ImportOptions, qid: str,
     positives: list[str], negatives: list[str], at: str, bad: BadLines,
 ) -> Iterator[Record]:  # fmt: skip

@@ -1,0 +1,115 @@
+"""Every script in examples/ runs, on a tiny random model over single characters, and leaves what it
+says."""
+
+import json
+import runpy
+import string
+import sys
+from pathlib import Path
+
+import pytest
+from support.finished_run import write_run
+from support.processes import ROOT, TWO_RANKS, losses_of, run_python
+from support.tiny import ALL_TERMS, write_model
+
+from erniesearch.export import export_all
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = {path.stem for path in EXAMPLES.glob("*.py")} - {"standard_library"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    words = [*letters, *("##" + letter for letter in letters)]
+    folder = tmp_path_factory.mktemp("letters")
+    return str(write_model(folder, words=words, max_position_embeddings=192))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_each_script_has_a_test() -> None:
+    text = Path(__file__).read_text()
+    assert len(SCRIPTS) >= 6
+    assert not {name for name in SCRIPTS if f'"{name}' not in text}
+
+
+def test_datasets_in_memory(
+    monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "datasets_in_memory", model, str(tmp_path / "run"))
+    assert "(1, 32)" in capsys.readouterr().out
+    stage = tmp_path / "run" / "stages" / "interaction"
+    lines = losses_of(stage)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["li"] > 0 and line["de"] > 0 for line in lines)
+    validated = (stage / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in validated] == [4, 8]
+    for kind in ("dual_encoder", "late_interaction"):
+        assert (tmp_path / "run" / "exports" / kind / "model.safetensors").is_file()
+
+
+def test_corpus_in_memory(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
+    run(monkeypatch, "corpus_in_memory", model, str(tmp_path / "run"))
+    stage = tmp_path / "run" / "stages" / "contrastive"
+    assert (stage / "model" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "data" / "qrels" / "dev.tsv").is_file()
+
+
+def test_own_loss_term(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
+    run(monkeypatch, "own_loss_term", model, str(tmp_path / "run"))
+    for line in losses_of(tmp_path / "run" / "stages" / "contrastive"):
+        assert line["hinge"] > 0
+        assert line["loss"] == pytest.approx(line["de"] + 0.5 * line["hinge"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_script_on_two_ranks(model: str, tmp_path: Path) -> None:
+    """The same script under a launcher: both ranks make the collection, one is written."""
+    script, name = str(EXAMPLES / "own_loss_term.py"), "contrastive"
+    status, output = run_python(*TWO_RANKS, script, model, str(tmp_path / "two"))
+    assert status == 0, output[-3000:]
+    lines = losses_of(tmp_path / "two" / "stages" / name)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    done = json.loads((tmp_path / "two" / "stages" / name / "done.json").read_text())
+    assert done["world_size"] == 2
+
+
+def test_stop_early(
+    monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "stop_early", model, str(tmp_path / "run"))
+    assert "contrastive ended after update 3 of 40" in capsys.readouterr().out
+    done = json.loads((tmp_path / "run" / "stages" / "contrastive" / "done.json").read_text())
+    assert (done["steps"], done["stopped"]) == (3, "EarlyStopping")
+
+
+def test_load_and_search(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export_all(write_run(tmp_path / "run", tiny_data, tiny_model, ALL_TERMS))
+    run(monkeypatch, "load_and_search", str(tmp_path / "run"), "baran desel")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert "cross_encoder" in lines[0]
+    assert lines[3].startswith("dual-encoder [[")
+    assert lines[4].startswith("cross-encoder [")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_run_pipeline(tiny_data: Path, tmp_path: Path) -> None:
+    script = str(EXAMPLES / "run_pipeline.py")
+    model = str(write_model(tmp_path / "model", max_position_embeddings=192))
+    status, output = run_python(script, model, str(tiny_data), str(tmp_path / "run"), timeout=1200)
+    assert status == 0, output[-3000:]
+    assert "dual-encoder, after cascade" in output
+    assert len([line for line in output.splitlines() if "'dual_encoder': " in line]) == 3

@@ -42,9 +42,11 @@ def load_config(
         content: dict[str, Any] = {}
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        content = named_as_here(read_yaml(config_file(name)), name)
+        content = read_yaml(config_file(name))
     else:
         content = _plain(source)
+    # Each by itself: a change under another library's name changes the key that is ours.
+    content = named_as_here(content, name)
     for values in (changes or {}, sections):
         content = merged(content, named_as_here(nested(_plain(values)), name))
     return config_from(merged({"data": {"path": ""}}, content), name)

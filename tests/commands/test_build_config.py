@@ -45,6 +45,13 @@ def test_defaults_are_those_of_a_file() -> None:
     assert isinstance(section, RunConfig)
 
 
+def test_other_libraries_names_override_ours() -> None:
+    changes = {"stages.cascade.max_steps": 5, "save_steps": 9}
+    config = load_config("quickstart", changes, output_dir="runs/mine")
+    assert (config.stages.cascade.steps, config.training.save_every) == (5, 9)
+    assert config.run_dir == "runs/mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sections", "problem"),
     [

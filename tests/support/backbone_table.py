@@ -26,8 +26,8 @@ from transformers import AutoModelForSequenceClassification
 from erniesearch.config.keys import DataConfig, RunConfig, StudentConfig, TeacherConfig
 from erniesearch.config.stage_keys import LossWeights, StageConfig, StagesConfig
 from erniesearch.data.batches import Batch
-from erniesearch.data.text_format import encode_texts
 from erniesearch.data.collection import load_beir
+from erniesearch.data.text_format import encode_texts
 from erniesearch.errors import UserError
 from erniesearch.export import export_all
 from erniesearch.export.onnx import export_onnx

@@ -17,7 +17,7 @@ def push_command(argv: list[str]) -> int:
         parser, argv, PushOptions, switches=("private", "dry_run"), at_least={}
     )
     name_accelerator()
-    from erniesearch.pipeline.hub import prepare, push
+    from erniesearch.pipeline.upload import prepare, push
 
     upload = prepare(options)
     for line in upload.listing():

@@ -19,6 +19,7 @@ from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.terms import LossTerm, weight_of, with_terms
 from erniesearch.data.batches import Batch
 from erniesearch.data.collection import RetrievalData, load_beir
+from erniesearch.data.memory import with_data
 from erniesearch.errors import UserError, nearest
 from erniesearch.models.precision import tune_for_device
 from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
@@ -85,11 +86,7 @@ class Trainer:
         if stage not in TRAINING_STAGES:
             hint = nearest(stage, TRAINING_STAGES)
             raise UserError(f"no training stage '{stage}': {', '.join(TRAINING_STAGES)}{hint}")
-        if data is not None:
-            from erniesearch.data.memory import with_data
-
-            config = with_data(config, data)
-        self.config = config
+        self.config = config = with_data(config, data)
         self.stage = Stage(with_terms(config, stage, terms), stage)
         if Stage(with_steps(self.stage.config), stage).settings.steps == 0:
             raise UserError(f"stage {stage} is left out: stages.{stage}.steps is 0")

@@ -141,8 +141,9 @@ class Trainer:
             RunFolder(config.run_dir).record(self.config)
         data = load_beir(config.data.path, config.data.train_split, config.data.use_titles)
         zero_stage = zero_section(config.training).get("stage", 0)
-        saved = self._build(find_resume(folder / "checkpoints", zero_stage))
+        self.model, self.tokenizer = build_model(stage)
         self.batches = build_batches(stage, data, self.tokenizer)
+        saved = self._start(find_resume(folder / "checkpoints", zero_stage))
         self.callbacks.load(saved.get("callbacks", []))
         self.guard = guards.NonFiniteGuard(
             folder, config.training.max_nonfinite, self.batches, data.pids, self.start_step,
@@ -157,10 +158,9 @@ class Trainer:
         )  # fmt: skip
         self._watch(saved.get("stopped", ""))
 
-    def _build(self, resume: Resume | None) -> dict[str, Any]:
-        """Model and engine, as a checkpoint left them; returns the state saved with it."""
+    def _start(self, resume: Resume | None) -> dict[str, Any]:
+        """The engine, as a checkpoint left it; returns the state saved with it."""
         stage, config = self.stage, self.stage.config
-        self.model, self.tokenizer = build_model(stage)
         bf16 = goes_on_in_bf16(config.training.precision, resume, self.device)
         tune_for_device(self.model, config, self.device, bf16)
         self._frozen = frozen_state(self.model)
@@ -362,7 +362,8 @@ class Trainer:
         self.engine.destroy()
         del self.engine, self.model, self.checkpoints
         gc.collect()
-        self._build(best)
+        self.model, _ = build_model(self.stage)
+        self._start(best)
         return self.start_step
 
     def _say(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """Fixtures: a tiny data set in BEIR layout and tiny random models over its vocabulary."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Cached corpora of the tests lie with the tests, also those of processes they start."""
     os.environ["ERNIESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    """What names this process's rank ends with the test: processes that later tests start would
+    take themselves for the same one, and meet where it listens."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    assert not torch.distributed.is_initialized(), "a process group is left: train in a process"
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ class LossTerm:
     Attributes:
         name: as it is logged.
         function: ``function(scores, batch)`` gives a scalar tensor, the mean over this rank's
-            queries, from :class:`erniesearch.objectives.objective.Scores` and
+            queries, from :class:`erniesearch.objectives.own_terms.Scores` and
             :class:`erniesearch.data.batches.Batch`. What is made of these tensors alone has the
             right gradient on any number of ranks and with ``chunk_size``.
         weight: factor in the stage's loss.

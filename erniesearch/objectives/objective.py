@@ -7,10 +7,8 @@ encoders need (gradient caching rests on it).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, arange, long, stack, zeros, zeros_like
 
 from erniesearch import distributed
@@ -18,7 +16,6 @@ from erniesearch.config.keys import ObjectiveConfig
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.terms import (
     TERMS,
-    LossTerm,
     comparing,
     own_terms,
     reads,
@@ -27,9 +24,9 @@ from erniesearch.config.terms import (
 )
 from erniesearch.data.batches import Batch
 from erniesearch.data.text_format import SCORED
-from erniesearch.errors import UserError
 from erniesearch.objectives import losses, scores
 from erniesearch.objectives.outputs import Outputs
+from erniesearch.objectives.own_terms import Scores, value_of
 
 GATE_MOMENTUM = 0.9
 
@@ -46,36 +43,6 @@ class StudentScores(NamedTuple):
     labels: Tensor
     mask: Tensor
     prefixes: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a :class:`LossTerm` reads: this rank's B queries against the P passages that
-    ``objective.candidates`` names, and against the G of each query's own group, its positive first.
-
-    Attributes:
-        dual_encoder, late_interaction: ``[B, P]``, divided by ``tau_de`` and ``tau_li``; None where
-            no term of the stage asks for them.
-        cross_encoder: ``[B, G]``, without a temperature, live (also where the stage has both) or
-            stored; None likewise.
-        labels: ``[B]``, the column of each query's positive in ``[B, P]``.
-        mask: ``[B, P]``, False on false negatives, which no term compares.
-        group_mask: ``[B, G]``, False on false negatives, and where a passage has no stored score.
-
-    In a stage without a student ``labels`` and ``mask`` are those of the group.
-    """
-
-    dual_encoder: Tensor | None
-    late_interaction: Tensor | None
-    cross_encoder: Tensor | None
-    labels: Tensor
-    mask: Tensor
-    group_mask: Tensor
-
-    def own_group(self, students: Tensor) -> Tensor:
-        """A student's scores of each query's own group, ``[B, P]`` to ``[B, G]``, to compare with
-        the cross-encoder's."""
-        return scores.own_group(students, self.labels, self.group_mask.shape[1])
 
 
 class Objective:
@@ -275,7 +242,7 @@ class Objective:
             student.labels if student else labels, student.mask if student else over_group,
             over_group,
         )  # fmt: skip
-        return {term.name: _own_term(term, given, batch) for term in own}
+        return {term.name: value_of(term, given, batch) for term in own}
 
     def _teacher_terms(
         self, batch: Batch, outputs: Outputs, student: StudentScores | None,
@@ -375,21 +342,6 @@ def _teacher_scores(batch: Batch, outputs: Outputs) -> tuple[Tensor, Tensor] | N
     # A random passage that fills a group up has none, and the KL leaves it out.
     mask = mask & batch.teacher_scores.isfinite().view_as(mask)
     return batch.teacher_scores.nan_to_num().view_as(mask), mask
-
-
-def _own_term(term: LossTerm, given: Scores, batch: Batch) -> Tensor:
-    if given.cross_encoder is not None and not term.trains_teacher:
-        given = replace(given, cross_encoder=given.cross_encoder.detach())
-    value = term.function(given, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UserError(f"LossTerm '{term.name}': its function must return a tensor of one number,"
-                        f" the mean over the queries; it returned {found}")  # fmt: skip
-    if torch.is_grad_enabled() and not value.requires_grad:
-        raise UserError(f"LossTerm '{term.name}': no gradient goes from its value to the scores of"
-                        f" {', '.join(term.models)}")  # fmt: skip
-    value = value.reshape(())
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -2,9 +2,7 @@
 says."""
 
 import json
-import runpy
 import string
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +24,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(folder, words=words, max_position_embeddings=192))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+def run(name: str, *arguments: str) -> str:
+    """In a process of its own, as a training leaves a process group; what it printed."""
+    status, output = run_python(str(EXAMPLES / f"{name}.py"), *arguments)
+    assert status == 0, output[-3000:]
+    return output
 
 
 def test_each_script_has_a_test() -> None:
@@ -38,11 +37,8 @@ def test_each_script_has_a_test() -> None:
     assert not {name for name in SCRIPTS if f'"{name}' not in text}
 
 
-def test_datasets_in_memory(
-    monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(monkeypatch, "datasets_in_memory", model, str(tmp_path / "run"))
-    assert "(1, 32)" in capsys.readouterr().out
+def test_datasets_in_memory(model: str, tmp_path: Path) -> None:
+    assert "(1, 32)" in run("datasets_in_memory", model, str(tmp_path / "run"))
     stage = tmp_path / "run" / "stages" / "interaction"
     lines = losses_of(stage)
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -53,15 +49,15 @@ def test_datasets_in_memory(
         assert (tmp_path / "run" / "exports" / kind / "model.safetensors").is_file()
 
 
-def test_corpus_in_memory(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
-    run(monkeypatch, "corpus_in_memory", model, str(tmp_path / "run"))
+def test_corpus_in_memory(model: str, tmp_path: Path) -> None:
+    run("corpus_in_memory", model, str(tmp_path / "run"))
     stage = tmp_path / "run" / "stages" / "contrastive"
     assert (stage / "model" / "student" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "data" / "qrels" / "dev.tsv").is_file()
 
 
-def test_own_loss_term(monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path) -> None:
-    run(monkeypatch, "own_loss_term", model, str(tmp_path / "run"))
+def test_own_loss_term(model: str, tmp_path: Path) -> None:
+    run("own_loss_term", model, str(tmp_path / "run"))
     for line in losses_of(tmp_path / "run" / "stages" / "contrastive"):
         assert line["hinge"] > 0
         assert line["loss"] == pytest.approx(line["de"] + 0.5 * line["hinge"], rel=1e-5)
@@ -79,25 +75,16 @@ def test_a_script_on_two_ranks(model: str, tmp_path: Path) -> None:
     assert done["world_size"] == 2
 
 
-def test_stop_early(
-    monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(monkeypatch, "stop_early", model, str(tmp_path / "run"))
-    assert "contrastive ended after update 3 of 40" in capsys.readouterr().out
+def test_stop_early(model: str, tmp_path: Path) -> None:
+    output = run("stop_early", model, str(tmp_path / "run"))
+    assert "contrastive ended after update 3 of 40" in output
     done = json.loads((tmp_path / "run" / "stages" / "contrastive" / "done.json").read_text())
     assert (done["steps"], done["stopped"]) == (3, "EarlyStopping")
 
 
-def test_load_and_search(
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_data: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_load_and_search(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     export_all(write_run(tmp_path / "run", tiny_data, tiny_model, ALL_TERMS))
-    run(monkeypatch, "load_and_search", str(tmp_path / "run"), "baran desel")
-    lines = capsys.readouterr().out.splitlines()
+    lines = run("load_and_search", str(tmp_path / "run"), "baran desel").splitlines()
     assert len(lines) == 5
     assert "cross_encoder" in lines[0]
     assert lines[3].startswith("dual-encoder [[")

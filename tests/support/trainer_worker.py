@@ -21,7 +21,7 @@ from erniesearch.config.terms import LossTerm
 from erniesearch.config.yaml_file import from_dict
 from erniesearch.data.batches import Batch
 from erniesearch.objectives import losses
-from erniesearch.objectives.objective import Scores
+from erniesearch.objectives.own_terms import Scores
 from erniesearch.training.callbacks import Callback, TrainingState
 
 

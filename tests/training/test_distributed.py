@@ -124,7 +124,7 @@ def test_zero_stages_agree_on_one_rank(reference: dict[int, RunFolder]) -> None:
         compare(reference[zero], reference[0])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_like_one(
     make_config: ConfigMaker, reference: dict[int, RunFolder], reference_root: Path,
     world_size: int,
@@ -170,6 +170,7 @@ def test_own_groups_train_alike_on_any_number_of_ranks(
         compare(folder, one, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prefixes_of_vectors_train_alike_on_any_number_of_ranks(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:
@@ -207,7 +208,7 @@ def test_projections_have_their_parameters_in_the_backward_pass(
         compare(alone[zero], alone[0])
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_masked_words_weigh_the_same_on_every_rank(
     make_config: ConfigMaker, tmp_path: Path, chunk_size: int | None
 ) -> None:

@@ -80,7 +80,11 @@ def by_the_evaluation(config: RunConfig, model: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(1, {}), (2, {"zero_stage": 3, "chunk_size": 5}), (2, {"candidates": "group"})],
+    [
+        (1, {}),
+        (2, {"zero_stage": 3, "chunk_size": 5}),
+        pytest.param(2, {"candidates": "group"}, marks=pytest.mark.slow),
+    ],
     ids=["one", "zero3-chunks", "groups"],
 )
 def test_figures_are_those_of_the_evaluation(
@@ -159,7 +163,11 @@ def check_stopped(stage: Path) -> int:
 
 @pytest.mark.parametrize(
     ("ranks", "zero_stages", "precision"),
-    [(1, (0, 1, 3), "fp32"), (2, (2, 3), "fp32"), (1, (0, 1, 3), "bf16")],
+    [
+        (1, (0, 1, 3), "fp32"),
+        pytest.param(2, (2, 3), "fp32", marks=pytest.mark.slow),
+        pytest.param(1, (0, 1, 3), "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_patience_ends_a_stage_and_its_best_model_is_the_result(
     make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int,

@@ -65,7 +65,7 @@ def test_the_universal_form_counts_steps_beside_the_parameters(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("zero_stage", "steps", "kills", "chunk_size"),
-    [(1, 24, (6, 15), None), (3, 12, (6,), 4)],
+    [(1, 24, (6, 15), None), pytest.param(3, 12, (6,), 4, marks=pytest.mark.slow)],
     ids=["zero1", "zero3-cached"],
 )
 def test_sigkill_and_resume_is_bit_exact(

@@ -139,7 +139,7 @@ def test_what_a_trainer_refuses(make_config: ConfigMaker) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_callbacks_are_told_and_any_rank_may_stop(
     make_config: ConfigMaker, tmp_path: Path, ranks: int
 ) -> None:

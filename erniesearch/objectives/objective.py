@@ -6,7 +6,7 @@ Nothing here has parameters: the terms' gradient with respect to the outputs is 
 encoders need (gradient caching rests on it).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, arange, long, stack, zeros, zeros_like
@@ -29,6 +29,17 @@ from erniesearch.objectives.outputs import Outputs
 from erniesearch.objectives.own_terms import Scores, value_of
 
 GATE_MOMENTUM = 0.9
+
+
+class Distance(NamedTuple):
+    """How far a student's scores are from a target's, and what is logged of the two sides."""
+
+    loss: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    statistics: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+
+
+KL = Distance(losses.kl_divergence, losses.kl_statistics)
+MARGIN_MSE = Distance(losses.margin_mse, losses.margin_statistics)
 
 
 class StudentScores(NamedTuple):
@@ -150,37 +161,15 @@ class Objective:
         )  # fmt: skip
 
     def _distill(
-        self,
-        name: str,
-        target: Tensor,
-        student: Tensor,
-        mask: Tensor,
+        self, name: str, distance: Distance, target: Tensor, student: Tensor, mask: Tensor,
         prefixes: Sequence[Tensor] = (),
-    ) -> dict[str, Tensor]:
-        """The KL term ``name``, a mean over the whole vectors and their prefixes, 0 while its gate
-        is closed, and what its two distributions look like."""
-        statistics = losses.kl_statistics(target, student, mask)
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The term ``name``, a mean over the whole vectors and their prefixes, 0 while its gate is
+        closed, and what its two sides look like."""
+        statistics = distance.statistics(target, student, mask)
         if self.is_open(name):
             detach = self.settings.detach_targets
-            kl = _mean([losses.kl_divergence(target, logits, mask, detach)
-                        for logits in (student, *prefixes)])  # fmt: skip
-        else:
-            kl = _nothing(student)
-        return {name: kl} | {f"{name}_{key}": value for key, value in statistics.items()}
-
-    def _match_margins(
-        self,
-        name: str,
-        target: Tensor,
-        student: Tensor,
-        mask: Tensor,
-        prefixes: Sequence[Tensor] = (),
-    ) -> dict[str, Tensor]:
-        """The MarginMSE term ``name``, as :meth:`_distill`, and how large margins are."""
-        statistics = losses.margin_statistics(target, student, mask)
-        if self.is_open(name):
-            detach = self.settings.detach_targets
-            term = _mean([losses.margin_mse(target, logits, mask, detach)
+            term = _mean([distance.loss(target, logits, mask, detach)
                           for logits in (student, *prefixes)])  # fmt: skip
         else:
             term = _nothing(student)
@@ -202,7 +191,7 @@ class Objective:
             assert student.dual is not None
             settings = self.settings
             terms |= self._distill(
-                "li_to_de",
+                "li_to_de", KL,
                 _at_temperature(student.late, settings.tau_li, settings.tau_li_target),
                 _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl), mask,
                 [_at_temperature(x, settings.tau_de, settings.tau_de_kl) for x in student.prefixes],
@@ -264,11 +253,11 @@ class Objective:
             if logits is not None
         }
         settings = self.settings
-        for name, side, make, tau, wanted in (
-            ("ce_to_li", "li", self._distill, settings.tau_li, settings.tau_li_kl),
-            ("ce_to_de", "de", self._distill, settings.tau_de, settings.tau_de_kl),
-            ("margin_mse_li", "li", self._match_margins, settings.tau_li, settings.tau_li_margin),
-            ("margin_mse_de", "de", self._match_margins, settings.tau_de, settings.tau_de_margin),
+        for name, side, distance, tau, wanted in (
+            ("ce_to_li", "li", KL, settings.tau_li, settings.tau_li_kl),
+            ("ce_to_de", "de", KL, settings.tau_de, settings.tau_de_kl),
+            ("margin_mse_li", "li", MARGIN_MSE, settings.tau_li, settings.tau_li_margin),
+            ("margin_mse_de", "de", MARGIN_MSE, settings.tau_de, settings.tau_de_margin),
         ):
             if getattr(w, name):
                 prefixes = [
@@ -278,7 +267,7 @@ class Objective:
                     for x in (student.prefixes if side == "de" else ())
                 ]
                 logits = _at_temperature(own[side], tau, wanted)
-                terms |= make(name, target, logits, mask, prefixes)
+                terms |= self._distill(name, distance, target, logits, mask, prefixes)
         assert outputs.queries is not None
         for name, made, read in (
             ("attention", outputs.attention, outputs.queries.tokens),

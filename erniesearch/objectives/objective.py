@@ -38,10 +38,6 @@ class Distance(NamedTuple):
     statistics: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
-KL = Distance(losses.kl_divergence, losses.kl_statistics)
-MARGIN_MSE = Distance(losses.margin_mse, losses.margin_statistics)
-
-
 class StudentScores(NamedTuple):
     """Scores are ``[B, P]`` over the passages that ``objective.candidates`` names, ``labels`` the
     column of each query's positive, ``mask`` True on candidates, ``vectors`` the P passages' (or
@@ -191,7 +187,7 @@ class Objective:
             assert student.dual is not None
             settings = self.settings
             terms |= self._distill(
-                "li_to_de", KL,
+                "li_to_de", Distance(losses.kl_divergence, losses.kl_statistics),
                 _at_temperature(student.late, settings.tau_li, settings.tau_li_target),
                 _at_temperature(student.dual, settings.tau_de, settings.tau_de_kl), mask,
                 [_at_temperature(x, settings.tau_de, settings.tau_de_kl) for x in student.prefixes],
@@ -253,11 +249,13 @@ class Objective:
             if logits is not None
         }
         settings = self.settings
+        kl = Distance(losses.kl_divergence, losses.kl_statistics)
+        margin_mse = Distance(losses.margin_mse, losses.margin_statistics)
         for name, side, distance, tau, wanted in (
-            ("ce_to_li", "li", KL, settings.tau_li, settings.tau_li_kl),
-            ("ce_to_de", "de", KL, settings.tau_de, settings.tau_de_kl),
-            ("margin_mse_li", "li", MARGIN_MSE, settings.tau_li, settings.tau_li_margin),
-            ("margin_mse_de", "de", MARGIN_MSE, settings.tau_de, settings.tau_de_margin),
+            ("ce_to_li", "li", kl, settings.tau_li, settings.tau_li_kl),
+            ("ce_to_de", "de", kl, settings.tau_de, settings.tau_de_kl),
+            ("margin_mse_li", "li", margin_mse, settings.tau_li, settings.tau_li_margin),
+            ("margin_mse_de", "de", margin_mse, settings.tau_de, settings.tau_de_margin),
         ):
             if getattr(w, name):
                 prefixes = [

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import jsonargparse
 import yaml
@@ -113,15 +113,6 @@ def parse_options(
     require_at_least(found, at_least)
     values = {field.name: found[field.name] for field in fields(cls)}  # type: ignore[arg-type]
     return cls(**values | {name: values[name] or [] for name in lists}), found
-
-
-def add_first_stage(parser: ArgumentParser) -> None:
-    """``--first_stage`` of what asks a finished run."""
-    parser.add_argument(
-        "--first_stage", type=Literal["dual_encoder", "late_interaction"], default="dual_encoder",
-        help="What searches the corpus; late_interaction needs a run with"
-        " evaluation.late_interaction_index.",
-    )  # fmt: skip
 
 
 def require_at_least(found: jsonargparse.Namespace, bounds: Mapping[str, int]) -> None:

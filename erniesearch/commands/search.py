@@ -4,12 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erniesearch.commands.parsing import (
-    add_first_stage,
-    command_parser,
-    name_accelerator,
-    require_at_least,
-)
+from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
+from erniesearch.config.options import SystemOptions
 from erniesearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,43 +13,46 @@ if TYPE_CHECKING:
 
 
 def search_command(argv: list[str]) -> int:
-    """``erniesearch search --run DIR QUERY``."""
-    parser = command_parser("search", "Search the corpus of a finished run.")
+    """``erniesearch search --run DIR QUERY``, or with ``--model``, ``--index`` and ``--data``."""
+    parser = command_parser(
+        "search", "Search the corpus of a finished run, or an index with models of your own."
+    )
     parser.add_argument("query", type=str, help="The query text.")
-    parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
     parser.add_argument("--depth", type=int, default=5, help="Passages shown.")
     parser.add_argument(
-        "--rerank", type=str, default="none",
-        help="none (dual-encoder only), late_interaction or cross_encoder.",
+        "--rerank", type=str, default=None,
+        help="Of a run: none (the default; the first stage alone), late_interaction or"
+        " cross_encoder.",
     )  # fmt: skip
     parser.add_argument("--rerank_depth", type=int, default=50, help="Passages reranked.")
-    add_first_stage(parser)
-    settings = parser.parse_args(argv)
-    if settings.rerank not in ("none", "late_interaction", "cross_encoder"):
-        raise UserError(f"--rerank {settings.rerank}: none, late_interaction or cross_encoder")
-    require_at_least(settings, {"depth": 1, "rerank_depth": 1})
-    name_accelerator()
-    from erniesearch.search.system import SearchSystem
-
-    reranks = settings.rerank != "none"
-    late_first = settings.first_stage == "late_interaction"
-    if late_first and settings.rerank == "late_interaction":
+    options, settings = parse_options(
+        parser, argv, SystemOptions, lists=("rerankers",),
+        at_least={"depth": 1, "rerank_depth": 1},
+    )  # fmt: skip
+    rerank: str = settings.rerank or "none"
+    if rerank not in ("none", "late_interaction", "cross_encoder"):
+        raise UserError(f"--rerank {rerank}: none, late_interaction or cross_encoder")
+    if settings.rerank is not None and options.run is None:
+        raise UserError(f"--rerank {rerank}: --run's; models of your own rerank by --rerankers")
+    late_first = options.first_stage == "late_interaction"
+    if late_first and rerank == "late_interaction":
         raise UserError("--rerank late_interaction: with --first_stage late_interaction it has"
                         " ranked already; leave one of the two out")  # fmt: skip
-    system = SearchSystem.from_run(
-        settings.run, settings.rerank == "cross_encoder", settings.first_stage
-    )
-    if reranks and settings.rerank not in system.models:
+    name_accelerator()
+    from erniesearch.search.from_models import open_system
+
+    system = open_system(options, rerank == "cross_encoder")
+    if rerank != "none" and rerank not in system.models:
         raise UserError(
-            f"--rerank {settings.rerank}: {settings.run} trained no such model; it has"
+            f"--rerank {rerank}: {options.run} trained no such model; it has"
             f" {', '.join(system.models)}"
         )
-    result = system.search(
-        settings.query, settings.depth,
-        settings.rerank_depth if settings.rerank == "late_interaction" else int(late_first),
-        settings.rerank_depth if settings.rerank == "cross_encoder" else 0,
-    )  # fmt: skip
-    _show(result)
+    rerankers = {rerank} if options.run else set(system.models)
+    late = settings.rerank_depth if "late_interaction" in rerankers else 0
+    if system.first_stage == "late_interaction":
+        late = 1
+    cross = settings.rerank_depth if "cross_encoder" in rerankers else 0
+    _show(system.search(settings.query, settings.depth, late, cross))
     return 0
 
 

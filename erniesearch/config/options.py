@@ -229,6 +229,32 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class SystemOptions:
+    """What ``erniesearch search`` and ``serve`` ask."""
+
+    run: str | None = None
+    """Folder of a finished run."""
+    first_stage: Literal["dual_encoder", "late_interaction"] | None = None
+    """What searches a run's corpus, the dual-encoder by default; late_interaction needs a run with
+    evaluation.late_interaction_index."""
+    model: str | None = None
+    """In place of a run: dual-encoder or late-interaction folder or hub name, as in `erniesearch
+    encode`. What is not built here, sentence-transformers 6 runs."""
+    index: str | None = None
+    """With --model: folder of `erniesearch index`."""
+    data: str | None = None
+    """With --model: folder in BEIR layout, the one indexed."""
+    rerankers: list[str] = field(default_factory=list)
+    """With --model: a late-interaction and a cross-encoder folder, or one of them."""
+    use_titles: bool = True
+    """With --model: put a passage's title before its text."""
+    precision: Precision = "auto"
+    """With --model: computed in; auto is bf16 where the device has it."""
+    trust_remote_code: bool = False
+    """With --model: run code that lies with the model's folder. Only for models you trust."""
+
+
+@dataclass(frozen=True)
 class PushOptions:
     """``erniesearch push``."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import Precision
 from erniesearch.data.text_format import PLAIN
@@ -46,6 +47,7 @@ class ForeignRetriever(Retriever):
     """
 
     reads_stored_tokens = False
+    names_tokens = False
 
     def __init__(
         self, folder: Path, multi_vector: bool, why: str, lengths: Lengths, batch_size: int = 128,
@@ -98,6 +100,21 @@ class ForeignRetriever(Retriever):
             raise UserError(f"--dim {dim}: a model that sentence-transformers runs keeps its own"
                             " dimensions (truncate_dim in its folder)")  # fmt: skip
         return self
+
+    def query_length(self, query: str) -> tuple[int, int]:
+        """As of a :class:`Retriever`, without what fills a query up."""
+        prompt = (self.model.prompts or {}).get("query", "")
+        tokenizer: Any = self.model.tokenizer
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            around = tokenizer.num_special_tokens_to_add()
+            whole, own = (
+                len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                for text in (prompt + query, query)
+            )
+            return whole + around, own
+        # A model of word vectors alone has a tokenizer without special tokens.
+        whole, own = (len(tokenizer.encode(text).ids) for text in (prompt + query, query))
+        return whole, own
 
     @property
     def token_dim(self) -> int:

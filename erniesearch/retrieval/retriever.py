@@ -103,11 +103,13 @@ class Retriever:
         told: whether work of more than a few seconds says how far it is.
         makes_vectors: whether its dual-encoder vectors mean anything.
         reads_stored_tokens: whether it takes passages as :class:`StoredTokens`.
+        names_tokens: whether it can say which token a token vector is of.
     """
 
     told = False
     makes_vectors = True
     reads_stored_tokens = True
+    names_tokens = True
 
     def __init__(
         self,
@@ -170,6 +172,10 @@ class Retriever:
     def token_dim(self) -> int:
         """Dimensions of a token vector."""
         return self.student.settings.late_interaction_dim
+
+    def query_length(self, query: str) -> tuple[int, int]:
+        """Tokens of a query with all that stands around it, uncut; and how many are its own."""
+        return self.readers["query"].length(query)
 
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), dim]``, fp32."""

@@ -46,12 +46,12 @@ class SearchSystem:
     Which queries share a batch changes scores by rounding only.
 
     Args:
-        retriever: encodes for the index and, if ``late_interaction``, for MaxSim.
+        retriever: encodes for the index.
         index: the passage vectors of ``retriever``'s dual-encoder; or late interaction's token
             vectors, which then is the first stage in the dual-encoder's place.
         data: has a text for every pid of ``index``; queries and qrels are not used.
         scorer: the cross-encoder; None leaves it out.
-        late_interaction: whether the retriever's late-interaction head was trained.
+        late_interaction: encodes for MaxSim, as a rule the same retriever; None leaves it out.
         token_vectors: its vectors of all passages; None encodes them when they are needed.
 
     Raises:
@@ -64,14 +64,14 @@ class SearchSystem:
         index: Index,
         data: RetrievalData,
         scorer: PairScorer | None = None,
-        late_interaction: bool = True,
+        late_interaction: Retriever | None = None,
         token_vectors: TokenVectors | None = None,
     ) -> None:
         self.retriever, self.index, self.data, self.scorer = retriever, index, data, scorer
-        self.token_vectors = token_vectors
+        self.late_interaction, self.token_vectors = late_interaction, token_vectors
         dual_encoder = not isinstance(index, TokenIndex)
         self.first_stage: Model = "dual_encoder" if dual_encoder else "late_interaction"
-        there = (dual_encoder, late_interaction, scorer is not None)
+        there = (dual_encoder, late_interaction is not None, scorer is not None)
         self.models = tuple(name for name, own in zip(MODELS, there, strict=True) if own)
         self._row_of = data.index_of
         missing = np.flatnonzero(rows_of(data.index_of, index.pids) < 0)
@@ -124,10 +124,10 @@ class SearchSystem:
         data = load_beir(config.data.path, config.evaluation.split, config.data.use_titles)
         teacher = trained_teacher(config) if cross_encoder else None
         stored = folder.token_vectors
+        retriever = make_retriever(config, trained_student(config, final))
         return cls(
-            make_retriever(config, trained_student(config, final)), index, data,
-            make_scorer(config, teacher) if teacher else None,
-            stages.trains_late_interaction(config),
+            retriever, index, data, make_scorer(config, teacher) if teacher else None,
+            retriever if stages.trains_late_interaction(config) else None,
             TokenVectors(stored, data.index_of) if stored.is_dir() else None,
         )  # fmt: skip
 
@@ -221,10 +221,10 @@ class SearchSystem:
         dense, late, cross = first, none, none
         if self.first_stage == "late_interaction":
             dense, late = none, first
-        elif late_depth:
+        elif late_depth and self.late_interaction is not None:
             best = {qid: pids[:late_depth] for qid, pids in order.items()}
             late = ranking.late_interaction_scores(
-                self.retriever, self.data, texts, best, self.token_vectors
+                self.late_interaction, self.data, texts, best, self.token_vectors
             )
             order = _reordered(order, late)
         if cross_depth and self.scorer is not None:
@@ -248,13 +248,18 @@ class SearchSystem:
             UserError: for an empty query, or if no late-interaction head was trained.
         """
         _require_words(query)
-        if "late_interaction" not in self.models:
+        late = self.late_interaction
+        if late is None:
             raise UserError("token matches need late interaction, which this run did not train")
+        if not late.names_tokens:
+            raise UserError(
+                "token matches need a model that is built here; sentence-transformers runs this one"
+            )
         passage = self.text(pid)
 
         def work(_: Sequence[str]) -> list[list[TokenMatch]]:
             self._query_lengths(query)
-            return [match_tokens(self.retriever, query, passage)]
+            return [match_tokens(late, query, passage)]
 
         return self._queue.call(object(), query, work)
 
@@ -274,7 +279,7 @@ class SearchSystem:
         Raises:
             UserError: if nothing of the query becomes a token.
         """
-        length, own = self.retriever.readers["query"].length(query)
+        length, own = self.retriever.query_length(query)
         if own <= 0:
             raise UserError(f"the query {query!r} holds no character that the tokenizer knows")
         return length, min(length, self.retriever.lengths["query"])

@@ -362,7 +362,7 @@ def test_more_evaluation_passages_than_there_are_is_refused(
         (["data"], "unknown command 'data'"),
         (["data", "pydoc"], "unknown command 'data pydoc' (did you mean 'data pydocs'?)"),
         (["search", "--run", "nowhere", "a query"], "nowhere/config.yaml: no such file"),
-        (["search", "a query"], "arguments are required: run"),
+        (["search", "a query"], "nothing to search: give --run DIR, or --model, --index and"),
         (["search", "--run", "x", "q", "--rerank", "both"], "--rerank both: none, "),
         (["search", "--run", "x", "q", "--depth", "0"], "--depth 0: must be 1 or more"),
         (["report", "--run", "nowhere"], "nowhere/evaluation.json: no such file"),

@@ -17,7 +17,8 @@ def mine_command(argv: list[str]) -> int:
         " again after an interrupt.",
     )  # fmt: skip
     parser.add_class_arguments(MineConfig, skip={"enabled"})
-    names = ("depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search", "dim")
+    names = ("depth", "num_negatives", "max_queries", "batch_size", "nprobe", "ef_search",
+             "candidates", "dim")  # fmt: skip
     options, found = parse_options(parser, argv, MineOptions, at_least=dict.fromkeys(names, 1))
     keys = [field.name for field in fields(MineConfig) if field.name in found]
     settings = MineConfig(**{name: found[name] for name in keys})

@@ -81,7 +81,8 @@ class IndexOptions:
     is fp16 without loss, below 65,536 token vectors."""
     candidates: int | None = None
     """Token vectors: passages of a query scored with all their vectors unless a search says
-    otherwise; 1,024 by default, or four times the depth if that is more."""
+    otherwise; by default 40 for each that is asked for, at least 1,024 and at most 4,096, and four
+    for each beyond that."""
     ef_search: int | None = None
     """Breadth of an HNSW search unless it says otherwise; FAISS's by default."""
     seed: int = 42
@@ -117,6 +118,8 @@ class MineOptions:
     """Lists an IVF search visits; for each token of a query in an index of token vectors."""
     ef_search: int | None = None
     """Breadth of an HNSW search."""
+    candidates: int | None = None
+    """Passages of a query that an index of token vectors scores with all their vectors."""
     batch_size: int = 128
     """Texts that a model gets at a time."""
     precision: Precision = "auto"

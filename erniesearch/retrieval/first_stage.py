@@ -43,12 +43,14 @@ def open_index(
     nprobe: int | None = None,
     ef_search: int | None = None,
     gpu: bool = False,
+    candidates: int | None = None,
 ) -> Index:
     """A folder of `erniesearch index`, for queries that a model encodes.
 
     Args:
         found: the model's folder.
         nprobe, ef_search, gpu: as in :meth:`VectorIndex.load`.
+        candidates: as in :meth:`TokenIndex.load`.
 
     Raises:
         UserError: also for a model that makes no such vectors, and settings the index does not
@@ -62,8 +64,12 @@ def open_index(
             f" {found.kind.replace('_', '-')}: give the model that encoded the passages"
         )
     if not tokens:
+        if candidates is not None:
+            raise UserError(
+                f"--candidates: index folder {folder} has one vector a text: leave it out"
+            )
         return VectorIndex.load(folder, nprobe, ef_search, gpu)
     for name, value in (("--ef_search", ef_search is not None), ("--gpu", gpu)):
         if value:
             raise UserError(f"{name}: index folder {folder} is late interaction's: leave it out")
-    return TokenIndex.load(folder, nprobe)
+    return TokenIndex.load(folder, nprobe, candidates)

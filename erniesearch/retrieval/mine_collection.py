@@ -55,7 +55,12 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     ).truncate(options.dim)
     scorer = load_scorer(options.teacher, **loading) if options.teacher else None
     found = open_index(
-        index, read_folder(options.model), options.nprobe, options.ef_search, options.gpu
+        index,
+        read_folder(options.model),
+        options.nprobe,
+        options.ef_search,
+        options.gpu,
+        options.candidates,
     )
     miner = Miner(
         collection, retriever, found, scorer, settings, seed, always_score=options.write_scores
@@ -93,7 +98,8 @@ def _check(options: MineOptions, settings: MineConfig) -> None:
 
 def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
     """What the result depends on; a batch's size and the device are left out."""
-    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "write_scores", "dim")
+    named = ("split", "seed", "use_titles", "nprobe", "ef_search", "candidates",
+             "write_scores", "dim")  # fmt: skip
     given = {name: getattr(options, name) for name in named}
     for name in ("model", "index", "data", "teacher"):
         path = getattr(options, name)

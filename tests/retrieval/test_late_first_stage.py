@@ -123,6 +123,8 @@ REFUSED = [
     (["mine", "--model", "late_interaction", "--index", "dual"], "give the model that encoded"),
     (["mine", "--model", "late_interaction", "--index", "late", "--ef_search", "3"],
      "--ef_search: index folder .* is late interaction's: leave it out"),
+    (["mine", "--model", "dual_encoder", "--index", "dual", "--candidates", "9"],
+     "--candidates: index folder .* has one vector a text: leave it out"),
     (["index", "--embeddings", "e-late", "--factory", "Flat"], "--factory is for one vector"),
     (["index", "--embeddings", "e-dual", "--bits", "4"], "--bits is for token vectors"),
     (["index", "--embeddings", "e-late", "--bits", "3"], "bits"),

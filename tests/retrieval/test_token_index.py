@@ -24,7 +24,7 @@ from erniesearch.errors import UserError
 from erniesearch.retrieval import build_token_index
 from erniesearch.retrieval.build_index import build_index
 from erniesearch.retrieval.embeddings import Dtype, Embeddings, Manifest, claim, write_shard
-from erniesearch.retrieval.token_index import TokenIndex, ranges
+from erniesearch.retrieval.token_index import TokenIndex, default_candidates, ranges
 
 DIM = 16
 TOPICS = 40
@@ -352,3 +352,10 @@ def test_a_damaged_folder_is_refused(
     with pytest.raises(UserError, match=problem):
         TokenIndex.load(tmp_path / "i")
     shutil.rmtree(tmp_path / "i")
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(1, 1024), (25, 1024), (100, 4000), (200, 4096), (2000, 8000)]
+)
+def test_more_passages_are_scored_where_more_are_asked_for(depth: int, expected: int) -> None:
+    assert default_candidates(depth) == expected

@@ -37,6 +37,7 @@ commands:
   data pycode          write the embedded code-search corpus in BEIR layout
   init config NAME     a copy of a shipped configuration, to be edited
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
+  env                  versions, processor and GPUs, for a report of a bug
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
 CONFIG is a YAML file, or the name of a shipped one (quickstart).
@@ -116,6 +117,7 @@ COMMANDS = {
     "data pycode": "data:pycode_command",
     "init config": "init:config_command",
     "init encoder": "init:encoder_command",
+    "env": "env:env_command",
     "convert paddle": "convert:paddle_command",
 }
 

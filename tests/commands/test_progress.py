@@ -235,8 +235,8 @@ def test_every_command_has_the_flag(monkeypatch: pytest.MonkeyPatch, capsys: Cap
     monkeypatch.setattr(cli, "_load", lambda name: command)
     for name in cli.COMMANDS:
         words = name.split()
-        for flag, expected in (
-            (["--quiet"], "quiet"), (["--progress", "json"], "json"), (["--progress=plain"], "plain")
+        for expected, *flag in (
+            ("quiet", "--quiet"), ("json", "--progress", "json"), ("plain", "--progress=plain")
         ):  # fmt: skip
             assert cli.main([*words, "--x", *flag, "1"]) == 0
             assert cli.main([*flag, *words, "--x", "1"]) == 0

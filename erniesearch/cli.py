@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import jsonargparse
 
-from erniesearch import __version__, exiting
+from erniesearch import __version__, exiting, progress
 from erniesearch.errors import RankFailed, UserError, nearest
 
 USAGE = """usage: erniesearch COMMAND [options]
@@ -37,10 +37,13 @@ commands:
   data pycode          write the embedded code-search corpus in BEIR layout
   init config NAME     a copy of a shipped configuration, to be edited
   init encoder         a small untrained encoder with a vocabulary of the corpus's own
+  env                  versions, processor and GPUs, for a report of a bug
   convert paddle       PaddleNLP's ERNIE weights into a folder that transformers loads
 
 CONFIG is a YAML file, or the name of a shipped one (quickstart).
 `erniesearch COMMAND --help` explains every option; --version prints the version.
+Every command takes --progress auto|plain|json|quiet, how it tells how far it is (standard error;
+ERNIESEARCH_PROGRESS says the same), and --quiet, short for --progress quiet.
 """
 
 
@@ -54,17 +57,29 @@ def main(argv: list[str] | None = None) -> int:
     argv = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    before = os.environ.get(progress.VARIABLE)
+    try:
+        return _run(argv)
+    finally:
+        os.environ.pop(progress.VARIABLE, None)
+        if before is not None:
+            os.environ[progress.VARIABLE] = before
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if argv else 2
     if argv[0] == "--version":
         sys.stdout.write(f"erniesearch {__version__}\n")
         return 0
-    groups = {command.split()[0] for command in COMMANDS if " " in command}
-    name = " ".join(argv[:2]) if argv[0] in groups else argv[0]
     try:
+        argv = _take_progress(argv)
+        groups = {command.split()[0] for command in COMMANDS if " " in command}
+        name = " ".join(argv[:2]) if argv and argv[0] in groups else "".join(argv[:1])
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see --help")
+        progress.set_stage(name)
         return _load(name)(argv[len(name.split()) :])
     except (UserError, jsonargparse.ArgumentError) as error:
         # Every rank meets the same mistake.
@@ -102,6 +117,7 @@ COMMANDS = {
     "data pycode": "data:pycode_command",
     "init config": "init:config_command",
     "init encoder": "init:encoder_command",
+    "env": "env:env_command",
     "convert paddle": "convert:paddle_command",
 }
 
@@ -121,13 +137,41 @@ def _drop_local_rank(argv: list[str]) -> list[str]:
     return argv
 
 
+def _take_progress(argv: list[str]) -> list[str]:
+    """Without ``--progress`` and ``--quiet``, which every command has: the environment says it from
+    now on, to the processes that are started too.
+
+    Raises:
+        UserError: for a mode that there is not, and for two.
+    """
+    kept: list[str] = []
+    given: list[str] = []
+    rest = iter(argv)
+    for arg in rest:
+        if arg == "--":
+            kept += [arg, *rest]
+        elif arg == "--quiet":
+            given.append("quiet")
+        elif arg == "--progress" or arg.startswith("--progress="):
+            mode = arg.partition("=")[2] if "=" in arg else next(rest, "")
+            given.append(progress.checked(mode, "--progress"))
+        else:
+            kept.append(arg)
+    if len(set(given)) > 1:
+        raise UserError(f"--progress: {' and '.join(given)} at once; give one, --quiet is quiet")
+    if given:
+        os.environ[progress.VARIABLE] = given[0]
+    progress.mode()
+    return kept
+
+
 def _tell(error: Exception) -> None:
     """On one line, without terminal controls or the bulk of an odd value."""
     message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
                       for c in " ".join(str(error).split()))  # fmt: skip
     if len(message) > 1000:
         message = f"{message[:600]} … {message[-300:]}"
-    sys.stderr.write(f"erniesearch: error: {message}\n")
+    progress.say(message, "error")
 
 
 def _load(name: str) -> Callable[[list[str]], int]:

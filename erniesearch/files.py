@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from erniesearch.errors import UserError
+from erniesearch.progress import waiting
 
 
 def sync(path: Path) -> None:
@@ -67,7 +68,8 @@ def hash_file(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_of(path: Path, size: int, mtime_ns: int) -> str:
-    return hash_file(path)
+    with waiting(f"reading {path.name} for its hash"):
+        return hash_file(path)
 
 
 def hash_files(paths: Iterable[Path]) -> str:

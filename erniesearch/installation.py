@@ -1,9 +1,12 @@
 """What this copy of the package brings along: configurations by name, and the commit it is at."""
 
+import platform
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from erniesearch import __version__
 from erniesearch.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -76,6 +79,20 @@ def zero_file(given: str) -> Path:
     """``training.zero_json`` by path, or, where no such file is, a shipped one by name (zero2)."""
     path, shipped = Path(given), configs() / "deepspeed" / f"{given}.json"
     return shipped if not path.is_file() and shipped.is_file() else path
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """This package's version and commit, Python's version, and those of other packages, None where
+    one is not installed."""
+    found: dict[str, str | None] = {
+        "erniesearch": __version__, "commit": commit(), "python": platform.python_version(),
+    }  # fmt: skip
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def commit() -> str | None:

@@ -1,14 +1,12 @@
 """Where a run keeps its files, and whether what lies there is finished and still good."""
 
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
-from erniesearch import __version__, installation
+from erniesearch import installation
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
@@ -65,13 +63,8 @@ class RunFolder:
     def record(self, config: RunConfig) -> None:
         """Leave the resolved config here, versions and commit."""
         write_atomically(self.root / "config.yaml", to_yaml(config))
-        versions = {
-            "erniesearch": __version__,
-            "commit": installation.commit(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
-        }
-        write_atomically(self.root / "environment.json", json.dumps(versions, indent=2) + "\n")
+        used = installation.versions("torch", "deepspeed", "transformers")
+        write_atomically(self.root / "environment.json", json.dumps(used, indent=2) + "\n")
 
 
 def is_done(folder: Path, expected: str) -> bool:

@@ -8,10 +8,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 . launch/setup.sh dev
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-ruff check .
-ruff format --check .
-mypy
-lint-imports
+bash launch/check.sh
 if [ $# -gt 0 ]; then
     exec python -m pytest -m "not slow" "$@"
 fi

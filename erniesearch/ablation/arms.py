@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from erniesearch import stages
 from erniesearch.ablation.forked import Forked
 from erniesearch.ablation.grid import Arm, Grid, needed_steps
@@ -24,11 +22,11 @@ from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.files import hold_lock, write_atomically
 from erniesearch.pipeline import launcher
+from erniesearch.progress import ARM, Meter, say
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.faults import preemption
 from erniesearch.training.faults.process import pipeline_token
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 _running: set[Forked] = set()
 
 
@@ -50,8 +48,10 @@ def train_arms(grid: Grid, jobs: list[tuple[Arm, int]], parallel: int) -> None:
     with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(_train_arm, grid, arm, seed) for arm, seed in jobs]
         try:
-            for future in futures:
-                future.result()
+            with Meter("training arms", "jobs", len(jobs), rewritten=False) as meter:
+                for future in futures:
+                    future.result()
+                    meter.advance(1)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -93,10 +93,10 @@ def _train_arm(grid: Grid, arm: Arm, seed: int) -> None:
         with hold_lock(result / ".lock", "ablation", patience=float("inf")):
             if is_done(result / "stages" / step, expected):
                 continue  # another arm has trained it meanwhile
-            console.print(f"[bold]{arm.name}[/] seed {seed}: {step}")
+            say(f"{arm.name} seed {seed}: {step}")
             write_atomically(result / "config.yaml", to_yaml(replace(config, run_dir=str(result))))
             write_atomically(root / "arm.yaml", to_yaml(config))
-            _start(arm.name, "run", str(root / "arm.yaml"), "--only", step)
+            _start(f"{arm.name} seed {seed}", "run", str(root / "arm.yaml"), "--only", step)
             if step in TRAINING_STAGES:  # several times the model's size, and no longer needed
                 shutil.rmtree(result / "stages" / step / "checkpoints", ignore_errors=True)
     _measure(grid, arm.name, config)
@@ -110,7 +110,7 @@ def _measure(grid: Grid, arm: str, config: RunConfig) -> None:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         model = RunFolder(result).model(step, "student")
-        _start(arm, *evaluate_command(grid, config, model, out))
+        _start(f"{arm} seed {config.seed}", *evaluate_command(grid, config, model, out))
 
 
 def evaluate_command(grid: Grid, config: RunConfig, model: Path, out: Path) -> list[str]:
@@ -145,7 +145,7 @@ def _start(arm: str, *arguments: str) -> None:
         raise preemption.Preempted("stopped between two steps")
     # Only errors and progress are shown; the tables of single arms would bury both.
     process = Forked(
-        arguments, {"ERNIESEARCH_PIPELINE": pipeline_token(), launcher.ONE_PROCESS: "1"}
+        arguments, {"ERNIESEARCH_PIPELINE": pipeline_token(), launcher.ONE_PROCESS: "1", ARM: arm}
     )
     _running.add(process)
     try:

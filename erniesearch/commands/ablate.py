@@ -1,5 +1,6 @@
 """``ablate``: the arms of a grid, trained once each and compared."""
 
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from erniesearch.commands.parsing import command_parser, name_accelerator, require_at_least
 from erniesearch.errors import UserError
+from erniesearch.progress import VARIABLE, mode, say
 from erniesearch.training.faults import preemption
 
 
@@ -37,22 +39,24 @@ def ablate_command(argv: list[str]) -> int:
     jobs = list(grid.jobs())
     if settings.task is not None:
         jobs = jobs[settings.task :: settings.tasks]
+    if settings.jobs > 1 and mode() == "auto":  # they would rewrite one another's lines
+        os.environ[VARIABLE] = "plain"
     try:
         with preemption.listening(arms.stop):
             if not settings.report:
                 arms.train_arms(grid, jobs, settings.jobs)
     except preemption.Preempted as stopped:
-        sys.stderr.write(f"erniesearch: {stopped}; run the same command again to continue\n")
+        say(f"{stopped}; run the same command again to continue", "stopped")
         return preemption.EXIT_STATUS
     except arms.ArmFailed as error:
         if error.status != 2:
-            sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
+            say(f"{error}; run the same command again to continue", "stopped")
         return 2 if error.status == 2 else 1
     missing = arms.pending(grid, grid.jobs())
     if missing and settings.report:
         raise UserError(f"{grid.run_dir}: not done yet: {', '.join(missing)}")
     if missing:
-        sys.stderr.write(f"erniesearch: the table waits for {', '.join(missing)}\n")
+        say(f"the table waits for {', '.join(missing)}")
         return 0
     command = shlex.join(["erniesearch", "ablate", *argv])
     from erniesearch.ablation.plots import plot_curves, plot_differences

@@ -7,6 +7,7 @@ from erniesearch.commands.parsing import config_parser, name_accelerator, parse_
 from erniesearch.config.checks import with_steps
 from erniesearch.config.keys import TRAINING_STAGES
 from erniesearch.errors import UserError, nearest
+from erniesearch.progress import waiting
 
 
 def export_checkpoint_command(argv: list[str]) -> int:
@@ -40,6 +41,7 @@ def export_checkpoint_command(argv: list[str]) -> int:
     from erniesearch.training.checkpoints.weights import export_checkpoint
 
     stage = Stage(with_steps(config), settings.stage)
-    step = export_checkpoint(stage, Path(settings.out), settings.best)
+    with waiting("reading the checkpoint"):
+        step = export_checkpoint(stage, Path(settings.out), settings.best)
     sys.stdout.write(f"{settings.out}: stage {settings.stage} after {step} updates\n")
     return 0

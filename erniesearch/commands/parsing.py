@@ -26,8 +26,9 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def command_parser(command: str, description: str) -> ArgumentParser:
     """A parser of ``erniesearch COMMAND``."""
     return ArgumentParser(
-        prog=f"erniesearch {command}", description=description, exit_on_error=False
-    )
+        prog=f"erniesearch {command}", description=description, exit_on_error=False,
+        epilog=f"Every command: {reference.PROGRESS}",
+    )  # fmt: skip
 
 
 def config_parser(command: str, description: str) -> ArgumentParser:

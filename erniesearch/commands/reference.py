@@ -11,11 +11,17 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
+from erniesearch import progress
 from erniesearch.config import aliases
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.config.stage_keys import StagesConfig
 
 WIDTH = 100
+PROGRESS = (
+    "--progress MODE says how far the work is, on standard error: "
+    + "; ".join(f"{mode}, {told}" for mode, told in progress.MODES.items())
+    + f". --quiet is short for --progress quiet, {progress.VARIABLE} says the same."
+)
 
 
 class Key(NamedTuple):
@@ -52,6 +58,7 @@ def brief(parser: ArgumentParser) -> str:
             default = "" if action.default in (None, False, "==SUPPRESS==") else action.default
             lines += _aligned(f"{action.option_strings[0]}", text, default)
     lines += _aligned("--help-all", "Every key in full, as in docs/configuration.md.", "")
+    lines += ["", *textwrap.wrap(PROGRESS, WIDTH)]
     lines += ["", "Every key of the configuration is an option too; defaults stand behind it. Names"
               " of Hugging Face's", "trainers are understood where they mean the same"
               " (--help-all)."]  # fmt: skip

@@ -1,12 +1,12 @@
 """``search`` and ``report``: ask a finished run."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
 from erniesearch.config.options import SystemOptions
 from erniesearch.errors import UserError
+from erniesearch.progress import say
 
 if TYPE_CHECKING:
     from erniesearch.search.result import SearchResult
@@ -61,10 +61,10 @@ def _show(result: "SearchResult") -> None:
     from rich.markup import escape
 
     if result.query_truncated:
-        sys.stderr.write(
+        say(
             f"the query has {result.query_tokens} tokens, of which the models read the first"
-            f" {result.query_tokens_read}\n"
-        )
+            f" {result.query_tokens_read}", "warning",
+        )  # fmt: skip
     out = Console(highlight=False)
     for position, hit in enumerate(result.hits, 1):
         scores = "  ".join(

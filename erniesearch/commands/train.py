@@ -1,12 +1,12 @@
 """``run``, ``train`` and ``step``: a whole pipeline, one training stage, one other step."""
 
 import os
-import sys
 from typing import Literal
 
 from erniesearch.commands.parsing import config_parser, name_accelerator, parse_config
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
 from erniesearch.errors import UserError, nearest
+from erniesearch.progress import say
 from erniesearch.training.faults import preemption
 
 
@@ -37,7 +37,7 @@ def run_command(argv: list[str]) -> int:
         return _stopped(stop)
     except launcher.StageFailed as error:
         if error.status != 2:  # a user's mistake has been told already
-            sys.stderr.write(f"erniesearch: {error}; run the same command again to continue\n")
+            say(f"{error}; run the same command again to continue", "stopped")
         return 2 if error.status == 2 else 1
     return 0
 
@@ -123,6 +123,5 @@ def _do_here(config: RunConfig, name: str, world_size: int) -> None:
 
 
 def _stopped(stop: preemption.Preempted) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"erniesearch: {stop}; run the same command again to continue\n")
+    say(f"{stop}; run the same command again to continue", "stopped")
     return preemption.EXIT_STATUS

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import Stemmer
 
 from erniesearch.data.corpus.texts import take
 from erniesearch.errors import UserError
+from erniesearch.progress import metered, waiting
 
 
 def _bm25s_without_jax() -> Any:
@@ -29,6 +30,8 @@ def _bm25s_without_jax() -> Any:
 
 bm25s = _bm25s_without_jax()
 Tokenizer = Literal["words", "code", "jieba"]
+BLOCK = 256
+"""Queries searched at a time."""
 # HTTP|Server, parse|Int, conv|2|d; letters without case (Chinese, say) stay together.
 IDENTIFIER_PARTS = regex.compile(r"\p{Lu}+(?!\p{Ll})|\p{Lu}?\p{Ll}+|[\p{Lo}\p{Lm}]+|\p{Nd}+")
 
@@ -56,16 +59,19 @@ class BM25:
         self.tokenizer = tokenizer
         self.size = len(passages)
         self.retriever = bm25s.BM25()
-        self.retriever.index(self._tokenize(list(passages)), show_progress=False)
+        read = metered(passages, "BM25, splitting passages", "passages", len(passages))
+        words = self._tokenize(read)
+        with waiting("BM25, weighing words"):
+            self.retriever.index(words, show_progress=False)
 
-    def _tokenize(self, texts: list[str]) -> Any:
+    def _tokenize(self, texts: Iterable[str]) -> Any:
         if self.tokenizer == "words":
             return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
         split, stopwords = (
             (_segment, None) if self.tokenizer == "jieba" else (split_identifiers, "en")
         )
         return bm25s.tokenize(
-            [split(text) for text in texts], token_pattern=r"\S+", stopwords=stopwords,
+            map(split, texts), token_pattern=r"\S+", stopwords=stopwords,
             stemmer=self.stemmer, show_progress=False,
         )  # fmt: skip
 
@@ -74,9 +80,15 @@ class BM25:
 
         A passage that shares no word with the query has score 0.
         """
-        positions, scores = self.retriever.retrieve(
-            self._tokenize(queries), k=min(depth, self.size), show_progress=False, n_threads=1
-        )
+        depth, blocks = min(depth, self.size), range(0, max(1, len(queries)), BLOCK)
+        found = [
+            self.retriever.retrieve(
+                self._tokenize(queries[start : start + BLOCK]), k=depth, show_progress=False,
+                n_threads=1,
+            )
+            for start in metered(blocks, "BM25, searching", "queries", len(queries), BLOCK)
+        ]  # fmt: skip
+        positions, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return positions.astype(np.int64), scores
 
 

@@ -13,6 +13,7 @@ from erniesearch.data.corpus.texts import hash_text
 from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.data.negatives import read_negatives
 from erniesearch.errors import UserError
+from erniesearch.progress import metered
 
 PERCENTILES = (0, 50, 90, 95, 99, 100)
 LIMITS = (64, 128, 256, 512)
@@ -68,7 +69,8 @@ def percentiles(values: Iterable[int]) -> dict[str, int]:
 def _passages(data: RetrievalData) -> dict[str, Any]:
     lengths = np.empty(len(data.passages), np.int64)
     hashes = np.empty(len(data.passages), np.uint64)
-    for row, text in enumerate(data.passages):
+    read = metered(data.passages, "reading passages", "passages", len(data.passages))
+    for row, text in enumerate(read):
         lengths[row], hashes[row] = len(text), hash_text(text)
     order = np.argsort(hashes, kind="stable")
     repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])

@@ -2,19 +2,20 @@
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 from erniesearch.errors import UserError, nearest
+from erniesearch.progress import PATIENCE, Meter
 
 
 def read_jsonl(
-    path: Path, show: Callable[[int], None] | None = None
+    path: Path,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for every line that is not blank; ``show`` is told now and then
-    how many bytes are read.
+    """Yield (line number, object) for every line that is not blank.
 
     Raises:
         UserError: for a missing file, bytes that are not UTF-8, or a line that is no JSON object.
@@ -25,12 +26,12 @@ def read_jsonl(
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    position = 0
-    with handle:
+    position, size = 0, os.fstat(handle.fileno()).st_size
+    with handle, Meter(f"reading {path.name}", "bytes", size, patience=PATIENCE) as meter:
         for number, raw in enumerate(handle, 1):
             position += len(raw)
-            if show and number % 4096 == 0:
-                show(position)
+            if number % 4096 == 0:
+                meter.reach(position)
             if raw.strip():
                 yield number, parse_line(raw, path, number)
 

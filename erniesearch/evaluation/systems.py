@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from erniesearch.config.options import EvaluateOptions
 from erniesearch.data.collection import RetrievalData, Run
 from erniesearch.data.trec import read_trec_run
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import bm25_run
+from erniesearch.progress import Meter
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.first_stage import Index, is_token_index, open_index
 from erniesearch.retrieval.load import load_retriever, load_scorer, read_folder
@@ -25,7 +24,6 @@ BLOCK = 256
 """Queries reranked at a time: the passages of one block are in memory as token vectors."""
 PASSAGE_BLOCK = 50_000
 """Passages encoded at a time: besides the index, the vectors of one block are in memory."""
-console = Console(stderr=True, highlight=False)
 
 
 def paths(options: EvaluateOptions) -> list[str]:
@@ -149,9 +147,9 @@ def make_runs(options: EvaluateOptions, data: RetrievalData) -> dict[str, Run]:
         rerankers = [options.model, *options.rerankers]
     depth = options.rerank_depth or options.depth
     for folder in rerankers:
-        console.print(f"{name_of[folder]}: reranking the top {depth}")
         rerank = _reranker(folder, options, data)
-        runs[f"{name_of[folder]}, reranking"] = _in_blocks(rerank, base)
+        told = f"reranking the top {depth} by {name_of[folder]}"
+        runs[f"{name_of[folder]}, reranking"] = _in_blocks(rerank, base, told)
     return runs
 
 
@@ -174,7 +172,6 @@ class _RunReader:
 def _first_stage(options: EvaluateOptions, data: RetrievalData, read: _RunReader) -> Run:
     source = options.first_stage
     if source == "bm25":
-        console.print("BM25: indexing and searching")
         return bm25_run(data, options.depth, options.bm25_stemmer, options.bm25_tokenizer)
     if Path(source).is_file():
         run = read(source)
@@ -196,16 +193,13 @@ def _search(folder: str, options: EvaluateOptions, data: RetrievalData) -> Run:
                 f" {len(data.pids)}: give an index of this corpus"
             )
     else:
-        console.print(f"{folder}: encoding {len(data.pids)} passages, {len(data.queries)} queries")
-        blocks = (
-            data.passages[start : start + PASSAGE_BLOCK]
-            for start in range(0, len(data.pids), PASSAGE_BLOCK)
-        )
-        parts = [
-            part
-            for block in blocks
-            for part in VectorIndex.build(retriever.vectors(block, "passage"), []).parts
-        ]
+        parts: list[Any] = []
+        with Meter(f"encoding by {folder}", "passages", len(data.pids)) as meter:
+            for start in range(0, len(data.pids), PASSAGE_BLOCK):
+                block = data.passages[start : start + PASSAGE_BLOCK]
+                with meter.part(len(block)):
+                    vectors = retriever.vectors(block, "passage")
+                parts += VectorIndex.build(vectors, []).parts
         index = VectorIndex(parts, data.pids)
     run = ranking.dense_run(retriever, index, data.queries, options.depth)
     if options.index:
@@ -229,9 +223,12 @@ def _reranker(folder: str, options: EvaluateOptions, data: RetrievalData) -> Cal
     return lambda run: ranking.rerank_late_interaction(retriever, data, run, depth)
 
 
-def _in_blocks(rerank: Callable[[Run], Run], run: Run) -> Run:
+def _in_blocks(rerank: Callable[[Run], Run], run: Run, told: str) -> Run:
     qids = list(run)
     out: Run = {}
-    for start in range(0, len(qids), BLOCK):
-        out |= rerank({qid: run[qid] for qid in qids[start : start + BLOCK]})
+    with Meter(told, "queries", len(qids)) as meter:
+        for start in range(0, len(qids), BLOCK):
+            block = qids[start : start + BLOCK]
+            with meter.part(len(block)):
+                out |= rerank({qid: run[qid] for qid in block})
     return out

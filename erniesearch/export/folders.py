@@ -20,6 +20,7 @@ from erniesearch.export.model_card import model_card
 from erniesearch.export.onnx import export_onnx, require_onnx
 from erniesearch.files import write_atomically, written_aside
 from erniesearch.models.encoder import HEAD_FILE
+from erniesearch.progress import waiting
 from erniesearch.run_folder import RunFolder
 
 OWN_FILES = (HEAD_FILE, FORMAT_FILE, "passage_tower")
@@ -59,7 +60,11 @@ def export_all(config: RunConfig, onnx: bool = False, results: str | None = None
     targets = _targets(config)
     if not targets:
         raise UserError("nothing to export: no stage with steps above 0 trains a model")
-    return [_write(target, config, onnx, results) for target in targets]
+    folders = []
+    for target in targets:
+        with waiting(f"exporting {target.kind}{target.suffix}"):
+            folders.append(_write(target, config, onnx, results))
+    return folders
 
 
 def write_cards(config: RunConfig, results: str) -> None:

@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from erniesearch.errors import UserError
+from erniesearch.progress import waiting
 
 FILES = ["*.json", "*.txt", "*.model", "*.py", "*artifact.metadata"]
 """What is read of a repository besides *.safetensors; weights in other forms stay there."""
@@ -32,10 +33,11 @@ def from_hub(name: str, revision: str | None = None, weights: bool = True) -> st
     revision = revision or own or None
     at = f" at {revision}" if revision else ""
     try:
-        return snapshot_download(
-            name, revision=revision, allow_patterns=FILES + ["*.safetensors"] * weights,
-            ignore_patterns=NOT_READ,
-        )  # fmt: skip
+        with waiting(f"fetching {name} from the hub"):
+            return snapshot_download(
+                name, revision=revision, allow_patterns=FILES + ["*.safetensors"] * weights,
+                ignore_patterns=NOT_READ,
+            )  # fmt: skip
     except LocalEntryNotFoundError:
         problem = "it is not in the cache and the hub cannot be reached"
     except (HTTPError, HFValidationError, OSError) as error:

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
+from erniesearch.progress import metered, waiting
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MIN_FREQUENCY = 2
@@ -84,7 +85,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> list[str]:
     """
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     words: Counter[str] = Counter()
-    for text in texts:
+    for text in metered(texts, "counting words", "passages"):
         pieces = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
         words.update(word for word, _ in pieces)
     counts: Counter[str] = Counter()
@@ -103,11 +104,12 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> list[str]:
     # The trainer numbers characters inside words in the order of a hash table, which differs from
     # run to run, and breaks ties between merges by number. Named beforehand, they have an order.
     continued = sorted(f"##{character}" for character in inside & set(alphabet))
-    tokenizer.train_from_iterator(
-        (word for word, count in words.items() for word in [word] * count),
-        vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, limit_alphabet=len(alphabet),
-        initial_alphabet=sorted(alphabet), special_tokens=SPECIAL_TOKENS + continued,
-        show_progress=False,
-    )  # fmt: skip
+    with waiting("training the vocabulary"):
+        tokenizer.train_from_iterator(
+            (word for word, count in words.items() for word in [word] * count),
+            vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, limit_alphabet=len(alphabet),
+            initial_alphabet=sorted(alphabet), special_tokens=SPECIAL_TOKENS + continued,
+            show_progress=False,
+        )  # fmt: skip
     ids = tokenizer.get_vocab()
     return sorted(ids, key=lambda token: ids[token])

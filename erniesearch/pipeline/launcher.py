@@ -114,7 +114,8 @@ def launch(config: RunConfig, name: str, world_size: int) -> None:
         command += ["step", "--config", file, "--name", name, "--world_size", str(world_size)]
     if not srun:  # Slurm itself ends what srun leaves behind, on other nodes too
         environment["ERNIESEARCH_PIPELINE"] = pipeline_token()
-    _running = subprocess.Popen(command, env=environment)
+    # A step's result is in its files: standard output is left to the pipeline's.
+    _running = subprocess.Popen(command, env=environment, stdout=2)
     try:
         status = _running.wait()
     except BaseException:

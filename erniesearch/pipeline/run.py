@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-
 from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig, training_stages
 from erniesearch.data.bm25 import check_analyzer
@@ -22,6 +20,7 @@ from erniesearch.files import hold_lock
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.start import read_start
 from erniesearch.pipeline import launcher
+from erniesearch.progress import begin, say
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
 from erniesearch.training.epochs import resolve_epochs
@@ -31,7 +30,6 @@ from erniesearch.training.trackers import check_trackers
 ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
          "mine", "cascade", "export", "evaluate")  # fmt: skip
 STAGE_NAMES = (*TRAINING_STAGES, "teacher_check", "mine")
-console = Console(stderr=True, highlight=False)
 
 
 Launch = Callable[[RunConfig, str, int], None]
@@ -90,7 +88,7 @@ def run_pipeline(
             _run_step(config, name, folder, world_size, launch)
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
-        console.print(f"summary: {folder.root / 'summary.md'}")
+        say(f"summary: {folder.root / 'summary.md'}")
 
 
 def _check_and_tokenize(
@@ -124,10 +122,10 @@ def _run_step(
     config: RunConfig, name: str, folder: RunFolder, world_size: int, launch: Launch
 ) -> None:
     if is_done(folder.stage(name), stages.fingerprint(config, name, world_size)):
-        console.print(f"[bold]{name}[/]: done before")
+        say(f"{name}: done before")
         return
     _check_upstream(config, name, world_size, folder)
-    console.rule(f"[bold]{name}[/]", align="left")
+    begin(name)
     launch(config, name, world_size)
 
 

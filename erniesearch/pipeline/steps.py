@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from erniesearch import stages
 from erniesearch.config.keys import TRAINING_STAGES, RunConfig
@@ -31,6 +30,7 @@ from erniesearch.evaluation.table import Report, Row, describe_machine, stage_fa
 from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
 from erniesearch.files import write_atomically
+from erniesearch.progress import say, set_stage
 from erniesearch.retrieval import crew, ranking
 from erniesearch.retrieval.miner import (
     mine_negatives,
@@ -56,7 +56,6 @@ from erniesearch.training.build import part_settings
 from erniesearch.training.faults.process import exit_with_pipeline, failures_told
 
 BM25_NEGATIVES = 32
-console = Console(stderr=True, highlight=False)
 
 
 def run_step(config: RunConfig, name: str, world_size: int) -> None:
@@ -82,6 +81,7 @@ def run_step(config: RunConfig, name: str, world_size: int) -> None:
 
 
 def _run_alone(config: RunConfig, name: str, world_size: int) -> None:
+    set_stage(name)
     folder = RunFolder(config.run_dir).stage(name)
     expected = stages.fingerprint(config, name, world_size)
     if is_done(folder, expected):
@@ -118,7 +118,7 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
         "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
     )
     facts = statistics(mined.queries)
-    console.print(told(facts))
+    say(told(facts))
     return facts
 
 
@@ -136,9 +136,9 @@ def make_teacher_check(config: RunConfig) -> dict[str, Any]:
     )  # fmt: skip
     check = TeacherCheck(split=split, trained_on=split == config.data.train_split, **facts)
     for line in (check.caption, *check.lines()):
-        console.print(line, soft_wrap=True)
+        say(line)
     for warning in check.warnings():
-        console.print(f"[bold]warning:[/] {warning}", soft_wrap=True)
+        say(warning, "warning")
     return asdict(check)
 
 
@@ -219,7 +219,7 @@ class _TableMaker:
         values = measures.per_query_metrics(run, self.data.qrels)
         metrics = {m: measures.estimate(v, self.config.seed) for m, v in values.items()}
         self.rows.append(Row(name, str(path.relative_to(self.folder.root)), metrics))
-        console.print(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
+        say(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:
         settings = self.config.evaluation
@@ -297,6 +297,6 @@ class _TableMaker:
             self.folder.token_vectors, most,
         )  # fmt: skip
         if reason:
-            console.print(f"late interaction's token vectors are not stored: {reason}")
+            say(f"late interaction's token vectors are not stored: {reason}")
             return None
         return TokenVectors(self.folder.token_vectors, self.held_out.index_of)

@@ -20,6 +20,7 @@ from erniesearch.config.keys import RunConfig
 from erniesearch.config.options import PushOptions
 from erniesearch.errors import UserError
 from erniesearch.evaluation.table import Report
+from erniesearch.progress import waiting
 from erniesearch.retrieval.trained import load_run_config
 from erniesearch.run_folder import RunFolder
 
@@ -120,9 +121,10 @@ def push(upload: Upload, options: PushOptions) -> str:
         api.create_repo(upload.repo, private=options.private or None, exist_ok=True)
         if options.revision is not None:
             api.create_branch(upload.repo, branch=options.revision, exist_ok=True)
-        commit = api.create_commit(
-            upload.repo, additions, commit_message=options.message, revision=options.revision
-        )
+        with waiting(f"sending {len(additions)} files"):
+            commit = api.create_commit(
+                upload.repo, additions, commit_message=options.message, revision=options.revision
+            )
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push") from None
     except HfHubHTTPError as error:

@@ -13,6 +13,7 @@ from erniesearch.models.precision import use_bf16
 from erniesearch.planning.estimate import Estimator, largest_fitting
 from erniesearch.planning.states import Zero, engine_traffic
 from erniesearch.planning.trace import StageTracer, Trace
+from erniesearch.progress import metered
 from erniesearch.stages import Stage
 
 SMALL_BUCKET = 50_000_000
@@ -128,7 +129,7 @@ class Planner:
             UserError: if none is left for a stage.
         """
         plans = []
-        for name in names:
+        for name in metered(names, "planning", "stages", len(names)):
             batch_size = Stage(self.config, name).settings.batch_size
             possible = [n for n in ranks if batch_size is None or batch_size % n == 0]
             plans += [self.stage(name, number) for number in possible or ranks[:1]]

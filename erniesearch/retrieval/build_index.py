@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from erniesearch.config.options import IndexOptions
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say, waiting
 from erniesearch.retrieval.build_token_index import build_token_index
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.vector_index import (
@@ -105,9 +104,8 @@ def build_index(options: IndexOptions) -> None:
     if options.gpu:
         require_gpu()
     plan = plan_index(source, options)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     trained_on = f"trained on {plan.sample:,}" if plan.sample else "no training"
-    console.print(
+    say(
         f"index: {len(source):,} vectors of {source.manifest.dim}, {options.factory},"
         f" {options.metric}, {options.shards} part(s); {trained_on}; about {_size(plan.memory)} of"
         f" memory and {_size(plan.disk)} on disk"
@@ -126,7 +124,7 @@ def build_index(options: IndexOptions) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; change --out") from None
     written = sum(path.stat().st_size for path in folder.rglob("*"))
-    console.print(f"index: {folder}, {_size(written)}")
+    say(f"index: {folder}, {_size(written)}")
 
 
 def _build(source: Embeddings, aside: Path, plan: Plan, options: IndexOptions) -> None:
@@ -143,10 +141,11 @@ def _build(source: Embeddings, aside: Path, plan: Plan, options: IndexOptions) -
         drawn = np.random.default_rng([options.seed, 8]).permutation(len(source))[: plan.sample]
         sample = source.rows(np.sort(drawn))
         trainer = moved(trained)
-        faiss_call(partial(trainer.train, sample), what)
+        with waiting(f"training on {plan.sample:,} vectors", 0):
+            faiss_call(partial(trainer.train, sample), what)
         trained = faiss.index_gpu_to_cpu(trainer) if gpu else trainer
         del sample, trainer
-    with Meter("index", "vectors", len(source)) as meter:
+    with Meter("adding", "vectors", len(source)) as meter:
         for k in range(shards):
             part = moved(trained if shards == 1 else faiss.clone_index(trained))
             folder = aside if shards == 1 else aside / f"shard-{k:02d}"

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from rich.console import Console
 
 from erniesearch.config.options import IndexOptions
 from erniesearch.errors import UserError
 from erniesearch.files import hold_lock, sync, write_atomically, written_aside
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say, waiting
 from erniesearch.retrieval.embeddings import Embeddings, Shard
 from erniesearch.retrieval.parts import Parts
 from erniesearch.retrieval.vector_index import faiss, faiss_call, require_faiss, write_index
@@ -145,8 +144,7 @@ def build_token_index(options: IndexOptions, source: Embeddings) -> None:
     }  # fmt: skip
     started = Parts(folder)
     parts = started.folder
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(
+    say(
         f"index: {plan.tokens:,} token vectors of {manifest.dim} of {manifest.rows:,} passages,"
         f" {plan.centroids:,} centroids trained on {plan.sample:,}, {plan.bits} bits a dimension:"
         f" {plan.bytes_per_token} bytes a token and at most 4 for the lists, about"
@@ -166,7 +164,7 @@ def build_token_index(options: IndexOptions, source: Embeddings) -> None:
                 f"{folder}: cannot be written: {error.strerror}; change --out"
             ) from None
     size = sum(path.stat().st_size for path in folder.iterdir())
-    console.print(
+    say(
         f"index: {folder}, {size / 2**20:,.1f} MiB, {size / plan.tokens:.1f} bytes a token, all"
         " files together"
     )
@@ -182,7 +180,8 @@ def _train(source: Embeddings, parts: Path, plan: TokenPlan) -> bool:
         if not np.isfinite(sample).all():
             raise UserError(f"{source.folder}: values that are not finite: encode again")
         lengths = np.linalg.norm(sample[:BLOCK], axis=1)
-        faiss_call(partial(plan.codec.train, sample), f"{plan.centroids} centroids")
+        with waiting(f"training on {plan.sample:,} token vectors", 0):
+            faiss_call(partial(plan.codec.train, sample), f"{plan.centroids} centroids")
         write_index(plan.codec, parts)
         os.replace(parts / "index", parts / "codec")
         write_atomically(told, json.dumps(bool(np.abs(lengths - 1).max() < 0.02)))
@@ -198,7 +197,7 @@ def _build(source: Embeddings, parts: Path, plan: TokenPlan, record: dict[str, A
     codes = _array(parts / "codes.npy", (plan.tokens, codec.code_size), np.uint8)
     progress = parts / "progress.json"
     done = json.loads(progress.read_text()) if progress.is_file() else 0
-    with Meter("index", "token vectors", plan.tokens - plan.starts[done]) as meter:
+    with Meter("adding", "token vectors", plan.tokens, done=plan.starts[done]) as meter:
         for number in range(done, source.manifest.num_shards):
             shard, start = source.shard(number), plan.starts[number]
             assert shard.offsets is not None
@@ -211,7 +210,8 @@ def _build(source: Embeddings, parts: Path, plan: TokenPlan, record: dict[str, A
             for array in (offsets, centroids, codes):
                 array.flush()
             write_atomically(progress, json.dumps(number + 1))
-    _write_lists(parts, centroids, offsets, plan)
+    with waiting("writing the lists"):
+        _write_lists(parts, centroids, offsets, plan)
     with written_aside(parts / "docid") as aside, aside.open("w", encoding="utf-8") as handle:
         for shard in source:
             handle.writelines(f"{pid}\n" for pid in shard.ids)

@@ -26,8 +26,8 @@ from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
 from erniesearch.data.corpus.texts import take
 from erniesearch.errors import RankFailed
 from erniesearch.models.encoder import Side
+from erniesearch.progress import PATIENCE as MOMENT
 from erniesearch.progress import Meter
-from erniesearch.retrieval.retriever import PATIENCE as MOMENT
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 
 PATIENCE = timedelta(minutes=30)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from erniesearch import distributed
@@ -20,7 +19,7 @@ from erniesearch.data.corpus.tokens import open_tokens
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files
 from erniesearch.models.encoder import Side
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say
 from erniesearch.retrieval.embeddings import (
     DTYPES,
     Manifest,
@@ -119,20 +118,20 @@ def encode_shards(
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = range(rank, manifest.num_shards, world_size)
     todo = [k for k in mine if not is_whole(folder, manifest, k)]
-    rows = sum(end - start for start, end in map(manifest.bounds, todo))
+    total, rows = (sum(e - s for s, e in map(manifest.bounds, own)) for own in (mine, todo))
     store = None
     if manifest.side == "passage" and rows > 0 and retriever.reads_stored_tokens:
         prompt = retriever.text_format.passage.prompt
         store = open_tokens(collection.texts, retriever.tokenizer, prompt)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     unit = "passages" if manifest.side == "passage" else "queries"
-    if rank == 0:
-        console.print(
-            f"encode: {manifest.rows:,} {unit} to {manifest.what} of {manifest.dim} in"
-            f" {manifest.dtype}, {manifest.num_shards} shards on {world_size} ranks;"
-            f" rank 0 has {len(mine)}, {len(mine) - len(todo)} are there"
-        )
-    with Meter("encode, rank 0", unit, rows, shown=rank == 0 and rows > 0) as meter:
+    say(
+        f"encode: {manifest.rows:,} {unit} to {manifest.what} of {manifest.dim} in"
+        f" {manifest.dtype}, {manifest.num_shards} shards on {world_size} ranks;"
+        f" rank 0 has {len(mine)}, {len(mine) - len(todo)} are there"
+    )
+    with Meter(
+        f"encoding {manifest.what}, rank 0's share", unit, total, rows > 0, done=total - rows
+    ) as meter:
         for k in todo:
             start, end = manifest.bounds(k)
             texts = StoredTokens(store, start, end) if store else collection.texts[start:end]
@@ -146,8 +145,8 @@ def encode_shards(
                     " bf16 or fp32, or a model without overflows"
                 )
             write_shard(folder, manifest, k, collection.ids[start:end], encoded, offsets)
-    if rank == 0 and rows:
-        console.print(f"encode: rank 0 done, {meter.rate:,.1f} {unit}/s")
+    if rows:
+        say(f"encode: rank 0 done, {meter.rate:,.1f} {unit}/s")
 
 
 def _vectors(

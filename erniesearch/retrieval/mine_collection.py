@@ -10,15 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from erniesearch import distributed
 from erniesearch.config.options import MineOptions
 from erniesearch.config.stage_keys import MineConfig
 from erniesearch.data.collection import load_beir
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files, write_atomically, written_aside
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say
 from erniesearch.retrieval.first_stage import is_token_index, open_index
 from erniesearch.retrieval.load import load_retriever, load_scorer
 from erniesearch.retrieval.miner import (
@@ -70,15 +68,14 @@ def mine_collection(options: MineOptions, settings: MineConfig) -> None:
     if distributed.is_main():
         parts.claim(json.dumps(_record(options, settings) | {"queries": qids}))
     distributed.barrier()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     if distributed.is_main():
         if scorer is None:
-            console.print("mine: no --teacher, so nothing is denoised")
-        _compare_models(read_folder(options.model), index, console)
+            say("mine: no --teacher, so nothing is denoised")
+        _compare_models(read_folder(options.model), index)
     _mine_blocks(miner, list(query_blocks(qids)), parts)
     distributed.barrier()
     if distributed.is_main():
-        _join(parts, target, options, console)
+        _join(parts, target, options)
 
 
 def _check(options: MineOptions, settings: MineConfig) -> None:
@@ -111,33 +108,34 @@ def _record(options: MineOptions, settings: MineConfig) -> dict[str, Any]:
     return given | {"settings": asdict(settings), "files": hash_files(files)}
 
 
-def _compare_models(found: ModelFolder, index: Path, console: Console) -> None:
+def _compare_models(found: ModelFolder, index: Path) -> None:
     """Say if the passages were encoded by other files than the queries: scores would be noise."""
     path = index / "index.json"
     if not path.is_file():
         return  # an index made elsewhere
     theirs = json.loads(path.read_text(encoding="utf-8"))["embeddings"]
     if theirs["model"] != fingerprint(found) and not found.only:
-        console.print(
-            f"mine: note: the index was encoded by {theirs['source'].get('model')}, whose files"
-            f" differ from those of --model"
-        )
+        say(
+            f"the index was encoded by {theirs['source'].get('model')}, whose files differ from"
+            " those of --model", "warning",
+        )  # fmt: skip
 
 
 def _mine_blocks(miner: Miner, blocks: list[list[str]], parts: Parts) -> None:
     todo = parts.todo(len(blocks))
-    queries, main = sum(len(blocks[k]) for k in todo), distributed.is_main()
-    with Meter("mine, rank 0", "queries", queries, shown=main and queries > 0) as meter:
+    queries = sum(len(blocks[k]) for k in todo)
+    with Meter("mining, rank 0's share", "queries", queries, queries > 0) as meter:
         for k in todo:
-            parts.write(k, [json.dumps(asdict(query)) + "\n" for query in miner.mine(blocks[k])])
-            meter.advance(len(blocks[k]))
+            with meter.part(len(blocks[k])):
+                mined = miner.mine(blocks[k])
+            parts.write(k, [json.dumps(asdict(query)) + "\n" for query in mined])
 
 
 def _queries(parts: Parts) -> Iterator[MinedQuery]:
     return (MinedQuery(**json.loads(line)) for line in parts.lines())
 
 
-def _join(parts: Parts, target: Path, options: MineOptions, console: Console) -> None:
+def _join(parts: Parts, target: Path, options: MineOptions) -> None:
     late = is_token_index(Path(options.index))
     facts = statistics(_queries(parts), "late_interaction" if late else "dual_encoder")
     with written_aside(target) as aside:
@@ -146,4 +144,4 @@ def _join(parts: Parts, target: Path, options: MineOptions, console: Console) ->
                 handle.write(mined_line(query, options.write_scores))
         write_atomically(target.with_name("mine.json"), json.dumps(facts, indent=2) + "\n")
     parts.remove()
-    console.print(f"{told(facts)}; {target}")
+    say(f"{told(facts)}; {target}")

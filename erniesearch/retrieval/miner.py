@@ -19,6 +19,7 @@ from erniesearch.data.collection import RetrievalData
 from erniesearch.data.corpus.texts import rows_of, take
 from erniesearch.data.negatives import negatives_line
 from erniesearch.errors import UserError
+from erniesearch.progress import Meter
 from erniesearch.retrieval.first_stage import Index, retrieve
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.vector_index import VectorIndex
@@ -146,8 +147,13 @@ def mine_negatives(
     """
     index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
     miner = Miner(data, retriever, index, scorer, settings, seed)
-    blocks = query_blocks(drawn_queries(data, settings, seed))
-    return Mined([query for block in blocks for query in miner.mine(block)])
+    qids = drawn_queries(data, settings, seed)
+    mined: list[MinedQuery] = []
+    with Meter("mining", "queries", len(qids)) as meter:
+        for block in query_blocks(qids):
+            with meter.part(len(block)):
+                mined += miner.mine(block)
+    return Mined(mined)
 
 
 def query_blocks(qids: list[str]) -> Iterator[list[str]]:

@@ -22,11 +22,10 @@ from erniesearch.models.cross_encoder import CrossEncoder, PairLayout, Pairs, as
 from erniesearch.models.encoder import Side, StudentEncoder
 from erniesearch.models.precision import convert, use_bf16
 from erniesearch.objectives.outputs import Encoded
-from erniesearch.progress import Meter
+from erniesearch.progress import PATIENCE, Meter
 
 Made = TypeVar("Made")
-PATIENCE = 10.0
-"""Seconds of encoding or scoring without a word of progress."""
+SIDES: dict[Side, str] = {"query": "queries", "passage": "passages"}
 
 
 def default_device() -> torch.device:
@@ -180,7 +179,7 @@ class Retriever:
     def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), dim]``, fp32."""
         out = np.empty((len(texts), self.dim), dtype=np.float32)
-        with Meter("encoding", f"{side}s", len(texts), self.told, PATIENCE) as meter:
+        with Meter(f"encoding {side}s", SIDES[side], len(texts), self.told, PATIENCE) as meter:
             for positions, batch in self.vector_batches(texts, side):
                 out[positions] = batch.numpy()
                 meter.advance(len(positions))
@@ -189,7 +188,9 @@ class Retriever:
     def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
         """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
         out: list[Tensor] = [torch.empty(0)] * len(texts)
-        with Meter("encoding tokens", f"{side}s", len(texts), self.told, PATIENCE) as meter:
+        with Meter(
+            f"encoding {side} tokens", SIDES[side], len(texts), self.told, PATIENCE
+        ) as meter:
             for positions, batch in self.token_batches(texts, side, torch.float16):
                 for position, row in zip(positions, batch, strict=True):
                     out[position] = row

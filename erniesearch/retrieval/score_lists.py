@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.config.options import ScoreOptions
@@ -19,7 +18,7 @@ from erniesearch.data.negatives import NegativesOf, negatives_line, read_lists
 from erniesearch.errors import UserError
 from erniesearch.files import hash_files, written_aside
 from erniesearch.models.precision import use_bf16, widen_head
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say
 from erniesearch.retrieval.parts import PATIENCE, Parts
 
 LISTS_PER_BLOCK = 256
@@ -53,8 +52,7 @@ def score_lists(options: ScoreOptions) -> None:
     distributed.barrier()
     todo = parts.todo(len(blocks))
     total = sum(len(own.passages) for k in todo for own in blocks[k])
-    shown = distributed.is_main() and total > 0
-    with Meter("score, rank 0", "pairs", total, shown=shown) as meter:
+    with Meter("scoring, rank 0's share", "pairs", total, total > 0) as meter:
         for k in todo:
             lines = list(_scored(blocks[k], data, teacher))
             parts.write(k, lines)
@@ -64,9 +62,7 @@ def score_lists(options: ScoreOptions) -> None:
         with written_aside(target) as aside, aside.open("w", encoding="utf-8") as handle:
             handle.writelines(parts.lines())
         parts.remove()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"scored {len(lists)} lists by {options.model}; {target}"
-        )
+        say(f"scored {len(lists)} lists by {options.model}; {target}")
 
 
 def _record(options: ScoreOptions, source: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from erniesearch_kernels import maxsim_varlen
 from torch import Tensor
 
 from erniesearch.errors import UserError
+from erniesearch.progress import metered
 from erniesearch.retrieval.vector_index import DocIds, faiss, faiss_call, require_faiss
 
 SIMILARITIES = 1 << 26
@@ -138,7 +139,8 @@ class TokenIndex:
         table = torch.from_numpy(self._table())
         longest = max(map(len, queries), default=0)
         size = max(1, SIMILARITIES // (max(1, longest) * len(table)))
-        for start in range(0, len(queries), size):
+        blocks = range(0, len(queries), size)
+        for start in metered(blocks, "searching", "queries", len(queries), size):
             block = [query.float() for query in queries[start : start + size]]
             for query in block:
                 if query.shape[1] != self.dim:

@@ -15,6 +15,7 @@ import numpy as np
 
 from erniesearch.errors import UserError
 from erniesearch.files import write_atomically, written_aside
+from erniesearch.progress import metered
 
 try:
     import faiss
@@ -22,6 +23,8 @@ except ImportError:  # an extra: faiss-cpu and faiss-gpu provide the same module
     faiss = None  # type: ignore[assignment]
 
 Result = TypeVar("Result")
+BLOCK = 4096
+"""Queries that FAISS is given at a time; it takes as many into one product with the vectors."""
 
 
 class DocIds(Sequence[str]):
@@ -102,9 +105,14 @@ class VectorIndex:
                 " and its --dim"
             )
         queries = np.ascontiguousarray(vectors, dtype=np.float32)
+        blocks = range(0, max(1, len(queries)), BLOCK)
         rows_of_part, scores_of_part, start = [], [], 0
         for part in self.parts:
-            scores, rows = part.search(queries, min(depth, part.ntotal))
+            found = [
+                part.search(queries[low : low + BLOCK], min(depth, part.ntotal))
+                for low in metered(blocks, "searching", "queries", len(queries), BLOCK)
+            ]
+            scores, rows = (np.concatenate(own) for own in zip(*found, strict=True))
             if part.metric_type == faiss.METRIC_L2:
                 scores = -scores
             rows_of_part.append(np.where(rows >= 0, rows + start, -1))

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -40,6 +39,7 @@ from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, sto
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
 from erniesearch.models.start import check_lengths, read_start
+from erniesearch.progress import say
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
 from erniesearch.training.retrieval_quality import check_best_metric
@@ -132,11 +132,10 @@ def _temperature_of_stored(stage: Stage) -> float:
         )
     scores = pad_sequence(rows, batch_first=True, padding_value=math.nan)
     temperature = unit * fit_temperature(scores.nan_to_num() / unit, scores.isfinite())
-    if distributed.is_main():
-        Console(stderr=True).print(
-            f"{stage.name}: temperature {temperature:.3g} of the stored scores by likelihood on"
-            f" {len(lists)} lists of {path}", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    say(
+        f"{stage.name}: temperature {temperature:.3g} of the stored scores by likelihood on"
+        f" {len(lists)} lists of {path}"
+    )
     return temperature
 
 
@@ -357,11 +356,10 @@ def _negatives_file(stage: Stage) -> Path:
 
 def _tell_short_lists(stage: Stage, sampler: GroupSampler) -> None:
     settings = stage.settings
-    if distributed.is_main() and settings.negatives != "random" and sampler.num_short:
-        Console(stderr=True).print(
+    if settings.negatives != "random" and sampler.num_short:
+        say(
             f"{stage.name}: {sampler.num_short} of {len(sampler.qids)} queries have fewer than"
-            f" {settings.num_negatives} hard negatives; random passages fill their groups",
-            highlight=False,
+            f" {settings.num_negatives} hard negatives; random passages fill their groups"
         )
 
 

@@ -21,6 +21,7 @@ from erniesearch.data.batches import StepBatches
 from erniesearch.models.joint import JointModel
 from erniesearch.objectives.losses import contrastive_loss
 from erniesearch.objectives.objective import group_mask
+from erniesearch.progress import metered
 
 NUM_LISTS = 256
 LOWEST, HIGHEST = 0.05, 20.0
@@ -89,7 +90,8 @@ def calibrate(
     model: JointModel = engine.module
     scores, masks = [], []
     engine.eval()
-    for item in range(len(batches), len(more)):
+    lists = range(len(batches), len(more))
+    for item in metered(lists, "fitting the teacher's temperature", "batches", len(lists)):
         batch = more[item].to(device)
         size = stage.chunk_size or len(batch.passage_ids)
         parts = [engine(batch, c)[0] for c in model.chunks(batch, size) if c.kind == "pair"]

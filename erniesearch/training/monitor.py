@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker
 
 from erniesearch.files import write_atomically
-from erniesearch.progress import Meter
+from erniesearch.progress import Meter, say
 
 
 class Monitor:
@@ -29,14 +29,14 @@ class Monitor:
         steps: int,
         trackers: Sequence[GeneralTracker],
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.name, self.path = name, folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.validation_path = folder / "validation.jsonl"
         for path in (self.path, self.validation_path):
             drop_lines_after(path, start_step)
         self.handle = self.path.open("a", encoding="utf-8")
         self.trackers = trackers
-        self.meter = Meter(name, "updates", steps, done=start_step)
+        self.meter = Meter("training", "updates", steps, done=start_step)
 
     def __enter__(self) -> "Monitor":
         self.meter.__enter__()
@@ -64,7 +64,9 @@ class Monitor:
         self._track(step, {"loss": terms, "learning_rate": rates, "speed": speed})
         self.meter.reach(
             step, f"loss {terms['loss']:.3f}  {speed['queries_per_second']:.1f} queries/s"
-            f"  {speed['tokens_per_second']:.0f} tokens/s",
+            f"  {speed['tokens_per_second']:.0f} tokens/s", loss=terms["loss"],
+            queries_per_second=round(speed["queries_per_second"], 1),
+            tokens_per_second=round(speed["tokens_per_second"]),
         )  # fmt: skip
 
     def log_validation(self, step: int, figures: dict[str, float], is_best: bool = False) -> None:
@@ -79,10 +81,8 @@ class Monitor:
                 for name, value in figures.items() if name == "loss" or "@" in name]  # fmt: skip
         if "seconds" in figures:
             told.append(f"in {figures['seconds']:.1f} s")
-        self.meter.console.print(
-            f"{self.meter.name} {step}/{self.meter.total}  {'  '.join(told)}"
-            f"{', the best so far' if is_best else ''}"
-        )
+        best = ", the best so far" if is_best else ""
+        say(f"{self.name} {step}/{self.meter.total}  {'  '.join(told)}{best}")
 
     def _track(self, step: int, groups: dict[str, dict[str, float]]) -> None:
         tagged = {f"{g}/{key}": value for g, part in groups.items() for key, value in part.items()}

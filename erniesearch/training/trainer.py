@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from erniesearch import distributed
@@ -22,6 +21,7 @@ from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.memory import with_data
 from erniesearch.errors import UserError, nearest
 from erniesearch.models.precision import tune_for_device
+from erniesearch.progress import say, set_stage
 from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
 from erniesearch.stages import Stage, result_is_best
 from erniesearch.training.build import build_batches, build_model, learning_rate_factor
@@ -111,8 +111,7 @@ class Trainer:
         self.initialize()
         stage = self.stage
         if is_done(stage.folder, stage.fingerprint):
-            if distributed.is_main():
-                self._say(f"done before, as {stage.folder / 'done.json'} says")
+            say(f"{stage.name}: done before, as {stage.folder / 'done.json'} says")
             return stage.folder / "model"
         with failures_told(stage.folder), claimed(stage.folder, stage.fingerprint):
             self.prepare()
@@ -126,6 +125,7 @@ class Trainer:
     def initialize(self) -> None:
         """Join the other ranks, and settle the device; :meth:`train` does so."""
         training = self.config.training
+        set_stage(self.stage.name)
         # Twice the watchdog's time: it must bark before the collectives give up.
         self.device = distributed.initialize(timedelta(minutes=2 * training.timeout_minutes))
         torch.set_num_threads(training.threads_per_process)
@@ -254,7 +254,7 @@ class Trainer:
         if self.monitor:
             self.monitor.log(done, means, rates, speed)
             for warning in self.watch.look(done, means):
-                self._say(warning)
+                say(f"{self.stage.name}: {warning}", "warning")
         self.state.figures = means | {
             f"{group}/{key}": value
             for group, own in (("learning_rate", rates), ("speed", speed))
@@ -342,9 +342,8 @@ class Trainer:
             self.model.teacher.temperature = found.temperature
             facts["calibration"] = found._asdict()
             told.append(found.told())
-        if distributed.is_main():
-            for line in told:
-                self._say(line)
+        for line in told:
+            say(f"{self.stage.name}: {line}")
         save_model(self.engine, state.model_folder, self.tokenizer, self._frozen)
         self.engine.destroy()
         return facts
@@ -365,10 +364,6 @@ class Trainer:
         self.model, _ = build_model(self.stage)
         self._start(best)
         return self.start_step
-
-    def _say(self, text: str) -> None:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"{self.stage.name}: {text}", highlight=False)
 
 
 def _is_due(done: int, every: int) -> bool:

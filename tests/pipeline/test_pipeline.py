@@ -8,10 +8,13 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from support.processes import losses_of, orphans, run_python, start
+from rich.console import Console
+from support.processes import losses_of, orphans, run_command, run_python, start
+from support.progress_lines import OF_TRAINING, read_progress
 from support.tiny import ALL_TERMS, ConfigMaker, write_beir
 
 from erniesearch import stages
@@ -19,6 +22,7 @@ from erniesearch.config.keys import RunConfig
 from erniesearch.config.stage_keys import LossWeights, PostTrainConfig, StageConfig
 from erniesearch.config.yaml_file import to_yaml
 from erniesearch.distributed import free_port
+from erniesearch.evaluation.table import Report
 from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
@@ -27,6 +31,7 @@ from erniesearch.pipeline.launcher import StageFailed, num_processes
 from erniesearch.pipeline.run import run_pipeline
 from erniesearch.retrieval.retriever import Retriever
 from erniesearch.run_folder import RunFolder, mark_done
+from erniesearch.training.checkpoints.checkpointer import find_checkpoints, step_of
 
 pytestmark = pytest.mark.distributed
 
@@ -72,12 +77,18 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     assert orphans(run_dir) == []  # no rank goes on writing without its pipeline
     assert not (folder.stage("cascade") / "done.json").exists()
 
-    status, output = run_python(*command, timeout=400)
-    assert status == 0, output[-4000:]
-    assert "Traceback" not in output
+    checkpoints = find_checkpoints(folder.stage("cascade") / "checkpoints")
+    began = step_of(checkpoints[-1]) if checkpoints else 0
+    output, errors = run_command("run", str(file), "--progress", "json")
+    told = read_progress(errors)
+    said = "\n".join(line["message"] for line in told if "message" in line)
     for name in ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
                  "mine"):  # fmt: skip
-        assert f"{name}: done before" in output
+        assert f"{name}: done before" in said
+    updates = [line for line in told if line.get("what") == "training"]
+    assert {line["stage"] for line in updates} == {"cascade"}
+    assert (updates[0]["done"], updates[-1]["done"]) == (began, 80)
+    assert updates[-1].keys() > OF_TRAINING
     trace = losses_of(folder.stage("cascade"))
     assert [line["step"] for line in trace] == list(range(1, 81))
 
@@ -90,8 +101,11 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     ]  # fmt: skip
     summary = (run_dir / "summary.md").read_text()
     assert "Before the cascade: what its teachers gain" in summary
-    assert "ceiling" in output
     assert all(row in summary and row in output for row in rows)
+    shown = StringIO()
+    Report.load(run_dir).show(Console(file=shown, width=110))
+    assert output == shown.getvalue()  # the result and nothing else
+    assert "ceiling" in output
     for path in ("exports/dual_encoder/modules.json", "exports/late_interaction/modules.json",
                  "exports/cross_encoder/config.json", "index/index", "config.yaml",
                  "environment.json", "runs/bm25.trec"):  # fmt: skip
@@ -110,8 +124,8 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     whole = tmp_path / "whole"
     shutil.copytree(run_dir, whole)
     shutil.rmtree(whole / "stages" / "cascade")
-    status, output = run_python(*command, "--run_dir", str(whole), "--only", "cascade", timeout=400)
-    assert status == 0, output[-3000:]
+    chosen = ("--run_dir", str(whole), "--only", "cascade", "--quiet")
+    assert run_command("run", str(file), *chosen) == ("", "")
     assert losses_of(RunFolder(whole).stage("cascade")) == trace
 
     # Another setting of one stage redoes it and what follows, and keeps the old result aside.
@@ -122,12 +136,12 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     assert (run_dir / "stages" / "cascade.stale-1" / "done.json").is_file()
 
     for rerank in ("none", "late_interaction", "cross_encoder"):
-        status, output = run_python(
-            "-m", "erniesearch.cli", "search", "--run", str(run_dir), "baran desel",
-            "--depth", "3", "--rerank", rerank,
-        )  # fmt: skip
-        assert status == 0, output
+        output, errors = run_command(
+            "search", "--run", str(run_dir), "baran desel", "--depth", "3", "--rerank", rerank
+        )
         assert re.findall(r"^ *(\d)\. p\d+", output, re.MULTILINE) == ["1", "2", "3"]
+        assert len(output.splitlines()) == 6
+        assert errors == ""
 
 
 def test_gpu_work_is_not_done_in_the_pipelines_process(

@@ -20,7 +20,9 @@ TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backen
 """Arguments of Python before a script or a module that two ranks are to run."""
 
 
-def start(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, cwd: Path | None = None, stderr: int = subprocess.STDOUT, **environment: str
+) -> subprocess.Popen[str]:
     """A Python process that sees this checkout, one thread, output captured.
 
     Ctrl-C reaches it even where these tests run in a shell's background, which ignores it.
@@ -29,7 +31,7 @@ def start(*arguments: str, cwd: Path | None = None, **environment: str) -> subpr
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=cwd or ROOT, env=variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=stderr,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -39,6 +41,15 @@ def run_python(*arguments: str, timeout: float = 300, **environment: str) -> tup
     process = start(*arguments, **environment)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def run_command(*arguments: str, timeout: float = 400) -> tuple[str, str]:
+    """``erniesearch …`` in a process of its own, which must succeed; returns what it wrote to
+    standard output and to standard error."""
+    process = start("-m", "erniesearch.cli", *arguments, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-1000:] + errors[-3000:]
+    return output, errors
 
 
 def losses_of(stage_folder: Path) -> list[dict[str, Any]]:

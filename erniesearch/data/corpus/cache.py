@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from erniesearch.errors import UserError
 from erniesearch.files import written_aside
+from erniesearch.progress import waiting
 
 T = TypeVar("T")
 MANIFEST = "whole.json"
@@ -44,7 +45,9 @@ def cached(folder: Path, build: Callable[[Path], None], load: Callable[[Path], T
         return loaded
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with waiting("waiting for another process that makes the same files"):
+            held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
+        with held:
             loaded = _load(folder, load)
             if loaded is None:
                 _build(folder, build)

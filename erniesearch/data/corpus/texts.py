@@ -25,7 +25,6 @@ from erniesearch.data.corpus.arrow import Blocks, BlockWriter
 from erniesearch.data.corpus.cache import cache_root, cached, key_of
 from erniesearch.data.jsonl import read_jsonl, text_field
 from erniesearch.errors import UserError
-from erniesearch.progress import Meter
 
 VERSION = 1
 """Of the layout above; a change makes old caches unused."""
@@ -188,7 +187,7 @@ def open_corpus(path: Path, use_titles: bool) -> Corpus:
     key = key_of(VERSION, before.st_size, before.st_mtime_ns)
 
     def build(folder: Path) -> None:
-        hashes = _write_columns(path, use_titles, folder, before.st_size)
+        hashes = _write_columns(path, use_titles, folder)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise UserError(f"{path}: changed while it was read; start again when it is complete")
@@ -205,15 +204,12 @@ def open_corpus(path: Path, use_titles: bool) -> Corpus:
     return cached(family / key, build, Corpus)
 
 
-def _write_columns(path: Path, use_titles: bool, folder: Path, size: int) -> np.ndarray:
+def _write_columns(path: Path, use_titles: bool, folder: Path) -> np.ndarray:
     """Stream the source into ``corpus.arrow``; returns the pids' hashes in row order."""
     hashes = array("Q")
     schema = pa.schema([("pid", pa.string()), ("text", pa.string())])
-    with (
-        BlockWriter(folder / "corpus.arrow", schema) as writer,
-        Meter(f"reading {path.name}", "bytes", size, patience=5) as meter,
-    ):
-        for number, record in read_jsonl(path, meter.reach):
+    with BlockWriter(folder / "corpus.arrow", schema) as writer:
+        for number, record in read_jsonl(path):
             pid = text_field(record, "_id", path, number)
             text = text_field(record, "text", path, number)
             title = text_field(record, "title", path, number, "") if use_titles else ""

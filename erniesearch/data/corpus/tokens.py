@@ -23,7 +23,7 @@ from erniesearch.data.corpus.arrow import Blocks, BlockWriter
 from erniesearch.data.corpus.cache import cached, key_of
 from erniesearch.data.corpus.texts import ArrowColumn, Rows
 from erniesearch.errors import UserError
-from erniesearch.progress import Meter
+from erniesearch.progress import PATIENCE, Meter, metered
 
 VERSION = 1
 BATCH_TEXTS, BATCH_CHARACTERS = 1024, 1 << 20
@@ -114,7 +114,8 @@ class ListStore(TokenStore):
     ) -> None:
         self.special = SpecialTokens.of(tokenizer)
         parts = _batches(texts, prompt)
-        self._tokens = [ids for part in parts for ids in _tokenize(tokenizer, part)]
+        found = (ids for part in parts for ids in _tokenize(tokenizer, part))
+        self._tokens = list(metered(found, "tokenising the corpus", "passages", len(texts)))
         self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int32)
 
     def __getitem__(self, rows: Rows) -> list[np.ndarray]:
@@ -141,7 +142,7 @@ def open_tokens(
         schema = pa.schema([("ids", pa.list_(pa.int32()))])
         with (
             BlockWriter(aside / "tokens.arrow", schema) as writer,
-            Meter("tokenising the corpus", "passages", len(passages), patience=5) as meter,
+            Meter("tokenising the corpus", "passages", len(passages), patience=PATIENCE) as meter,
         ):
             row = 0
             for texts in _batches(passages, prompt):

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from erniesearch.config.options import ImportOptions
 from erniesearch.data.importers import (
@@ -18,8 +22,9 @@ from erniesearch.data.importers import (
     tevatron,
 )
 from erniesearch.data.importers.beir_writer import BeirWriter, put_in_place
-from erniesearch.data.importers.records import BadLines, Reader
+from erniesearch.data.importers.records import BadLines, Reader, Record
 from erniesearch.errors import UserError, nearest
+from erniesearch.progress import PATIENCE, Meter, metered
 
 FORMATS: dict[str, Reader] = {
     "beir": beir.read,
@@ -64,7 +69,7 @@ def convert(
     bad = BadLines(options.skip_bad)
     writer = BeirWriter(aside, bad, options.max_negatives)
     try:
-        for record in FORMATS[name](sources, options, bad):
+        for record in _metered(FORMATS[name](sources, options, bad), sources):
             try:
                 writer.write(record)
             except UserError as error:
@@ -79,6 +84,27 @@ def convert(
         writer.close()
         shutil.rmtree(aside, ignore_errors=True)
     return facts
+
+
+def _metered(records: Iterator[Record], sources: list[Path]) -> Iterator[Record]:
+    """The records, and how far the sources are read: by where this process stands in them, which
+    Linux tells, compressed or not and whichever library reads."""
+    files = {file for source in sources for file in (source, *source.rglob("*")) if file.is_file()}
+    sizes = {str(file.resolve()): file.stat().st_size for file in files}
+    if not sizes or not psutil.LINUX:  # a dataset by its name
+        yield from metered(records, "importing", "records")
+        return
+    process, at, looked, number = psutil.Process(), dict.fromkeys(sizes, 0), 0.0, 0
+    with Meter("importing", "bytes", sum(sizes.values()), patience=PATIENCE) as meter:
+        for number, record in enumerate(records, 1):
+            if (now := time.monotonic()) - looked > 1:
+                looked, before = now, {path for path, position in at.items() if position}
+                opened = {file.path: file.position for file in process.open_files()}
+                for path in (before | opened.keys()) & sizes.keys():  # what is closed has been read
+                    at[path] = max(at[path], opened.get(path, sizes[path]))
+                meter.reach(sum(at.values()), f"{number:,} records", records=number)
+            yield record
+        meter.reach(sum(sizes.values()), records=number)
 
 
 def _hold_out(text: str) -> dict[str, int]:

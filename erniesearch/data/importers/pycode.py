@@ -30,6 +30,7 @@ from erniesearch.data.importers.python_sources import (
     write_beir,
 )
 from erniesearch.files import write_atomically
+from erniesearch.progress import metered
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_CHARACTERS = 1000
@@ -222,7 +223,7 @@ def build(out: Path, max_pairs: int | None = None) -> dict[str, Any]:
     found: dict[str, Pair] = {}
     keys: set[str] = set()
     packages = []
-    for package, root in roots():
+    for package, root in metered(roots(), "reading Python sources", "packages"):
         packages.append(package)
         for pair in extract(root, package, left_out):
             if pair.name in found or pair.key in keys:

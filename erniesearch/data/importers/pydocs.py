@@ -22,6 +22,7 @@ from erniesearch.data.importers.python_sources import (
     split_of,
     write_beir,
 )
+from erniesearch.progress import metered
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build(out: Path, max_pairs: int | None = None) -> dict[str, object]:
     pairs: dict[str, Pair] = {}
     bodies: set[str] = set()
     packages: dict[str, int] = {}
-    for package, root in roots():
+    for package, root in metered(roots(), "reading Python sources", "packages"):
         before = len(pairs)
         for pair in extract(root, package):
             if pair.name not in pairs and pair.body not in bodies:

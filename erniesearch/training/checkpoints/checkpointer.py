@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.errors import UserError
 from erniesearch.files import hash_file, sync
+from erniesearch.progress import say
 from erniesearch.training.checkpoints import manifest
 from erniesearch.training.checkpoints.checkpoint_writer import CheckpointWriter
 from erniesearch.training.checkpoints.manifest import Damaged, FileFacts, Manifest, Quality
@@ -243,11 +243,10 @@ def _newest_whole(folder: Path, set_aside: bool) -> tuple[Path, Manifest] | str 
             continue
         for damaged, problem_text in problems.items():
             kept = _set_aside(damaged) if set_aside else damaged
-            Console(stderr=True, soft_wrap=True).print(
+            say(
                 f"checkpoint {damaged} is damaged: {problem_text}; it is kept as {kept.name}, and"
-                f" {checkpoint.name} is used",
-                highlight=False,
-            )
+                f" {checkpoint.name} is used", "warning",
+            )  # fmt: skip
         return checkpoint, whole
     if not problems:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from erniesearch.files import hash_file, write_atomically
+from erniesearch.progress import metered
 
 NAME = "manifest.json"
 
@@ -100,7 +101,8 @@ def verify(checkpoint: Path) -> Manifest:
         Damaged: naming the first file that is missing, or has another size or content.
     """
     manifest = read_manifest(checkpoint)
-    for name, facts in manifest.files.items():
+    files = manifest.files.items()
+    for name, facts in metered(files, f"checking {checkpoint.name}", "files", len(files)):
         path = checkpoint / name
         try:
             size = path.stat().st_size

@@ -21,6 +21,7 @@ from erniesearch import distributed
 from erniesearch.config.keys import Precision
 from erniesearch.errors import UserError
 from erniesearch.models.precision import use_bf16
+from erniesearch.progress import waiting
 from erniesearch.training.checkpoints.checkpointer import (
     best_whole,
     find_best,
@@ -70,7 +71,8 @@ def _prepared(folder: Path, found: tuple[Path, Manifest], zero_stage: int) -> Re
         return Resume(folder, checkpoint.name, step_of(checkpoint), False, manifest.bf16)
     error = None
     if distributed.is_main():
-        error = _convert(checkpoint, folder / UNIVERSAL / checkpoint.name)
+        with waiting(f"converting {checkpoint.name} for {distributed.world_size()} ranks"):
+            error = _convert(checkpoint, folder / UNIVERSAL / checkpoint.name)
     error = distributed.gather_objects(error)[0]
     if error is not None:
         raise UserError(

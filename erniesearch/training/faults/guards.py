@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from rich.console import Console
 
 from erniesearch import distributed
 from erniesearch.data.batches import StepBatches
 from erniesearch.data.sampler import GroupSampler
 from erniesearch.errors import UserError
+from erniesearch.progress import say
 from erniesearch.training.monitor import drop_lines_after
 
 CONSTANT_AFTER = 50
@@ -121,11 +121,10 @@ class NonFiniteGuard:
         }
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-        Console(stderr=True, soft_wrap=True).print(
+        say(
             f"update {step} was skipped: its {line['cause']} is not finite; {self.path} names its"
-            " queries and passages",
-            highlight=False,
-        )
+            " queries and passages", "warning",
+        )  # fmt: skip
 
     def _describe(self, step: int, rank: int, micro_step: int, loss: float) -> dict[str, Any]:
         sampler = self.batches.sampler

@@ -7,13 +7,13 @@ stages/NAME/.progress/stalled           made by the rank that tells it; there is
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from datetime import datetime
 from pathlib import Path
 
 from erniesearch import distributed
+from erniesearch.progress import say
 
 
 class Watchdog:
@@ -73,12 +73,11 @@ class Watchdog:
             (self.folder / "stalled").touch(exist_ok=False)
         except OSError:
             os._exit(1)  # another rank tells it
-        sys.stderr.write(
-            f"erniesearch: error: no progress for {self.seconds / 60:g} minutes"
+        say(
+            f"no progress for {self.seconds / 60:g} minutes"
             f" (training.timeout_minutes): {describe(self.folder, distributed.world_size())}; run"
-            " the same command again to continue from the newest checkpoint\n"
-        )
-        sys.stderr.flush()
+            " the same command again to continue from the newest checkpoint", "error",
+        )  # fmt: skip
         os._exit(1)
 
 

@@ -76,7 +76,7 @@ def draw(style: str, path: Path) -> None:
         figure = Figure(figsize=(8.4, 2.7), layout="constrained")
         figure.patch.set_alpha(0.0)
         left, right = figure.subplots(1, 2, sharex=True)
-        for height, (name, results) in enumerate(reversed(load().items())):
+        for height, results in enumerate(reversed(load().values())):
             _teachers(left, height, gains_of(results), ink)
             _student(right, height, cascade_of(results), ink)
         left.set_title("its teachers, over the student that they teach", fontsize=10)

@@ -206,6 +206,20 @@ def test_dual_encoder(name: str, backend: str, peer: Peer, trained: RunConfig) -
         export_all(trained)
 
 
+README_LOADS = """
+print(json.dumps([dual_encoder.encode("baran").shape[-1], cross_encoder.predict([("a", "b")]).shape[0],
+                  late_interaction.encode(["baran"], is_query=True)[0].shape[-1],
+                  encoder.config.hidden_size]))
+"""
+
+
+def test_the_readmes_code_loads_the_exports(peer: Peer, trained: RunConfig) -> None:
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "pylate" in block]
+    code = code.replace("runs/my", trained.run_dir)
+    assert peer(PYLATE, code + README_LOADS) == [32, 1, 16, 32]
+
+
 @pytest.mark.parametrize("name", [ST_6, ST_5])
 def test_cross_encoder(name: str, peer: Peer, trained: RunConfig) -> None:
     folder = RunFolder(trained.run_dir)

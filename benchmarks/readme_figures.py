@@ -69,9 +69,11 @@ def with_rows(text: str, readme: str) -> str:
 def draw(style: str, path: Path) -> None:
     """Left what the teachers gain over the student, right what the student has of it."""
     ink, grey, line = INKS[style]
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "erniesearch", "font.size": 10,
-                "font.family": "sans-serif", "text.color": ink, "axes.labelcolor": grey,
-                "xtick.color": grey, "ytick.color": ink, "axes.edgecolor": line}  # fmt: skip
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "erniesearch", "font.family": "sans-serif",
+        "text.color": ink, "ytick.color": ink, "axes.labelcolor": grey, "xtick.color": grey,
+        "axes.edgecolor": line,
+    }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8.4, 2.7), layout="constrained")
         figure.patch.set_alpha(0.0)

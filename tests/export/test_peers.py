@@ -207,9 +207,10 @@ def test_dual_encoder(name: str, backend: str, peer: Peer, trained: RunConfig) -
 
 
 README_LOADS = """
-print(json.dumps([dual_encoder.encode("baran").shape[-1], cross_encoder.predict([("a", "b")]).shape[0],
-                  late_interaction.encode(["baran"], is_query=True)[0].shape[-1],
-                  encoder.config.hidden_size]))
+print(json.dumps([
+    dual_encoder.encode("baran").shape[-1], cross_encoder.predict([("a", "b")]).shape[0],
+    late_interaction.encode(["baran"], is_query=True)[0].shape[-1], encoder.config.hidden_size,
+]))
 """
 
 

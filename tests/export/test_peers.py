@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.backbone_table import Site
 from support.backbones import BACKBONES
-from support.finished_run import LONG, TEXTS, finished_run
+from support.finished_run import LONG, TEXTS, finished_run, write_run
 from support.peers import ONNX, PYLATE, ST_5, ST_6, Peer
 from support.processes import ROOT, run_python
 from support.tiny import ALL_TERMS, ConfigMaker
@@ -214,10 +214,13 @@ print(json.dumps([
 """
 
 
-def test_the_readmes_code_loads_the_exports(peer: Peer, trained: RunConfig) -> None:
+def test_the_readmes_code_loads_the_exports(
+    peer: Peer, tiny_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    export_all(write_run(tmp_path / "run", tiny_data, tiny_model, ALL_TERMS))
     blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
     (code,) = [block.split("```")[0] for block in blocks if "pylate" in block]
-    code = code.replace("runs/my", trained.run_dir)
+    code = code.replace("runs/my", str(tmp_path / "run"))
     assert peer(PYLATE, code + README_LOADS) == [32, 1, 16, 32]
 
 

@@ -1,25 +1,22 @@
-"""A configuration, all of its stages, its table, and a search in what came out.
+"""Pairs in a file, every stage, the table, and a search in what came out.
 
-python examples/run_pipeline.py MODEL DATA OUT        # DATA: a folder in BEIR layout
+In a folder with pairs.jsonl, an object with "query" and "positive" a line, and with my.yaml, from
+`erniesearch init config beir-cpu --out my.yaml`:
+
+python run_pipeline.py
 """
 
-import sys
+from datasets import load_dataset
 
-from erniesearch import load, load_config, run
+from erniesearch import Collection, load, load_config, run
 
-model, data, out = sys.argv[1:]
-config = load_config(
-    "quickstart",  # a shipped configuration; a YAML file or a dictionary would do
-    {"student.path": model, "student.layers": None, "data.path": data, "stages.mine.depth": 20},
-    run_dir=out,
-    stages={name: {"steps": 2, "queries_per_rank": 4, "chunk_size": None}
-            for name in ("contrastive", "interaction", "teacher", "cascade")},
-    training={"num_processes": 1},
-    evaluation={"max_queries": None, "num_distractors": None},  # all of them
-)  # fmt: skip
-report = run(config)
+rows = load_dataset("json", data_files="pairs.jsonl", split="train")
+rows = rows.train_test_split(test_size=0.1, seed=0)
+data = Collection.from_rows(rows["train"], test=rows["test"])
+config = load_config("my.yaml", run_dir="runs/my")
+report = run(config, data)  # trains every stage, exports, indexes, evaluates
 print(report.table())
 
-system = load(out)
+system = load("runs/my")
 for hit in system.search("copy a file", depth=3).hits:
-    print(hit.pid, hit.scores)
+    print(hit.pid, hit.scores, hit.text)

@@ -3,13 +3,17 @@ says."""
 
 import json
 import string
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.finished_run import write_run
-from support.processes import ROOT, TWO_RANKS, losses_of, run_python
+from support.processes import ROOT, TWO_RANKS, losses_of, run_python, start
 from support.tiny import ALL_TERMS, write_model
 
+from erniesearch import load_config
+from erniesearch.config.yaml_file import to_yaml
 from erniesearch.export import export_all
 
 EXAMPLES = ROOT / "examples"
@@ -94,9 +98,33 @@ def test_load_and_search(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_run_pipeline(tiny_data: Path, tmp_path: Path) -> None:
-    script = str(EXAMPLES / "run_pipeline.py")
-    model = str(write_model(tmp_path / "model", max_position_embeddings=192))
-    status, output = run_python(script, model, str(tiny_data), str(tmp_path / "run"), timeout=1200)
-    assert status == 0, output[-3000:]
+    """It is the Python of the READMEs, which test_readme.py compares with it."""
+    corpus, queries = (
+        dict(load_texts(tiny_data / f"{name}.jsonl")) for name in ("corpus", "queries")
+    )
+    judged = (tiny_data / "qrels" / "train.tsv").read_text().splitlines()[1:]
+    found = [line.split("\t") for line in judged]
+    lines = [json.dumps({"query": queries[q], "positive": corpus[p]}) for q, p, _ in found]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    short: dict[str, Any] = {"steps": 2, "queries_per_rank": 4, "chunk_size": None}
+    config = load_config(
+        "quickstart",
+        {"student.path": str(write_model(tmp_path / "model", max_position_embeddings=192)),
+         "student.layers": None, "data.path": "", "stages.mine.depth": 20},
+        stages={name: short for name in ("contrastive", "interaction", "teacher", "cascade")},
+        training={"num_processes": 1},
+        evaluation={"max_queries": None, "num_distractors": None},
+    )  # fmt: skip
+    (tmp_path / "my.yaml").write_text(to_yaml(config))
+    process = start(str(EXAMPLES / "run_pipeline.py"), cwd=tmp_path)
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output[-3000:]
     assert "dual-encoder, after cascade" in output
     assert len([line for line in output.splitlines() if "'dual_encoder': " in line]) == 3
+
+
+def load_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Id and text of every line."""
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        yield row["_id"], row["text"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.backbone_table import Site
 from support.backbones import BACKBONES
-from support.finished_run import LONG, TEXTS, finished_run
+from support.finished_run import LONG, TEXTS, finished_run, write_run
 from support.peers import ONNX, PYLATE, ST_5, ST_6, Peer
 from support.processes import ROOT, run_python
 from support.tiny import ALL_TERMS, ConfigMaker
@@ -204,6 +204,24 @@ def test_dual_encoder(name: str, backend: str, peer: Peer, trained: RunConfig) -
     )
     if backend == "onnx":
         export_all(trained)
+
+
+README_LOADS = """
+print(json.dumps([
+    dual_encoder.encode("baran").shape[-1], cross_encoder.predict([("a", "b")]).shape[0],
+    late_interaction.encode(["baran"], is_query=True)[0].shape[-1], encoder.config.hidden_size,
+]))
+"""
+
+
+def test_the_readmes_code_loads_the_exports(
+    peer: Peer, tiny_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    export_all(write_run(tmp_path / "run", tiny_data, tiny_model, ALL_TERMS))
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "pylate" in block]
+    code = code.replace("runs/my", str(tmp_path / "run"))
+    assert peer(PYLATE, code + README_LOADS) == [32, 1, 16, 32]
 
 
 @pytest.mark.parametrize("name", [ST_6, ST_5])

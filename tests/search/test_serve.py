@@ -423,7 +423,7 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded(
         (["--run", "nowhere", "--port", "65536"], "--port 65536: must be 0 to 65535"),
         (["--run", "nowhere", "--host", "no.such.host.invalid"], "cannot listen on --host no.such"),
         (["--run", "x", "--cross_encoder_depth", "-2"], "--cross_encoder_depth -2: must be 0 or"),
-        (["--port", "0"], "arguments are required: run"),
+        (["--port", "0"], "nothing to search: give --run DIR"),
     ],
 )
 def test_odd_options_are_refused(

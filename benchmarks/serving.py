@@ -1,4 +1,5 @@
-"""What a search takes: each model by itself and all three, with stored token vectors and without.
+"""What a search takes: each model by itself and all three, with stored token vectors and without;
+and what the page waits for.
 
     python benchmarks/serving.py runs/quickstart --out docs/results/serving.json
 
@@ -45,7 +46,10 @@ def measure(system: SearchSystem, queries: list[str]) -> dict[str, dict[str, flo
                 if number >= WARM_UP:
                     label = name if with_vectors else f"{name}, passages encoded anew"
                     taken.setdefault(label, []).append(1e3 * (perf_counter() - began))
-    system.token_vectors = stored
+        system.token_vectors = stored
+        for label, value in watch(system, query).items():
+            if number >= WARM_UP:
+                taken.setdefault(label, []).append(value)
     return {
         label: {
             "median": statistics.median(values),
@@ -53,6 +57,27 @@ def measure(system: SearchSystem, queries: list[str]) -> dict[str, dict[str, flo
         }
         for label, values in taken.items()
     }
+
+
+def watch(system: SearchSystem, query: str) -> dict[str, float]:
+    """Milliseconds until the page has each of its answers, and what its attention view takes."""
+    began = perf_counter()
+    taken: dict[str, float] = {}
+    best = ""
+    for step in system.search_steps(query):
+        if step.result is None:
+            continue
+        taken.setdefault("page: first passages", 1e3 * (perf_counter() - began))
+        late = step.result.rankings["late_interaction"]
+        if late and not best:
+            best = late[0].pid
+            system.explain(query, best)
+            taken["page: late interaction and its highlight"] = 1e3 * (perf_counter() - began)
+    taken["page: all three and the highlight"] = 1e3 * (perf_counter() - began)
+    began = perf_counter()
+    system.attention(query, best)
+    taken["page: attention of a pair"] = 1e3 * (perf_counter() - began)
+    return taken
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ assert {"quickstart", "beir-cpu", "msmarco/en"} <= set(config_names()), config_n
 for name in config_names():
     parse_config(config_parser("train", ""), ["--config", name])
 assert zero_section(TrainingConfig(zero_json="zero2"))["stage"] == 2
-assert files("erniesearch.search").joinpath("page.html").is_file()
+assert files("erniesearch.search").joinpath("page/page.html").is_file()
 assert commit() is None
 PY
 status=0

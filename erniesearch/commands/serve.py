@@ -13,7 +13,7 @@ def serve_command(argv: list[str]) -> int:
     """``erniesearch serve --run DIR``, or with ``--model``, ``--index`` and ``--data``."""
     parser = command_parser(
         "serve", "Answer queries over HTTP, from a finished run or with models of your own:"
-        " /search, /explain, /health, and a page at /.",
+        " /search, /explain, /attention, /health, and a page at /.",
     )  # fmt: skip
     parser.add_argument(
         "--host", type=str, default="127.0.0.1",

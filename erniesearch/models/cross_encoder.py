@@ -190,21 +190,21 @@ class CrossEncoder(nn.Module):
         return output.logits.squeeze(-1).float()
 
     @torch.no_grad()
-    def attention(self, pairs: Pairs, budget: int = LOGITS) -> TeacherAttention:
-        """What the last layer's attention in the last forward follows from, detached.
+    def attention(self, pairs: Pairs, budget: int = LOGITS, layer: int = -1) -> TeacherAttention:
+        """What a layer's attention in the last forward follows from, detached.
 
         The row's log-sum-exp covers every real token of the pair, so that
         ``exp(q·k/√d - lse)`` is the attention the model really paid; at most ``budget`` logits
         exist at a time, or one row of each head.
         """
-        every = self._projections(-1)
+        every = self._projections(layer)
         queries = _take(every.queries, pairs.query_columns)
         logits = queries.shape[1] * queries.shape[2] * every.keys.shape[2]  # of a pair
         lse = [
             self._row_sums(queries[part], every.keys[part], pairs, part, budget)
             for part in _parts(len(queries), budget // logits)
         ]
-        query, passage = self.sides(pairs, -1)
+        query, passage = self.sides(pairs, layer)
         return TeacherAttention(query.queries, passage.keys, torch.cat(lse))
 
     @torch.no_grad()

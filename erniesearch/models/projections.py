@@ -146,6 +146,16 @@ class ProjectionTap:
         self._packing = self.bias = None
 
 
+def global_layers(config: PretrainedConfig) -> list[int]:
+    """Layers that attend to every token, from 0."""
+    types = getattr(config, "layer_types", None)
+    return [
+        layer
+        for layer in range(int(config.num_hidden_layers))
+        if not types or types[layer] == "full_attention"
+    ]
+
+
 def _check_windows(config: PretrainedConfig, path: str, layers: list[int]) -> None:
     """The layers attend to every token.
 
@@ -153,10 +163,9 @@ def _check_windows(config: PretrainedConfig, path: str, layers: list[int]) -> No
         UserError: for a layer that attends to a window: outside of it the target would be 0, and
             for a token whose window ends before the other text there is none.
     """
-    types = getattr(config, "layer_types", None) or []
-    everywhere = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    everywhere = global_layers(config)
     for layer in layers:
-        if types and layer not in everywhere:
+        if layer not in everywhere:
             raise UserError(
                 f"layer {layer} of the teacher '{path}' attends to a window of"
                 f" {config.sliding_window} tokens on each side, which is no target for tokens of"

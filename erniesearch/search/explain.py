@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from erniesearch.data.text_format import SCORED
 from erniesearch.errors import UserError
 from erniesearch.models.encoder import Side
@@ -54,14 +56,16 @@ def tokens_in(retriever: Retriever, text: str, side: Side) -> list[Token]:
     ]  # fmt: skip
 
 
-def match_tokens(retriever: Retriever, query: str, passage: str) -> list[TokenMatch]:
+def match_tokens(
+    retriever: Retriever, query: str, passage: str, stored: Tensor | None = None
+) -> list[TokenMatch]:
     """For every query token i the winner of max over j of <E_qi, E_pj>.
 
     The similarities add up to the late-interaction score; of equal ones the first token wins, as
-    in MaxSim.
+    in MaxSim. ``stored`` are the passage's vectors where they are known.
     """
     (query_tokens,) = retriever.tokens([query], "query")
-    (passage_tokens,) = retriever.tokens([passage], "passage")
+    passage_tokens = retriever.tokens([passage], "passage")[0] if stored is None else stored
     similarities, winners = (query_tokens.float() @ passage_tokens.float().T).max(1)
     in_query = tokens_in(retriever, query, "query")
     in_passage = tokens_in(retriever, passage, "passage")

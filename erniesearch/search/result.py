@@ -40,3 +40,18 @@ class SearchResult:
     def query_truncated(self) -> bool:
         """Whether the query is longer than the models read."""
         return self.query_tokens_read < self.query_tokens
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """How far a search is.
+
+    Attributes:
+        model: the one at work; ``done`` of the ``total`` passages that it is to score have a score.
+        result: what there is when it has scored all of them, None before.
+    """
+
+    model: Model
+    done: int
+    total: int
+    result: SearchResult | None

@@ -59,6 +59,19 @@ class SearchResponse(_Response):
     rankings: dict[Model, list[Hit]]
 
 
+class SearchStep(_Response):
+    """A line of /search/stream: how far the search is.
+
+    `model` is at work and has scored `done` of `total` passages; `result`, null before, is what
+    there is when it has scored them all. The last line's result is that of /search.
+    """
+
+    model: Model
+    done: int
+    total: int
+    result: SearchResponse | None
+
+
 class ExplainRequest(_Request):
     """A query and a passage of the collection."""
 
@@ -93,17 +106,52 @@ class ExplainResponse(_Response):
     matches: list[TokenMatch]
 
 
+class AttentionRequest(ExplainRequest):
+    """A query, a passage of the collection, and a layer of the cross-encoder."""
+
+    layer: int = Field(
+        -1, description="From 0, or from the last one, -1, which is the one that is distilled."
+    )
+
+
+class AttentionResponse(_Response):
+    """What the loss term `attention` compares in this pair, over the texts' own tokens: rows of
+    query tokens, columns of passage tokens; every row sums to 1.
+
+    `shares` is how much of its attention a query token pays to the passage's tokens, by which its
+    row of `cross_encoder` is divided. `divergences` are KL(cross_encoder ‖ late_interaction) of the
+    rows in nats, and `divergence` is their mean, the term's value.
+    """
+
+    query: str
+    pid: str
+    text: str
+    layer: int = Field(description="The cross-encoder's, from 0.")
+    tau: float = Field(description="Late interaction's temperature, objective.tau_att.")
+    query_tokens: list[Token]
+    passage_tokens: list[Token]
+    cross_encoder: list[list[float]]
+    late_interaction: list[list[float]]
+    shares: list[float]
+    divergences: list[float]
+    divergence: float
+
+
 class Health(_Response):
-    """What is served; the depths are the defaults and the most a request may ask for."""
+    """What is served. The depths are the defaults and the most that a request may ask for;
+    `attention_layers` are the layers that /attention shows, none if it cannot."""
 
     status: str
     passages: int
     models: list[Model]
+    first_stage: Model
+    max_depth: int
     late_interaction_depth: int
     cross_encoder_depth: int
+    attention_layers: list[int]
 
 
 class Problem(_Response):
-    """Every answer that is not 200."""
+    """Every answer that is not 200, and the last line of a stream that fails half-way."""
 
     detail: str

@@ -1,12 +1,14 @@
 """A search system: dual-encoder, late interaction over its best or in its place, cross-encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
 from erniesearch import stages
-from erniesearch.data.collection import RetrievalData, Run, load_beir
+from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.corpus.texts import rows_of
 from erniesearch.errors import UserError
 from erniesearch.retrieval import ranking
@@ -23,9 +25,11 @@ from erniesearch.retrieval.trained import (
 )
 from erniesearch.retrieval.vector_index import VectorIndex
 from erniesearch.run_folder import RunFolder
+from erniesearch.search.attention_maps import AttentionMaps, attention_maps, layers_shown
 from erniesearch.search.explain import TokenMatch, match_tokens
 from erniesearch.search.merging import MergingQueue
-from erniesearch.search.result import MODELS, Hit, Model, SearchResult
+from erniesearch.search.ranked import Ranked
+from erniesearch.search.result import MODELS, Model, SearchResult, SearchStep
 
 DEFAULT_DEPTHS = {"late_interaction": 100, "cross_encoder": 20}
 MERGED_QUERIES = 32
@@ -33,6 +37,11 @@ MERGED_QUERIES = 32
 passages), this answers per second of CPU 2.8 times as many queries as one at a time where the
 dual-encoder searches alone, and 1.5 times as many with late interaction over 50 passages and the
 cross-encoder over 10: a passage that several queries retrieve is encoded once."""
+
+MOMENT = 0.5
+"""Seconds that a model may score between two words of :meth:`SearchSystem.search_steps`."""
+FIRST_PACE = 8.0
+"""Passages a second that a model is trusted with before it has scored any."""
 
 
 class UnknownPassageError(UserError):
@@ -53,6 +62,10 @@ class SearchSystem:
         scorer: the cross-encoder; None leaves it out.
         late_interaction: encodes for MaxSim, as a rule the same retriever; None leaves it out.
         token_vectors: its vectors of all passages; None encodes them when they are needed.
+        tau_att: temperature of late interaction's side in :meth:`attention`, the training's.
+
+    Attributes:
+        attention_layers: the cross-encoder's layers that :meth:`attention` can show, from 0.
 
     Raises:
         UserError: if the index holds a passage that ``data`` does not have.
@@ -66,13 +79,21 @@ class SearchSystem:
         scorer: PairScorer | None = None,
         late_interaction: Retriever | None = None,
         token_vectors: TokenVectors | None = None,
+        tau_att: float = 1.0,
     ) -> None:
         self.retriever, self.index, self.data, self.scorer = retriever, index, data, scorer
         self.late_interaction, self.token_vectors = late_interaction, token_vectors
+        self.tau_att = tau_att
         dual_encoder = not isinstance(index, TokenIndex)
         self.first_stage: Model = "dual_encoder" if dual_encoder else "late_interaction"
         there = (dual_encoder, late_interaction is not None, scorer is not None)
         self.models = tuple(name for name, own in zip(MODELS, there, strict=True) if own)
+        self.attention_layers, self._no_attention = list[int](), ""
+        try:
+            self.attention_layers = layers_shown(late_interaction, scorer)
+        except UserError as error:
+            self._no_attention = str(error)
+        self._pace: dict[Model, float] = {}  # passages a second, when it last scored
         self._row_of = data.index_of
         missing = np.flatnonzero(rows_of(data.index_of, index.pids) < 0)
         if missing.size:
@@ -129,6 +150,7 @@ class SearchSystem:
             retriever, index, data, make_scorer(config, teacher) if teacher else None,
             retriever if stages.trains_late_interaction(config) else None,
             TokenVectors(stored, data.index_of) if stored.is_dir() else None,
+            config.objective.tau_att,
         )  # fmt: skip
 
     def rerank_depth(self, model: Model, wanted: int | None = None) -> int:
@@ -209,33 +231,87 @@ class SearchSystem:
             self.rerank_depth("late_interaction", late), self.rerank_depth("cross_encoder", cross)
         )  # fmt: skip
 
+    def search_steps(
+        self,
+        query: str,
+        depth: int = 10,
+        late_interaction_depth: int | None = None,
+        cross_encoder_depth: int | None = None,
+    ) -> Iterator[SearchStep]:
+        """The search of :meth:`search`, told as it goes: what one model has found while the next
+        one, which is slower, still scores.
+
+        A model that takes longer than a moment scores its passages in parts, between which other
+        callers get their turn. Arguments and errors as :meth:`search_many`; those of the depths
+        and of an empty query come at once, an unreadable query's with the first step.
+        """
+        depths = self._check(depth, late_interaction_depth, cross_encoder_depth)
+        _require_words(query)
+        return self._steps(query, depth, *depths)
+
+    def _steps(
+        self, query: str, depth: int, late_depth: int, cross_depth: int
+    ) -> Iterator[SearchStep]:
+        pool = max(depth, late_depth, cross_depth)
+        ranked = self._queue.call(("retrieve", pool), query, partial(self._retrieve, pool))
+        found = len(ranked.order)
+        yield SearchStep(self.first_stage, found, found, ranked.result(depth, self.text))
+        for model, number in self._rerankers(late_depth, cross_depth):
+            # Passages of one length go together, as in a whole batch; the short ones are first.
+            pids = sorted(ranked.order[:number], key=lambda pid: len(self.text(pid)))
+            scores, score = dict[str, float](), partial(self._score, model)
+            while len(scores) < len(pids):
+                if scores:
+                    yield SearchStep(model, len(scores), len(pids), None)
+                size = max(1, int(self._pace.get(model, FIRST_PACE) * MOMENT))
+                part = pids[len(scores) : len(scores) + size]
+                scores |= self._queue.call(model, (query, part), score)
+            ranked.add(model, scores)
+            yield SearchStep(model, len(pids), len(pids), ranked.result(depth, self.text))
+
     def _search(
         self, queries: Sequence[str], depth: int, late_depth: int, cross_depth: int
     ) -> list[SearchResult]:
+        found = self._retrieve(max(depth, late_depth, cross_depth), queries)
+        for model, number in self._rerankers(late_depth, cross_depth):
+            wanted = [(ranked.query, ranked.order[:number]) for ranked in found]
+            for ranked, scores in zip(found, self._score(model, wanted), strict=True):
+                ranked.add(model, scores)
+        return [ranked.result(depth, self.text) for ranked in found]
+
+    def _retrieve(self, pool: int, queries: Sequence[str]) -> list[Ranked]:
+        """The first stage's best of each query."""
+        found = [Ranked(query, *self._query_lengths(query)) for query in queries]
         texts = {str(i): query for i, query in enumerate(queries)}
-        lengths = [self._query_lengths(query) for query in queries]
-        pool = max(depth, late_depth, cross_depth)
-        first = ranking.dense_run(self.retriever, self.index, texts, pool)
-        order = {qid: ranking.top(scores, pool) for qid, scores in first.items()}
-        none: Run = {qid: {} for qid in texts}
-        dense, late, cross = first, none, none
-        if self.first_stage == "late_interaction":
-            dense, late = none, first
-        elif late_depth and self.late_interaction is not None:
-            best = {qid: pids[:late_depth] for qid, pids in order.items()}
-            late = ranking.late_interaction_scores(
-                self.late_interaction, self.data, texts, best, self.token_vectors
+        run = ranking.dense_run(self.retriever, self.index, texts, pool)
+        for ranked, scores in zip(found, run.values(), strict=True):
+            ranked.add(self.first_stage, scores)
+        return found
+
+    def _rerankers(self, late_depth: int, cross_depth: int) -> list[tuple[Model, int]]:
+        """Models behind the first stage, and how many passages each scores."""
+        depths: dict[Model, int] = {
+            "late_interaction": late_depth, "cross_encoder": cross_depth
+        }  # fmt: skip
+        return [(model, n) for model, n in depths.items() if n and model != self.first_stage]
+
+    def _score(
+        self, model: Model, wanted: Sequence[tuple[str, list[str]]]
+    ) -> list[dict[str, float]]:
+        """A reranker's scores of each query's pids."""
+        texts = {str(i): query for i, (query, _) in enumerate(wanted)}
+        pids = {str(i): own for i, (_, own) in enumerate(wanted)}
+        began = perf_counter()
+        if model == "late_interaction":
+            assert self.late_interaction is not None
+            run = ranking.late_interaction_scores(
+                self.late_interaction, self.data, texts, pids, self.token_vectors
             )
-            order = _reordered(order, late)
-        if cross_depth and self.scorer is not None:
-            best = {qid: pids[:cross_depth] for qid, pids in order.items()}
-            cross = ranking.cross_encoder_scores(self.scorer, self.data, texts, best)
-            order = _reordered(order, cross)
-        results = []
-        for (qid, query), (length, read) in zip(texts.items(), lengths, strict=True):
-            scores = dict(zip(MODELS, (dense[qid], late[qid], cross[qid]), strict=True))
-            results.append(self._result(query, order[qid], scores, depth, length, read))
-        return results
+        else:
+            assert self.scorer is not None
+            run = ranking.cross_encoder_scores(self.scorer, self.data, texts, pids)
+        self._pace[model] = sum(map(len, pids.values())) / (perf_counter() - began)
+        return [run[qid] for qid in texts]
 
     def explain(self, query: str, pid: str) -> list[TokenMatch]:
         """Which passage token won each query token.
@@ -259,7 +335,34 @@ class SearchSystem:
 
         def work(_: Sequence[str]) -> list[list[TokenMatch]]:
             self._query_lengths(query)
-            return [match_tokens(late, query, passage)]
+            stored = None if self.token_vectors is None else self.token_vectors([pid])[0]
+            return [match_tokens(late, query, passage, stored)]
+
+        return self._queue.call(object(), query, work)
+
+    def attention(self, query: str, pid: str, layer: int = -1) -> AttentionMaps:
+        """What the loss term ``attention`` compares in this pair: the cross-encoder's attention
+        from query to passage, and late interaction's softmax over the passage's tokens.
+
+        Args:
+            layer: the cross-encoder's, one of ``attention_layers`` or counted from the last, -1,
+                which is the one that is distilled.
+
+        Raises:
+            UnknownPassageError: for a pid that the collection does not have.
+            UserError: for an empty query or one without content, a layer that cannot be shown, or
+                models whose attention cannot be compared.
+        """
+        _require_words(query)
+        if self._no_attention:
+            raise UserError(self._no_attention)
+        assert self.late_interaction is not None
+        assert self.scorer is not None
+        passage, maps = self.text(pid), partial(attention_maps, self.late_interaction, self.scorer)
+
+        def work(_: Sequence[str]) -> list[AttentionMaps]:
+            self._query_lengths(query)
+            return [maps(query, passage, self.tau_att, layer)]
 
         return self._queue.call(object(), query, work)
 
@@ -284,42 +387,7 @@ class SearchSystem:
             raise UserError(f"the query {query!r} holds no character that the tokenizer knows")
         return length, min(length, self.retriever.lengths["query"])
 
-    def _result(
-        self,
-        query: str,
-        order: list[str],
-        scores: dict[Model, dict[str, float]],
-        depth: int,
-        length: int,
-        read: int,
-    ) -> SearchResult:
-        best = {model: ranking.top(scores[model], len(order)) for model in MODELS}
-        rank = {model: {pid: i for i, pid in enumerate(pids, 1)} for model, pids in best.items()}
-
-        def hit(pid: str) -> Hit:
-            return Hit(
-                pid, self.text(pid),
-                {model: scores[model].get(pid) for model in MODELS},
-                {model: rank[model].get(pid) for model in MODELS},
-            )  # fmt: skip
-
-        return SearchResult(
-            query, [hit(pid) for pid in order[:depth]],
-            {model: [hit(pid) for pid in best[model][:depth]] for model in MODELS}, length, read,
-        )  # fmt: skip
-
 
 def _require_words(query: str) -> None:
     if not query.strip():
         raise UserError("the query is empty: it must hold one word at least")
-
-
-def _reordered(
-    order: dict[str, list[str]], scores: dict[str, dict[str, float]]
-) -> dict[str, list[str]]:
-    """What was scored first, best first; the rest behind it in the old order."""
-    return {
-        qid: ranking.top(scores[qid], len(scores[qid]))
-        + [pid for pid in pids if pid not in scores[qid]]
-        for qid, pids in order.items()
-    }

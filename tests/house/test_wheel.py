@@ -68,7 +68,10 @@ def test_wheel_holds_packages_configs_and_page_and_nothing_else(checked: Path) -
         f"erniesearch/{f.relative_to(ROOT).as_posix()}"
         for f in (ROOT / "configs").rglob("*") if f.is_file()
     }  # fmt: skip
-    page = {"erniesearch/search/page.html"}
+    page = {
+        f"erniesearch/search/page/{name}"
+        for name in ("page.html", "page.css", "page.js", "texts.json")
+    }
     assert contents(checked, "erniesearch") == code | configs | page | OPERATORS
 
 

@@ -1,6 +1,8 @@
 """The HTTP service: every route, every mistake, many clients, start and stop."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from support.processes import ROOT, start
 from support.tiny import ALL_TERMS
 
 from erniesearch.cli import main
+from erniesearch.errors import UserError
 from erniesearch.search.app import create_app
 from erniesearch.search.system import SearchSystem
 
@@ -77,6 +80,70 @@ def test_a_long_query_is_cut_and_the_answer_says_so(client: TestClient) -> None:
     assert (found["query_tokens"], found["query_tokens_read"]) == (202, 8)
 
 
+def test_a_stream_ends_with_what_search_answers(client: TestClient) -> None:
+    body = {"query": QUERY, "depth": 4}
+    expected = client.post("/search", json=body).json()
+    answer = client.post("/search/stream", json=body)
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    steps = [json.loads(line) for line in answer.text.splitlines()]
+    assert [step["model"] for step in steps if step["result"]] == list(MODELS)
+    assert close(steps[-1]["result"], expected)
+    first = steps[0]["result"]["rankings"]
+    assert first["dual_encoder"][0]["pid"] == expected["rankings"]["dual_encoder"][0]["pid"]
+    assert first["late_interaction"] == first["cross_encoder"] == []
+
+
+def test_an_error_in_a_stream_that_has_begun_is_its_last_line(
+    client: TestClient, system: SearchSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert system.scorer is not None
+    for error, told in (
+        (UserError("the index is gone"), "the index is gone"),
+        (RuntimeError("secret"), "internal error; the server's log says more"),
+    ):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(system.scorer, "scores", fail)
+        answer = client.post("/search/stream", json={"query": QUERY})
+        assert answer.status_code == 200
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert lines[-1] == {"detail": told}
+        assert [line["model"] for line in lines[:-1] if line["result"]] == list(MODELS[:2])
+
+
+def test_attention_is_the_systems(client: TestClient, system: SearchSystem) -> None:
+    answer = client.post("/attention", json={"query": QUERY, "pid": "p3", "layer": 0})
+    assert answer.status_code == 200
+    found, expected = answer.json(), system.attention(QUERY, "p3", 0)
+    assert (found["layer"], found["tau"], found["text"]) == (0, 1.0, system.text("p3"))
+    assert found["cross_encoder"] == expected.cross_encoder.tolist()
+    assert found["late_interaction"] == expected.late_interaction.tolist()
+    assert found["divergence"] == pytest.approx(sum(found["divergences"]) / 3)
+    for side in ("query_tokens", "passage_tokens"):
+        text = QUERY if side == "query_tokens" else found["text"]
+        for token in found[side]:
+            assert text[token["start"] : token["end"]] == token["text"]
+    again = client.get("/attention", params={"query": QUERY, "pid": "p3", "layer": 0})
+    assert again.json() == found
+
+
+def test_every_route_is_in_the_schema(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/search", "/search/stream", "/explain", "/attention", "/health"
+    }  # fmt: skip
+    text = json.dumps(schema)
+    for reference in set(re.findall(r'"#/components/schemas/(\w+)"', text)):
+        assert reference in schema["components"]["schemas"]
+    answers = schema["paths"]["/search/stream"]["post"]["responses"]
+    (line,) = answers["200"]["content"].items()
+    assert line[0] == "application/x-ndjson"
+    assert set(line[1]["schema"]["properties"]) == {"model", "done", "total", "result"}
+    assert list(answers["422"]["content"]) == ["application/json"]
+
+
 def test_explain_adds_up(client: TestClient) -> None:
     found = client.post("/search", json={"query": QUERY}).json()
     hit = found["rankings"]["late_interaction"][0]
@@ -97,8 +164,9 @@ def test_explain_adds_up(client: TestClient) -> None:
 
 def test_health_says_what_is_served(client: TestClient) -> None:
     assert client.get("/health").json() == {
-        "status": "ok", "passages": 60, "models": list(MODELS),
-        "late_interaction_depth": 30, "cross_encoder_depth": 12,
+        "status": "ok", "passages": 60, "models": list(MODELS), "first_stage": "dual_encoder",
+        "max_depth": 100, "late_interaction_depth": 30, "cross_encoder_depth": 12,
+        "attention_layers": [0, 1],
     }  # fmt: skip
 
 
@@ -112,8 +180,28 @@ def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert client.get("/docs").status_code == 404  # FastAPI's would load scripts from elsewhere
-    paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/search", "/explain", "/health"}
+
+
+def test_the_pages_texts_are_in_step() -> None:
+    """Both languages have the same texts with the same places to fill, and the page asks for no
+    other."""
+    folder = ROOT / "erniesearch" / "search" / "page"
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    assert list(texts) == ["en", "zh"]
+    assert list(texts["en"]) == list(texts["zh"])
+    for key, english in texts["en"].items():
+        chinese, places = texts["zh"][key], re.compile(r"\{\w+\}")
+        assert sorted(places.findall(english)) == sorted(places.findall(chinese)), key
+        assert english.strip(), key
+        assert chinese.strip(), key
+    markup, script = ((folder / name).read_text("utf-8") for name in ("page.html", "page.js"))
+    named = set(re.findall(r'data-(?:text|label)="(\w+)"', markup))
+    named |= set(re.findall(r'\b(?:t|say|Error)\((?:last \? )?"(\w+)"', script))
+    assert named <= set(texts["en"])
+    written = markup + script
+    made = {f"map_{model}" for model in MODELS[1:]} | {f"{model}_depth" for model in MODELS[1:]}
+    unused = [key for key in texts["en"] if f'"{key}"' not in written and key not in made]
+    assert unused == []
 
 
 # --- mistakes -----------------------------------------------------------------------------------
@@ -141,6 +229,19 @@ def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
         ("/search", [QUERY], "Input should be a valid dictionary"),
         ("/explain", {"query": QUERY}, "pid: Field required"),
         ("/explain", {"query": " ", "pid": "p1"}, "the query is empty"),
+        ("/search/stream", {"query": " "}, "the query is empty"),
+        ("/search/stream", {"query": "\u200b"}, "the query '\\u200b' holds no character"),
+        ("/search/stream", {"query": QUERY, "depth": 0}, "depth: Input should be greater than or"),
+        (
+            "/search/stream",
+            {"query": QUERY, "cross_encoder_depth": 13},
+            "is 13: this server",
+        ),
+        ("/attention", {"query": QUERY}, "pid: Field required"),
+        ("/attention", {"query": "", "pid": "p1"}, "query: String should have at least 1"),
+        ("/attention", {"query": QUERY, "pid": "p1", "layer": "last"}, "layer: Input should be a"),
+        ("/attention", {"query": QUERY, "pid": "p1", "layer": 7}, "layer is 7: give one of 0, 1"),
+        ("/attention", {"query": QUERY, "pid": "p1", "head": 1}, "head: Extra inputs are not"),
     ],
 )
 def test_odd_requests_get_422_and_a_reason(
@@ -150,6 +251,7 @@ def test_odd_requests_get_422_and_a_reason(
     assert answer.status_code == 422, answer.text
     assert list(answer.json()) == ["detail"]
     assert problem in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +264,10 @@ def test_bytes_that_are_no_json_get_422(client: TestClient, content: bytes) -> N
 
 
 def test_unknown_passage_route_and_method(client: TestClient) -> None:
-    answer = client.post("/explain", json={"query": QUERY, "pid": "<b>p</b>"})
-    assert answer.status_code == 404
-    assert answer.json() == {"detail": "no passage '<b>p</b>' in the collection"}
+    for path in ("/explain", "/attention"):
+        answer = client.post(path, json={"query": QUERY, "pid": "<b>p</b>"})
+        assert answer.status_code == 404
+        assert answer.json() == {"detail": "no passage '<b>p</b>' in the collection"}
     assert client.get("/serach").status_code == 404
     assert client.get("/serach").json() == {"detail": "Not Found"}
     wrong = client.delete("/search")
@@ -320,7 +423,7 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded(
         (["--run", "nowhere", "--port", "65536"], "--port 65536: must be 0 to 65535"),
         (["--run", "nowhere", "--host", "no.such.host.invalid"], "cannot listen on --host no.such"),
         (["--run", "x", "--cross_encoder_depth", "-2"], "--cross_encoder_depth -2: must be 0 or"),
-        (["--port", "0"], "arguments are required: run"),
+        (["--port", "0"], "nothing to search: give --run DIR"),
     ],
 )
 def test_odd_options_are_refused(

@@ -135,6 +135,49 @@ def test_a_long_query_is_cut_and_says_so(system: SearchSystem) -> None:
     assert_same(replace(long, query=short.query), short)
 
 
+def test_steps_come_model_by_model_and_end_as_the_search_does(system: SearchSystem) -> None:
+    depths = {"depth": 7, "late_interaction_depth": 20, "cross_encoder_depth": 12}
+    expected = system.search(QUERY, **depths)
+    steps = list(system.search_steps(QUERY, **depths))
+    done = [step for step in steps if step.result is not None]
+    assert [step.model for step in done] == list(MODELS)
+    assert [(step.done, step.total) for step in done] == [(20, 20), (20, 20), (12, 12)]
+    assert steps[-1] is done[-1]
+    for step, model in zip(done, MODELS, strict=True):
+        assert step.result is not None
+        ready = MODELS[: MODELS.index(model) + 1]
+        assert [bool(step.result.rankings[own]) for own in MODELS] == [m in ready for m in MODELS]
+        for own in ready:
+            assert [hit.pid for hit in step.result.rankings[own]] == [
+                hit.pid for hit in expected.rankings[own]
+            ]
+    assert done[-1].result is not None
+    assert_same(done[-1].result, expected)
+    assert [hit.pid for hit in done[-1].result.hits] == [hit.pid for hit in expected.hits]
+
+
+def test_a_slow_model_tells_how_far_it_is_and_lets_others_in(
+    system: SearchSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erniesearch.search.system.MOMENT", 1e-9)  # every model is slow
+    steps = system.search_steps(QUERY, 5, 0, 3)
+    dense = next(steps)
+    assert (dense.model, dense.result is not None) == ("dual_encoder", True)
+    told = next(steps)
+    assert (told.model, told.done, told.total, told.result) == ("cross_encoder", 1, 3, None)
+    assert system.search("fitor", 5).hits  # between two parts
+    assert [step.done for step in steps] == [2, 3]
+
+
+def test_an_odd_search_is_refused_before_its_first_step(system: SearchSystem) -> None:
+    with pytest.raises(UserError, match="the query is empty"):
+        system.search_steps(" ")
+    with pytest.raises(UserError, match="depth is 0"):
+        system.search_steps(QUERY, depth=0)
+    with pytest.raises(UserError, match="no character that the tokenizer knows"):
+        next(system.search_steps("\u200b"))
+
+
 # --- explain ------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from erniesearch.distributed import free_port
-from erniesearch.evaluation.table import tell_figures
+from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.vector_index import VectorIndex
 

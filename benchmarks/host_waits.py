@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from erniesearch import distributed
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
-from erniesearch.evaluation.table import tell_figures
 from erniesearch.models.backbone import without_weights
 from erniesearch.models.precision import tune_for_device
 from erniesearch.planning.accounting import fake_world
 from erniesearch.planning.trial import full_batches
+from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.stages import Stage
 from erniesearch.training.build import assemble_model, base_teacher
 from erniesearch.training.engine import build_engine

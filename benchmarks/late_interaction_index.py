@@ -23,7 +23,7 @@ from erniesearch_kernels import maxsim_varlen
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from erniesearch.evaluation.table import tell_figures
+from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.retrieval.embeddings import Embeddings, read_manifest
 from erniesearch.retrieval.token_index import TokenIndex
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from erniesearch.evaluation.table import tell_figures
+from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.search.system import SearchSystem
 
 FORMS: dict[str, dict[str, int]] = {

@@ -20,7 +20,7 @@ commands:
   ablate GRID          variants of a configuration, trained with several seeds and compared
   plan CONFIG          memory, traffic and time per rank before a training is started
   train                one stage in this process; start it with deepspeed, torchrun or srun
-  report               print the table of a finished run again
+  report               a run, an ablation or benchmarks as one page; --watch while it goes on
   search               ask the index of a finished run
   serve                answer queries over HTTP, with a page that shows the three rankings
   evaluate             models and TREC runs on any data set in BEIR layout
@@ -100,7 +100,7 @@ COMMANDS = {
     "plan": "plan:plan_command",
     "train": "train:train_command",
     "step": "train:step_command",  # started by run; not in USAGE
-    "report": "search:report_command",
+    "report": "report:report_command",
     "search": "search:search_command",
     "serve": "serve:serve_command",
     "evaluate": "evaluate:evaluate_command",

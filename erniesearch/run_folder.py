@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from erniesearch import installation
@@ -12,13 +14,18 @@ from erniesearch.config.yaml_file import to_yaml
 from erniesearch.errors import UserError
 from erniesearch.files import hold_lock, write_atomically
 
+COSTS = "costs.json"
+"""In a step's folder: seconds from its claim to its end and peak memory of rank 0's process, the
+one that finished it."""
+
 
 class RunFolder:
     """Paths inside ``run_dir``.
 
-    ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json;
-    ``exports/``, ``index/``, ``token_vectors/``, ``token_index/``, ``runs/*.trec`` and
-    ``summary.md`` are for the user.
+    ``stages/NAME`` holds metrics.jsonl, checkpoints/, model/student, model/teacher, done.json,
+    costs.json;
+    ``exports/``, ``index/``, ``token_vectors/``, ``token_index/``, ``runs/*.trec``, ``summary.md``
+    and ``report.html`` are for the user.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -60,6 +67,11 @@ class RunFolder:
         """TREC run files."""
         return self.root / "runs"
 
+    @property
+    def query_metrics(self) -> Path:
+        """Every system's metrics by query."""
+        return self.runs / "per_query.parquet"
+
     def record(self, config: RunConfig) -> None:
         """Leave the resolved config here, versions and commit."""
         write_atomically(self.root / "config.yaml", to_yaml(config))
@@ -87,13 +99,15 @@ def mark_done(folder: Path, expected: str, **facts: object) -> None:
 
 @contextmanager
 def claimed(folder: Path, expected: str) -> Iterator[None]:
-    """A step's folder, prepared and locked by rank 0 for all ranks until the end of the block.
+    """A step's folder, prepared and locked by rank 0 for all ranks until the end of the block; a
+    block that ends well leaves :data:`COSTS` there.
 
     Raises:
         UserError: if another process writes there.
     """
     from erniesearch import distributed  # here, since a fingerprint needs no torch
 
+    began = time.monotonic()
     lock = folder.with_name(f".{folder.name}.lock")
     # The ranks of a run just killed may still be ending.
     held = hold_lock(lock, "process", patience=20) if distributed.is_main() else nullcontext()
@@ -102,6 +116,25 @@ def claimed(folder: Path, expected: str) -> Iterator[None]:
             _prepare(folder, expected)
         distributed.barrier()
         yield
+        if distributed.is_main():
+            with suppress(OSError):  # what has been done is worth more than what it has cost
+                write_atomically(folder / COSTS, json.dumps(_costs(began)) + "\n")
+
+
+def _costs(began: float) -> dict[str, float]:
+    costs = {"seconds": time.monotonic() - began, "peak_memory_bytes": memory_status("VmHWM")}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        costs["peak_gpu_memory_bytes"] = torch.cuda.max_memory_reserved()
+    return costs
+
+
+def memory_status(field: str) -> int:
+    """Bytes, from Linux's view of this process: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
 
 
 def _prepare(folder: Path, expected: str) -> None:

@@ -29,6 +29,9 @@ from erniesearch.files import hash_files
 from erniesearch.installation import zero_file
 from erniesearch.run_folder import RunFolder
 
+ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
+         "mine", "cascade", "export", "evaluate")  # fmt: skip
+"""Every step of the pipeline."""
 STUDENT_CHAIN = {
     "post_train": (),
     "contrastive": ("post_train",),

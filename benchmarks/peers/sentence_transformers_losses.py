@@ -31,10 +31,10 @@ from erniesearch.data.collection import load_beir
 from erniesearch.data.negatives import read_scored_negatives
 from erniesearch.data.ranking_metrics import parse_metrics, per_query
 from erniesearch.data.trec import read_trec_run
-from erniesearch.evaluation.table import tell_figures
 from erniesearch.models.cross_encoder import stored_temperature
 from erniesearch.models.precision import use_bf16
 from erniesearch.pipeline import launcher
+from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.retrieval.retriever import default_device
 from erniesearch.retrieval.trained import trained_teacher
 from erniesearch.run_folder import RunFolder

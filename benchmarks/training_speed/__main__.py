@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from erniesearch.evaluation.table import tell_figures
+from erniesearch.report.benchmark_report import tell_figures
 from training_speed.material import Job, write_material
 
 KINDS = ("dual_encoder", "late_interaction", "cross_encoder")

@@ -27,7 +27,6 @@ from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import read_yaml, unknown_key
 from erniesearch.errors import UserError, nearest
 from erniesearch.pipeline import launcher
-from erniesearch.pipeline.run import ORDER
 from erniesearch.training.epochs import resolve_epochs
 
 GRID_KEYS = ("name", "config", "run_dir", "set", "seeds", "seeded", "split", "metric", "control",
@@ -168,7 +167,7 @@ def needed_steps(config: RunConfig) -> list[str]:
         if name not in wanted:
             wanted.add(name)
             todo += stages.upstream(config, name)
-    return [name for name in ORDER if name in wanted]
+    return [name for name in stages.ORDER if name in wanted]
 
 
 def _arm(name: str, settings: Any, seeds: tuple[int, ...], control: str, path: Path) -> Arm:

@@ -8,27 +8,23 @@ from matplotlib.figure import Figure
 from erniesearch.ablation.arms import final_result
 from erniesearch.ablation.grid import Grid
 from erniesearch.ablation.results import Results
+from erniesearch.report.charts import Interval, draw_forest
 
 
 def plot_differences(results: Results, path: Path) -> None:
     """One row an arm: a dot for every seed's difference to its control, the mean over seeds with
     its 95 % interval, and a line at 0."""
-    rows = list(reversed(results.comparisons))
+    rows = [
+        Interval(c.arm if c.control == results.control else f"{c.arm} (to {c.control})",
+                 c.difference, c.low, c.high, tuple(c.per_seed.values()))
+        for c in results.comparisons
+    ]  # fmt: skip
     figure = Figure(figsize=(7, 1.2 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for height, c in enumerate(rows):
-        axes.plot([c.low, c.high], [height, height], color="0.55", linewidth=2, zorder=1)
-        axes.plot(c.difference, height, "D", color="black", markersize=5, zorder=3)
-        axes.scatter(list(c.per_seed.values()), [height] * len(c.per_seed), s=18, color="tab:blue",
-                     alpha=0.7, zorder=2)  # fmt: skip
-    axes.axvline(0.0, color="0.3", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [
-        c.arm if c.control == results.control else f"{c.arm} (to {c.control})" for c in rows
-    ])  # fmt: skip
-    metric = rows[0].metric if rows else ""
+    draw_forest(axes, rows, True, ("0.55", "black", "tab:blue"))
+    metric = results.comparisons[0].metric if rows else ""
     axes.set_xlabel(f"{metric}, difference to {results.control}; dots: seeds; bar: 95 % interval")
     axes.set_title(f"{results.dataset}, {results.split}: {results.num_queries} queries")
-    axes.grid(axis="x", color="0.9")
     figure.savefig(path, dpi=130)
 
 

@@ -61,6 +61,7 @@ def ablate_command(argv: list[str]) -> int:
     command = shlex.join(["erniesearch", "ablate", *argv])
     from erniesearch.ablation.plots import plot_curves, plot_differences
     from erniesearch.ablation.results import collect
+    from erniesearch.report.watch import write_report
 
     results = collect(grid, command)
     results.save(grid.run_dir / f"results-{grid.split}.json")
@@ -69,6 +70,8 @@ def ablate_command(argv: list[str]) -> int:
     table = results.markdown()
     (grid.run_dir / f"results-{grid.split}.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
+    if written := write_report(grid.run_dir):
+        sys.stderr.write(f"report: {written}\n")
     return 0
 
 

@@ -1,6 +1,5 @@
-"""``search`` and ``report``: ask a finished run."""
+"""``search``: ask a finished run."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erniesearch.commands.parsing import command_parser, name_accelerator, parse_options
@@ -75,14 +74,3 @@ def _show(result: "SearchResult") -> None:
         shown = hit.text if len(hit.text) <= 240 else hit.text[:240].rsplit(" ", 1)[0] + " …"
         out.print(f"{position:2d}. [bold]{escape(hit.pid)}[/]  {scores}", soft_wrap=True)
         out.print(f"    {escape(shown)}")
-
-
-def report_command(argv: list[str]) -> int:
-    """``erniesearch report --run DIR``."""
-    parser = command_parser("report", "Print a run's table.")
-    parser.add_argument("--run", type=str, required=True, help="Folder of a finished run.")
-    settings = parser.parse_args(argv)
-    from erniesearch.evaluation.table import Report, table_console
-
-    Report.load(Path(settings.run)).show(table_console())
-    return 0

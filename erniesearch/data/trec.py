@@ -1,7 +1,8 @@
-"""TREC run files, ``qid Q0 docid rank score tag``: written, and strictly read."""
+"""TREC run files, ``qid Q0 docid rank score tag``: written, strictly read, and looked up."""
 
 import math
-from collections.abc import Container
+import mmap
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from erniesearch.data.collection import Run
@@ -90,3 +91,40 @@ def _read_line(
             f" ({last[qid]:.9g}): trec_eval orders by score, so ranks and scores must agree"
         )
     found[pid] = last[qid] = score
+
+
+def ranked_passages(path: Path, wanted: Mapping[str, float], depth: int) -> dict[str, list[str]]:
+    """The first ``depth`` passages of some queries of a run that :func:`write_trec_run` wrote; the
+    rest of the file is not read.
+
+    Args:
+        wanted: each query, and where about in the file it stands (0 to 1).
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    try:
+        with (
+            path.open("rb") as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as lines,
+        ):
+            return {
+                qid: _passages(lines, qid.encode(), place, depth) for qid, place in wanted.items()
+            }
+    except (OSError, ValueError) as error:  # a file of no bytes is a ValueError
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _passages(lines: mmap.mmap, qid: bytes, place: float, depth: int) -> list[str]:
+    start = qid + b" Q0 "
+    guess = max(0, int((place - 0.05) * len(lines)))
+    position = 0 if lines[: len(start)] == start else lines.find(b"\n" + start, guess) + 1
+    if not position and lines[: len(start)] != start:
+        position = lines.find(b"\n" + start) + 1
+        if not position:
+            return []
+    lines.seek(position)
+    found: list[str] = []
+    while len(found) < depth and (line := lines.readline()).startswith(start):
+        found.append(line.split()[2].decode("utf-8", "replace"))
+    return found

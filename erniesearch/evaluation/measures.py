@@ -13,6 +13,8 @@ from erniesearch.errors import UserError
 
 METRICS = parse_metrics(DEFAULT_METRICS)
 RESAMPLES = 1000
+_BLOCK = 5_000_000
+"""Queries drawn at a time: memory does not grow with their number."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ def per_query_metrics(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, n
 def estimate(values: np.ndarray, seed: int) -> Estimate:
     """Mean and percentile bootstrap (1,000 resamples of the queries)."""
     rng = np.random.default_rng([seed, 5])
-    picks = rng.integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    rows = max(1, _BLOCK // len(values))
+    means = [
+        values[rng.integers(len(values), size=(min(rows, RESAMPLES - done), len(values)))].mean(1)
+        for done in range(0, RESAMPLES, rows)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high))
 
 

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -16,7 +14,6 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from erniesearch import installation
 from erniesearch.errors import UserError
 from erniesearch.evaluation.measures import Estimate
 from erniesearch.evaluation.teacher_check import TeacherCheck
@@ -172,16 +169,6 @@ def describe_machine() -> dict[str, object]:
     if torch.cuda.is_available():
         facts["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return facts | {"Python": platform.python_version(), "torch": torch.__version__}
-
-
-def tell_figures(figures: dict[str, Any], out: Path | None, command: str) -> None:
-    """A benchmark's figures as JSON, with the machine, the commit and the command that they are of:
-    to standard output and, if it is given, to a file."""
-    source = {"machine": describe_machine(), "commit": installation.commit(), "command": command}
-    text = json.dumps(figures | source, indent=1) + "\n"
-    if out:
-        out.write_text(text)
-    sys.stdout.write(text)
 
 
 def table_console() -> Console:

@@ -274,6 +274,8 @@ class Objective:
             if getattr(w, name):
                 terms[name] = _nothing(read) if made is None else made
         accuracies = {f"group_{n}": losses.accuracy(x, labels, mask) for n, x in own.items()}
+        # Beside accuracy_ce, on the same lists: is there anything to distil?
+        terms |= {f"accuracy_{name}": value for name, value in accuracies.items()}
         self._track({"group_ce": losses.accuracy(target, labels, mask), **accuracies}, training)
         return terms
 

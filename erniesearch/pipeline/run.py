@@ -21,14 +21,13 @@ from erniesearch.models.backbone import load_tokenizer
 from erniesearch.models.start import read_start
 from erniesearch.pipeline import launcher
 from erniesearch.progress import begin, say
+from erniesearch.report.watch import write_report
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
 from erniesearch.training.epochs import resolve_epochs
 from erniesearch.training.faults import preemption
 from erniesearch.training.trackers import check_trackers
 
-ORDER = ("bm25", "post_train", "contrastive", "interaction", "teacher", "teacher_check",
-         "mine", "cascade", "export", "evaluate")  # fmt: skip
 STAGE_NAMES = (*TRAINING_STAGES, "teacher_check", "mine")
 
 
@@ -43,7 +42,7 @@ def run(
     Args:
         data: the collection, if it is not the folder that ``data.path`` names; for the table it
             needs the split ``evaluation.split`` too.
-        only: steps of :data:`ORDER`, all that the config enables by default.
+        only: steps of :data:`stages.ORDER`, all that the config enables by default.
 
     Returns:
         The table, None if ``only`` leaves the step ``evaluate`` out.
@@ -55,7 +54,7 @@ def run(
     main = threading.current_thread() is threading.main_thread()  # the one that gets signals
     with preemption.listening(launcher.stop) if main else nullcontext():
         run_pipeline(config, list(only))
-    return Report.load(Path(config.run_dir)) if "evaluate" in (only or ORDER) else None
+    return Report.load(Path(config.run_dir)) if "evaluate" in (only or stages.ORDER) else None
 
 
 def run_pipeline(
@@ -64,7 +63,7 @@ def run_pipeline(
     """Run the pipeline.
 
     Args:
-        only: run just these steps of :data:`ORDER`; None runs all that the config enables.
+        only: run just these steps of :data:`stages.ORDER`; None runs all that the config enables.
         launch: how a step is started on a number of ranks.
 
     Raises:
@@ -89,6 +88,8 @@ def run_pipeline(
     if "evaluate" in names:
         Report.load(folder.root).show(table_console())
         say(f"summary: {folder.root / 'summary.md'}")
+        if written := write_report(folder.root):
+            say(f"report: {written}")
 
 
 def _check_and_tokenize(
@@ -168,4 +169,4 @@ def planned(config: RunConfig) -> list[str]:
     trained = [name for name in TRAINING_STAGES if name in enabled]
     if not trained:
         raise UserError("the config trains nothing: set stages.NAME.steps above 0")
-    return [name for name in ORDER if name in enabled | {"export", "evaluate"}]
+    return [name for name in stages.ORDER if name in enabled | {"export", "evaluate"}]

@@ -26,6 +26,7 @@ from erniesearch.data.negatives import write_negatives
 from erniesearch.data.trec import write_trec_run
 from erniesearch.evaluation import measures
 from erniesearch.evaluation.fusion import reciprocal_rank_fusion
+from erniesearch.evaluation.query_metrics import Values, write_query_metrics
 from erniesearch.evaluation.table import Report, Row, describe_machine, stage_facts
 from erniesearch.evaluation.teacher_check import TeacherCheck, check_teachers
 from erniesearch.export import export_all, write_cards
@@ -166,6 +167,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
             table.add_student(stage, label)
     table.add_fusion()
     table.add_rerankers()
+    write_query_metrics(table.folder.query_metrics, list(data.qrels), table.values)
     facts = {
         name: stage_facts(table.folder.stage(name))
         for name in TRAINING_STAGES
@@ -209,6 +211,7 @@ class _TableMaker:
         self.folder = RunFolder(config.run_dir)
         self.depth = max(100, config.evaluation.rerank_depth)
         self.rows: list[Row] = []
+        self.values: Values = {}
         self.bm25_run: Run = {}
         self.final_run: Run | None = None
         self.final_retriever: Retriever | None = None
@@ -219,6 +222,7 @@ class _TableMaker:
         values = measures.per_query_metrics(run, self.data.qrels)
         metrics = {m: measures.estimate(v, self.config.seed) for m, v in values.items()}
         self.rows.append(Row(name, str(path.relative_to(self.folder.root)), metrics))
+        self.values[name] = values
         say(f"{name}: MRR@10 {metrics['MRR@10'].mean:.3f}")
 
     def add_bm25(self) -> None:

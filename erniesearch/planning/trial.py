@@ -18,6 +18,7 @@ from erniesearch import exiting
 from erniesearch.config.keys import RunConfig, TrainingConfig
 from erniesearch.config.yaml_file import from_dict
 from erniesearch.errors import UserError
+from erniesearch.run_folder import memory_status
 from erniesearch.stages import Stage
 
 UPDATES = {3: 4}
@@ -123,7 +124,7 @@ def main(job_file: str) -> None:
             assemble_model(stage, config.student, base_teacher(config))
         _warm_up(config.training, device)
         gc.collect()
-        base = _resident() if device.type == "cpu" else 0
+        base = memory_status("VmRSS") if device.type == "cpu" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model, tokenizer = assemble_model(stage, config.student, base_teacher(config))
@@ -138,7 +139,9 @@ def main(job_file: str) -> None:
         began = monotonic()
         update(engine, batches, stage.settings, device, lambda what: None)
         seconds = monotonic() - began
-    peak = _highest() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    peak = (
+        memory_status("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    )
     result = asdict(Measured(base, peak, seconds))
     Path(job_file).with_name(f"{distributed.rank()}.json").write_text(json.dumps(result))
     distributed.barrier()
@@ -178,22 +181,6 @@ def _warm_up(training: TrainingConfig, device: Any) -> None:
     engine.backward(engine(torch.randn(32, 64, 256, device=device, dtype=dtype)).square().mean())
     engine.step()
     engine.destroy()
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _highest() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """Bytes, from Linux's view of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(field)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class MinedQuery:
 
     ``scores`` are the index's of ``negatives``, ``positive_scores`` those of the relevant
     passages that the search found; the teacher's are empty if it was not asked, and otherwise
-    parallel to ``negatives`` and ``positives``.
+    parallel to ``negatives`` and ``positives``, and those of what it dropped.
     """
 
     qid: str
@@ -49,6 +49,7 @@ class MinedQuery:
     num_denoised: int = 0
     teacher_scores: list[float] = field(default_factory=list)
     teacher_positive_scores: list[float] = field(default_factory=list)
+    teacher_dropped_scores: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def statistics(
     queries: Iterable[MinedQuery],
     searched_by: Literal["dual_encoder", "late_interaction"] = "dual_encoder",
 ) -> dict[str, Any]:
-    """Counts, and histograms of the scores of negatives and positives."""
+    """Counts, and histograms of the scores of negatives and positives, and of what was dropped."""
     facts = dict.fromkeys(
         ("queries", "queries_without_negatives", "candidates", "negatives", "dropped_as_positives",
          "dropped_as_duplicates", "dropped_by_teacher"), 0,
     )  # fmt: skip
     scores = {name: array("d") for name in ("negatives", "positives")}
-    teacher_scores = {name: array("d") for name in ("negatives", "positives")}
+    teacher_scores = {name: array("d") for name in ("negatives", "positives", "dropped")}
     for query in queries:
         facts["queries"] += 1
         facts["queries_without_negatives"] += not query.negatives
@@ -102,6 +103,7 @@ def statistics(
         scores["positives"].extend(query.positive_scores)
         teacher_scores["negatives"].extend(query.teacher_scores)
         teacher_scores["positives"].extend(query.teacher_positive_scores)
+        teacher_scores["dropped"].extend(query.teacher_dropped_scores)
     histograms = {f"{searched_by}_scores": _histograms(scores)}
     if teacher_scores["positives"]:
         histograms["teacher_scores"] = _histograms(teacher_scores)
@@ -247,6 +249,7 @@ class Miner:
                     [query.scores[i] for i in keep], query.positive_scores, query.num_candidates,
                     query.num_duplicates, len(candidates) - len(keep),
                     [candidates[i] for i in keep], positives,
+                    [score for score in candidates if score > limit],
                 )
             )  # fmt: skip
         return out
@@ -300,7 +303,7 @@ def _plain(text: str) -> str:
 
 
 def _histograms(scores: "dict[str, array[float]]") -> dict[str, Any]:
-    """Counts of both kinds in twenty bins of equal width, and their means."""
+    """Counts of each kind in twenty bins of equal width, and their means."""
     values = {name: np.array(numbers) for name, numbers in scores.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=20)
     facts: dict[str, Any] = {"bin_edges": edges.round(6).tolist()}

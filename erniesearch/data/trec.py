@@ -108,9 +108,13 @@ def ranked_passages(path: Path, wanted: Mapping[str, float], depth: int) -> dict
             path.open("rb") as handle,
             mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as lines,
         ):
+            if len(lines.readline().split()) != 6:
+                raise UserError(f"{path}:1: expected 'qid Q0 docid rank score tag'")
             return {
                 qid: _passages(lines, qid.encode(), place, depth) for qid, place in wanted.items()
             }
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # a file of no bytes is a ValueError
         raise UserError(f"{path}: cannot be read: {error}") from None
 

@@ -23,7 +23,7 @@ def write_query_metrics(path: Path, qids: list[str], values: Values) -> None:
     tables = []
     for system, metrics in values.items():
         assert all(len(column) == len(qids) for column in metrics.values())
-        columns = {name: np.asarray(column, dtype=np.float32) for name, column in metrics.items()}
+        columns = {name: np.asarray(column, dtype=np.float64) for name, column in metrics.items()}
         tables.append(pa.table({"query_id": qids, "system": [system] * len(qids), **columns}))
     with written_aside(path) as aside:
         pq.write_table(pa.concat_tables(tables), aside, compression="zstd")
@@ -47,6 +47,6 @@ def read_query_metrics(path: Path) -> tuple[list[str], Values]:
     if not qids or any(other != qids[0] for other in qids[1:]):
         raise UserError(f"{path}: its systems differ in their queries; delete it")
     metrics = [name for name in columns if name not in ("query_id", "system")]
-    values = {name: {m: part[m].to_numpy().astype(float) for m in metrics}
+    values = {name: {m: part[m].to_numpy() for m in metrics}
               for name, part in parts.items()}  # fmt: skip
     return qids[0], values

@@ -28,7 +28,7 @@ def ablation_document(root: Path, reload_seconds: float | None) -> Document:
     arms = _arms(root, notes)
     makers: dict[str, Callable[[], list[Any]]] = {}
     for split, found in results.items():
-        makers[f"Results on {split}"] = lambda found=found: _results(found)  # type: ignore[misc]
+        makers[f"Results on {split}"] = lambda found=found: results_blocks(found)  # type: ignore[misc]
     makers |= {
         "Course of the arms": lambda: _courses(arms),
         "Terms by arm": lambda: _terms(arms),
@@ -74,7 +74,8 @@ def _last_stage(steps: dict[str, Step]) -> Step | None:
     return trained[-1] if trained else None
 
 
-def _results(found: dict[str, Any]) -> list[Any]:
+def results_blocks(found: dict[str, Any]) -> list[Any]:
+    """The content of ``results-SPLIT.json``."""
     compared = {c["arm"]: c for c in found["comparisons"]}
     metrics = [k for k, v in next(iter(found["arms"].values())).items() if isinstance(v, dict)]
     metric = found["comparisons"][0]["metric"] if found["comparisons"] else metrics[0]

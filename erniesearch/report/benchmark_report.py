@@ -12,10 +12,11 @@ from typing import Any
 from erniesearch import installation
 from erniesearch.errors import UserError
 from erniesearch.evaluation.table import describe_machine
+from erniesearch.report.ablation_report import results_blocks
 from erniesearch.report.charts import bars, number
 from erniesearch.report.document import Document, Section, Table, Text, clipped, plain
 
-SOURCE = ("machine", "commit", "command", "code")
+SOURCE = ("about", "machine", "commit", "command", "code")
 MOST_ROWS = 500
 
 
@@ -37,24 +38,32 @@ def figures_document(paths: list[Path]) -> Document:
         UserError: for a file that is missing or no JSON object.
     """
     found = {path: _read(path) for path in paths}
-    several = len(found) > 1
-    facts: dict[str, str] = {}
+    if len(paths) == 1:
+        facts = _source(found[paths[0]])
+        sections = [Section(words, blocks) for words, blocks in _parts(found[paths[0]]).items()]
+        return Document(paths[0].stem, "Figures of a benchmark", facts, sections)
     sections = []
     for path, figures in found.items():
-        source = {key: _flat(figures[key]) for key in SOURCE if figures.get(key)}
-        start = f"{path.stem}: " if several else ""
-        facts |= {start + key: told for key, told in source.items()}
-        if isinstance(about := figures.get("about"), str):
-            facts[f"{start}about"] = about
-        rest = {k: v for k, v in figures.items() if k not in (*SOURCE, "about")}
-        single = {k: v for k, v in rest.items() if not isinstance(v, dict | list)}
-        blocks = _pairs("Single figures", single) if single else []
-        if blocks:
-            sections.append(Section(f"{start}settings and single figures", blocks))
-        sections += [Section(start + _words(k), _blocks(_words(k), v)) for k, v in rest.items()
-                     if isinstance(v, dict | list)]  # fmt: skip
-    title = paths[0].stem if not several else "Benchmarks"
-    return Document(title, "Figures of benchmarks", facts, sections)
+        blocks: list[Any] = _pairs("Where the figures come from", _source(figures))
+        for part in _parts(figures).values():
+            blocks += part
+        sections.append(Section(path.stem, blocks))
+    return Document("Benchmarks", f"Figures of {len(paths)} benchmarks", {}, sections)
+
+
+def _source(figures: dict[str, Any]) -> dict[str, str]:
+    return {key: _flat(figures[key]) for key in SOURCE if figures.get(key)}
+
+
+def _parts(figures: dict[str, Any]) -> dict[str, list[Any]]:
+    """What is measured, by name."""
+    if {"arms", "comparisons", "num_clusters"} <= figures.keys():
+        return {"ablation": results_blocks(figures)}
+    rest = {k: v for k, v in figures.items() if k not in SOURCE}
+    single = {k: v for k, v in rest.items() if not isinstance(v, dict | list)}
+    parts = {"single figures": _pairs("Settings and single figures", single)} if single else {}
+    nested = {_words(k): v for k, v in rest.items() if isinstance(v, dict | list)}
+    return parts | {words: _blocks(words, v) for words, v in nested.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Colours are names of the page's style sheet, so that one drawing serves light an
 told from another by its dashes too. What a chart shows is said beside it in words.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,8 @@ class Interval:
 
 
 def forest(title: str, rows: Sequence[Interval], x_label: str, zero: bool) -> Chart | None:
-    """Means with their intervals, one below the other; ``zero`` draws a line at 0."""
+    """Means with their intervals, one below the other, which a table above the chart has in
+    figures; ``zero`` draws a line at 0."""
     rows = [row for row in rows if np.isfinite([row.mean, row.low, row.high]).all()]
     if not rows:
         return None
@@ -162,10 +164,8 @@ def forest(title: str, rows: Sequence[Interval], x_label: str, zero: bool) -> Ch
         figure, axes = _start((6.8, 0.6 + 0.27 * len(rows)))
         draw_forest(axes, rows, zero, (_SOFT, _INK, _LINES[0]))
         axes.set_xlabel(x_label)
-        sign = "+" if zero else ""
-        told = "; ".join(f"{row.name} {row.mean:{sign}.3f} [{row.low:{sign}.3f},"
-                         f" {row.high:{sign}.3f}]" for row in rows)  # fmt: skip
-        return Chart(title, _svg(figure, title), f"{x_label}: {told}.")
+        told = f"{x_label}, the bar its 95 % interval; the figures stand in the table above."
+        return Chart(title, _svg(figure, title), told)
 
 
 def draw_forest(
@@ -197,10 +197,8 @@ def _told(line: Line) -> str:
     y = line.y
     if len(y) == 1:
         return f"{line.name} {number(y[0])} at {number(line.x[0])}"
-    return (
-        f"{line.name}: first {number(y[0])}, last {number(y[-1])}, lowest {number(y.min())} at"
-        f" {number(line.x[y.argmin()])}, highest {number(y.max())} at {number(line.x[y.argmax()])}"
-    )
+    low, high = (f"{number(y[i])} (at {number(line.x[i])})" for i in (y.argmin(), y.argmax()))
+    return f"{line.name}: from {number(y[0])} to {number(y[-1])}, between {low} and {high}"
 
 
 def _start(
@@ -232,6 +230,8 @@ def _svg(figure: Figure, title: str) -> Markup:
     inner = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", inner, flags=re.S)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', inner))
     inner = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", inner)
+    own = hashlib.sha256((title + inner).encode()).hexdigest()[:8]
+    inner = re.sub(r'( id="|url\(#|href="#)([^")]+)', rf"\1\2-{own}", inner)
     inner = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", inner)
     inner = re.sub(r"#0a0b[01]\d", lambda m: _NAMED[m[0]], inner)
     inner = re.sub(r"\s*\n\s*", " ", inner)

@@ -30,18 +30,20 @@ def teaching_blocks(steps: Mapping[str, Step], check: TeacherCheck | None) -> li
     blocks: list[Any] = []
     if check is not None:
         blocks += _check_blocks(check)
+    charts = []
     for step in steps.values():
-        charts = [chart for chart in _courses(step) if chart is not None]
-        if not charts:
-            continue
-        blocks += [*_verdicts(step.name, step.metrics), Charts(charts)]
-        mined = steps["mine"].done if "mine" in steps else None
-        if step.name == "cascade" and mined and mined.get("dropped_by_teacher"):
-            blocks.append(Text(
-                "Negatives were denoised by the teacher: none is left that it prefers to the"
-                " relevant passage, so on these lists it is right by construction. The teacher"
-                " check, on held-out queries, is not concerned by that."
-            ))  # fmt: skip
+        drawn = [chart for chart in _courses(step) if chart is not None]
+        blocks += _verdicts(step.name, step.metrics) if drawn else []
+        charts += drawn
+    if charts:
+        blocks.append(Charts(charts))
+    mined = steps["mine"].done if "mine" in steps else None
+    if charts and mined and mined.get("dropped_by_teacher"):
+        blocks.append(Text(
+            "Mined negatives were denoised by the teacher: none is left that it prefers to the"
+            " relevant passage, so on the cascade's lists it is right by construction. The teacher"
+            " check, on held-out queries, is not concerned by that."
+        ))  # fmt: skip
     return blocks
 
 
@@ -99,8 +101,8 @@ def _verdicts(stage: str, log: Log) -> list[Text]:
     """The last quarter of the updates in a sentence for each pair."""
     found = []
     for teacher, student, where in (
-        ("accuracy_ce", "accuracy_group_li", "its own list"),
-        ("accuracy_ce", "accuracy_group_de", "its own list"),
+        ("accuracy_ce", "accuracy_group_li", "each query's own list"),
+        ("accuracy_ce", "accuracy_group_de", "each query's own list"),
         ("accuracy_li", "accuracy_de", "all candidates of the update"),
     ):  # fmt: skip
         if teacher not in log.figures or student not in log.figures:
@@ -110,10 +112,9 @@ def _verdicts(stage: str, log: Log) -> list[Text]:
             continue
         means = [float(np.nanmean(y)) for y in values]
         names = [MODELS[key.rpartition("_")[2]] for key in (teacher, student)]
-        ahead = "ahead" if means[0] > means[1] else "not ahead"
         found.append(Text(
-            f"In the last quarter of {stage}, the {names[0]} puts the relevant passage first for"
-            f" {means[0]:.1%} of the queries, the {names[1]} for {means[1]:.1%} (among {where}):"
-            f" the teacher is {ahead}."
+            f"In the last quarter of the stage {stage}, among {where}: {names[0]} has the relevant"
+            f" passage first for {means[0]:.1%} of the queries, {names[1]} for {means[1]:.1%}, a"
+            f" difference of {100 * (means[0] - means[1]):+.1f} points."
         ))  # fmt: skip
     return found

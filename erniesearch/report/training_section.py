@@ -92,7 +92,7 @@ def _machine(log: Log) -> list[Chart]:
         lines("learning rate", shown, smooth=False),
         lines("gradient norm before clipping",
               [Line("gradient norm", log.steps, log.figures.get("grad_norm", none))]),
-        *(lines(f"{name.replace('_per_second', '')} a second", [Line(name, log.steps, y)])
+        *(lines(f"{name.replace('_per_second', '')} a second", [Line("speed", log.steps, y)])
           for name, y in speed.items() if name.endswith("_per_second")),
     )  # fmt: skip
 

@@ -1,0 +1,161 @@
+"""The report in a real browser: opened at once, nothing asked of anybody, read by everyone."""
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.logged_run import write_logged_run
+from support.processes import ROOT
+from support.tiny import write_beir
+
+from erniesearch.report.benchmark_report import figures_document
+from erniesearch.report.run_report import run_document
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no playwright: pip install playwright"
+)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+AXE = importlib.util.find_spec("axe_core_python")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
+UPDATES, QUERIES = 10_000, 100_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10,000 updates whose table is over 100,000 queries."""
+    folder = tmp_path_factory.mktemp("large")
+    data = write_beir(folder / "data", num_passages=40, num_queries=QUERIES)
+    root = write_logged_run(folder / "run", data, updates=UPDATES // 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pages(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A long run's report, one that goes on, and one of benchmarks."""
+    folder = tmp_path_factory.mktemp("pages")
+    data = write_beir(folder / "data", num_passages=30, num_queries=20)
+    going_on = write_logged_run(folder / "run", data, finished=False)
+    documents = {
+        "long": run_document(large, None, None), "live": run_document(going_on, None, 3600),
+        "benchmarks": figures_document(sorted((ROOT / "docs" / "results").glob("*speed*.json"))),
+    }  # fmt: skip
+    for name, document in documents.items():
+        document.save(folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in documents}
+
+
+def test_a_report_of_a_long_run_takes_seconds_and_little_memory(
+    large: Path, tmp_path: Path
+) -> None:
+    process, began, before = (
+        psutil.Process(),
+        time.process_time(),
+        psutil.Process().memory_info().rss,
+    )
+    document = run_document(large, None, None)
+    document.save(tmp_path / "report.html")
+    seconds, grown = time.process_time() - began, process.memory_info().rss - before
+    size = (tmp_path / "report.html").stat().st_size
+    record_property("processor seconds, MiB more, KiB", (seconds, grown >> 20, size >> 10))
+    assert document.notes == []
+    assert seconds < 30
+    assert grown < 500 << 20
+    assert size < 3 << 20
+
+
+def test_ten_thousand_updates_open_in_two_seconds(
+    browser: Any, pages: dict[str, Path], record_property: Any
+) -> None:
+    took = []
+    for _ in range(3):
+        page = browser.new_page()
+        began = time.monotonic()
+        page.goto(pages["long"].as_uri(), wait_until="load")
+        page.evaluate("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
+        took.append(time.monotonic() - began)
+        page.close()
+    record_property("seconds to the first picture", took)
+    assert sorted(took)[1] < 2.0
+
+
+@pytest.mark.parametrize("name", ["long", "live", "benchmarks"])
+def test_no_request_but_the_file(name: str, browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page()
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(pages[name].as_uri(), wait_until="networkidle")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.wait_for_timeout(200)
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert complaints == []
+    page.close()
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe: pip install axe-core-python")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["long", "live", "benchmarks"])
+def test_axe_finds_nothing_serious(
+    name: str, scheme: str, browser: Any, pages: dict[str, Path], record_property: Any
+) -> None:
+    assert AXE is not None
+    assert AXE.submodule_search_locations
+    axe = (Path(AXE.submodule_search_locations[0]) / "axe.min.js").read_text()
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(pages[name].as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.evaluate(axe)
+    found = page.evaluate("axe.run()")
+    page.close()
+    told = {f["id"]: (f["impact"], len(f["nodes"]), f["nodes"][0]["html"][:200])
+            for f in found["violations"]}  # fmt: skip
+    record_property("axe", (len(found["passes"]), told))
+    assert not [rule for rule, (impact, *_) in told.items() if impact in ("serious", "critical")]
+
+
+def test_a_live_page_loads_itself_again_until_it_is_told_not_to(
+    browser: Any, tmp_path: Path
+) -> None:
+    data = write_beir(tmp_path / "data", num_passages=30, num_queries=20)
+    root = write_logged_run(tmp_path / "run", data, finished=False)
+    out = tmp_path / "report.html"
+    run_document(root, None, 0.5).save(out)
+    page = browser.new_page()
+    page.goto(out.as_uri())
+    with (root / "stages/cascade/metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 31, "loss": 1.0}) + "\n")
+    run_document(root, None, 0.5).save(out)
+    page.get_by_text("update 31 of 60").first.wait_for(timeout=10_000)
+    page.get_by_label("load this page again").uncheck()
+    run_document(root, None, None).save(out)
+    page.wait_for_timeout(1500)
+    assert page.get_by_label("load this page again").count() == 1
+    page.close()
+
+
+def test_wide_tables_scroll_and_phones_are_wide_enough(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(pages["long"].as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()

@@ -63,7 +63,7 @@ def pages(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 def test_a_report_of_a_long_run_takes_seconds_and_little_memory(
-    large: Path, tmp_path: Path
+    large: Path, tmp_path: Path, record_property: Any
 ) -> None:
     process, began, before = (
         psutil.Process(),

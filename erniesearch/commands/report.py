@@ -1,11 +1,11 @@
 """``report``: the table of a run, and the report of a run, an ablation or benchmarks."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erniesearch.commands.parsing import command_parser, require_at_least
 from erniesearch.errors import UserError
+from erniesearch.progress import say
 
 if TYPE_CHECKING:
     from erniesearch.report.document import Document
@@ -78,5 +78,5 @@ def _save(document: "Document", out: Path) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; give --out") from None
     for note in document.notes:
-        sys.stderr.write(f"note: {note}\n")
-    sys.stderr.write(f"report: {out}\n")
+        say(note, "warning")
+    say(f"report: {out}")

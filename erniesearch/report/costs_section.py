@@ -5,18 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from erniesearch.progress import duration
 from erniesearch.report.charts import bars
 from erniesearch.report.document import Table, Text
 from erniesearch.report.run_files import Step
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def costs_blocks(steps: Mapping[str, Step]) -> list[Any]:

@@ -12,9 +12,10 @@ from erniesearch.data.collection import RetrievalData
 from erniesearch.errors import UserError, nearest
 from erniesearch.evaluation.measures import METRICS
 from erniesearch.evaluation.table import Report, Row
+from erniesearch.progress import duration
 from erniesearch.report import query_wins
 from erniesearch.report.charts import Interval, forest
-from erniesearch.report.costs_section import costs_blocks, duration
+from erniesearch.report.costs_section import costs_blocks
 from erniesearch.report.document import Document, Fold, Preformatted, Section, Table, Text
 from erniesearch.report.negatives_section import negatives_blocks
 from erniesearch.report.run_files import (

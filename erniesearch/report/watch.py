@@ -1,12 +1,12 @@
 """Write the report of a run or an ablation, once or as long as it goes on."""
 
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from erniesearch.errors import UserError
+from erniesearch.progress import Level, say
 from erniesearch.report.ablation_report import ablation_document, is_ablation
 from erniesearch.report.document import REPORT, Document
 from erniesearch.report.run_files import signature
@@ -41,10 +41,10 @@ def write_report(root: Path) -> Path | None:
         document.save(root / REPORT)
     except Exception as error:
         problem = " ".join(str(error).split())[:300]
-        _say(f"{root / REPORT} could not be written ({type(error).__name__}: {problem})")
+        say(f"{root / REPORT} could not be written ({type(error).__name__}: {problem})", "warning")
         return None
     for note in document.notes:
-        _say(f"report: {note}")
+        say(f"report: {note}", "warning")
     return root / REPORT
 
 
@@ -84,11 +84,11 @@ def _written(root: Path, out: Path, every: float, baseline: str | None) -> Docum
         document = folder_document(root, baseline, every)
         document.save(out)
     except OSError as error:
-        _say(f"{out}: not written: {error.strerror or error}; trying again")
+        _say(f"{out}: not written: {error.strerror or error}; trying again", "warning")
         return None
     _say(f"{out}: {document.facts.get('state', document.subtitle)}")
     return document
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"{datetime.now():%H:%M:%S} {text}\n")
+def _say(text: str, level: Level = "note") -> None:
+    say(f"{datetime.now():%H:%M:%S} {text}", level)

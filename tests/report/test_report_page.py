@@ -1,8 +1,6 @@
 """The report in a real browser: opened at once, nothing asked of anybody, read by everyone."""
 
-import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,75 +8,39 @@ from typing import Any
 
 import psutil
 import pytest
+from support.browser import axe_source, chromium, needs_browser
 from support.logged_run import write_logged_run
 from support.processes import ROOT
+from support.report_pictures import PICTURES, take_all
 from support.tiny import write_beir
 
 from erniesearch.report.benchmark_report import figures_document
 from erniesearch.report.run_report import run_document
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="no playwright: pip install playwright"
-)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-AXE = importlib.util.find_spec("axe_core_python")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
-]
+pytestmark = needs_browser
 UPDATES, QUERIES = 10_000, 100_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as context:
+        yield context
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10,000 updates whose table is over 100,000 queries."""
-    folder = tmp_path_factory.mktemp("large")
-    data = write_beir(folder / "data", num_passages=40, num_queries=QUERIES)
-    root = write_logged_run(folder / "run", data, updates=UPDATES // 2)
-    return root
-
-
-@pytest.fixture(scope="module")
-def pages(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A long run's report, one that goes on, and one of benchmarks."""
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The reports of a run of 10,000 updates, of one that goes on, and of benchmarks."""
     folder = tmp_path_factory.mktemp("pages")
     data = write_beir(folder / "data", num_passages=30, num_queries=20)
+    long = write_logged_run(folder / "long", data, updates=UPDATES // 2)
     going_on = write_logged_run(folder / "run", data, finished=False)
     documents = {
-        "long": run_document(large, None, None), "live": run_document(going_on, None, 3600),
+        "long": run_document(long, None, None), "live": run_document(going_on, None, 3600),
         "benchmarks": figures_document(sorted((ROOT / "docs" / "results").glob("*speed*.json"))),
     }  # fmt: skip
     for name, document in documents.items():
         document.save(folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in documents}
-
-
-def test_a_report_of_a_long_run_takes_seconds_and_little_memory(
-    large: Path, tmp_path: Path, record_property: Any
-) -> None:
-    process, began, before = (
-        psutil.Process(),
-        time.process_time(),
-        psutil.Process().memory_info().rss,
-    )
-    document = run_document(large, None, None)
-    document.save(tmp_path / "report.html")
-    seconds, grown = time.process_time() - began, process.memory_info().rss - before
-    size = (tmp_path / "report.html").stat().st_size
-    record_property("processor seconds, MiB more, KiB", (seconds, grown >> 20, size >> 10))
-    assert document.notes == []
-    assert seconds < 30
-    assert grown < 500 << 20
-    assert size < 3 << 20
 
 
 def test_ten_thousand_updates_open_in_two_seconds(
@@ -111,19 +73,17 @@ def test_no_request_but_the_file(name: str, browser: Any, pages: dict[str, Path]
     page.close()
 
 
-@pytest.mark.skipif(AXE is None, reason="no axe: pip install axe-core-python")
+@pytest.mark.skipif(axe_source() is None, reason="no axe: pip install axe-playwright-python")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["long", "live", "benchmarks"])
 def test_axe_finds_nothing_serious(
     name: str, scheme: str, browser: Any, pages: dict[str, Path], record_property: Any
 ) -> None:
-    assert AXE is not None
-    assert AXE.submodule_search_locations
-    axe = (Path(AXE.submodule_search_locations[0]) / "axe.min.js").read_text()
-    page = browser.new_page(color_scheme=scheme)
+    page = browser.new_page()
+    page.emulate_media(color_scheme=scheme)
     page.goto(pages[name].as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    page.evaluate(axe)
+    page.evaluate(axe_source())
     found = page.evaluate("axe.run()")
     page.close()
     told = {f["id"]: (f["impact"], len(f["nodes"]), f["nodes"][0]["html"][:200])
@@ -155,7 +115,30 @@ def test_a_live_page_loads_itself_again_until_it_is_told_not_to(
 def test_wide_tables_scroll_and_phones_are_wide_enough(
     browser: Any, pages: dict[str, Path]
 ) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page = browser.new_page()
+    page.set_viewport_size({"width": 390, "height": 800})
     page.goto(pages["long"].as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
+
+
+def test_pictures_of_the_documentation_are_taken(pages: dict[str, Path], tmp_path: Path) -> None:
+    paths = take_all(pages["long"], tmp_path)
+    assert [path.stem for path in paths] == list(PICTURES)
+    assert len({path.read_bytes() for path in paths}) == len(paths)
+
+
+def test_many_queries_take_seconds_and_little_memory(tmp_path: Path, record_property: Any) -> None:
+    data = write_beir(tmp_path / "data", num_passages=40, num_queries=QUERIES)
+    root = write_logged_run(tmp_path / "run", data, updates=UPDATES // 2)
+    process = psutil.Process()
+    began, before = time.process_time(), process.memory_info().rss
+    document = run_document(root, None, None)
+    document.save(tmp_path / "report.html")
+    seconds, grown = time.process_time() - began, process.memory_info().rss - before
+    size = (tmp_path / "report.html").stat().st_size
+    record_property("processor seconds, MiB more, KiB", (seconds, grown >> 20, size >> 10))
+    assert document.notes == []
+    assert seconds < 30
+    assert grown < 500 << 20
+    assert size < 3 << 20

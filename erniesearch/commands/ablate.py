@@ -71,7 +71,7 @@ def ablate_command(argv: list[str]) -> int:
     (grid.run_dir / f"results-{grid.split}.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
     if written := write_report(grid.run_dir):
-        sys.stderr.write(f"report: {written}\n")
+        say(f"report: {written}")
     return 0
 
 

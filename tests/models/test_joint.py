@@ -209,8 +209,11 @@ def test_terms_over_the_group_score_the_group_alone(
     with monkeypatch.context() as patch:
         patch.setattr(type(model.objective), "candidates", "cross_batch")
         wanted = model(batch)
-    for name in ("ce_to_li", "ce_to_de", "ce", "loss"):
+    for name in ("ce_to_li", "ce_to_de", "ce", "loss", "accuracy_group_li", "accuracy_group_de"):
         torch.testing.assert_close(ours[name], wanted[name])
+    for name in ("li", "de"):  # all candidates are the group here, and many passages there
+        assert ours[f"accuracy_group_{name}"] == ours[f"accuracy_{name}"]
+        assert wanted[f"accuracy_{name}"] <= wanted[f"accuracy_group_{name}"]
     shapes = []
     real = scores.dual_encoder_scores
     monkeypatch.setattr(

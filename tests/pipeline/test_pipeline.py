@@ -108,7 +108,8 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     assert "ceiling" in output
     for path in ("exports/dual_encoder/modules.json", "exports/late_interaction/modules.json",
                  "exports/cross_encoder/config.json", "index/index", "config.yaml",
-                 "environment.json", "runs/bm25.trec"):  # fmt: skip
+                 "environment.json", "runs/bm25.trec", "runs/per_query.parquet", "report.html",
+                 "stages/cascade/costs.json", "stages/mine/costs.json"):  # fmt: skip
         assert (run_dir / path).is_file(), path
 
     card = (run_dir / "exports" / "late_interaction" / "README.md").read_text()

@@ -235,6 +235,12 @@ def test_statistics_count_what_was_kept_and_dropped(
         assert sum(facts[name]["negatives"]["counts"]) == facts["negatives"]
         assert sum(facts[name]["positives"]["counts"]) == 2 * queries
         assert len(facts[name]["bin_edges"]) == 21
+    dropped = facts["teacher_scores"]["dropped"]
+    assert sum(dropped["counts"]) == facts["dropped_by_teacher"] > 0
+    for query in mined.queries:
+        limit = max(query.teacher_positive_scores)
+        assert all(score > limit for score in query.teacher_dropped_scores)
+    assert dropped["mean"] > facts["teacher_scores"]["negatives"]["mean"]
     hardest = mined.queries[0]
     assert hardest.scores == sorted(hardest.scores, reverse=True)
     means = facts["dual_encoder_scores"]

@@ -158,7 +158,7 @@ def relinked(markdown: str, source: Path, name: str, anchors: bool = True) -> st
             return found[0]  # mkdocs names it
         target = name_of(path)
         anchor = found[2] or ""
-        if anchor.startswith("#L") or not (anchors or name in outside and target in outside):
+        if anchor.startswith("#L") or not (anchors or (name in outside and target in outside)):
             anchor = ""  # the first is a line of a source file
         return posixpath.relpath(target, posixpath.dirname(name) or ".") + anchor
 
@@ -200,9 +200,9 @@ def text_of(path: Path) -> str:
         return (file / "README.md").read_text(encoding="utf-8")
     if file.is_dir():
         names = sorted(each.name for each in file.iterdir() if each.is_file())
-        return "\n".join([f"# {path}", "", *(f"- [{name}]({name})" for name in names)])
+        return "\n".join([f"# `{path}`", "", *(f"- [{name}]({name})" for name in names)])
     text = file.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text
     kinds = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yml": "yaml"}
-    return f"# {path}\n\n````{kinds.get(path.suffix, path.suffix[1:])}\n{text}\n````\n"
+    return f"# `{path}`\n\n````{kinds.get(path.suffix, path.suffix[1:])}\n{text}\n````\n"

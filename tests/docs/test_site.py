@@ -31,12 +31,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} not installed (extra docs)")
     folder = tmp_path_factory.mktemp("site")
-    status, said = run_python(
-        "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder),
+    status, said = run_python(  # not --quiet: what is not said is not counted by --strict either
+        "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder),
         PYTHONPATH=os.environ.get("PYTHONPATH", ""), NO_MKDOCS_2_WARNING="1",
     )  # fmt: skip
     assert status == 0, said
-    assert said == ""
+    assert "WARNING" not in said
     return folder
 
 

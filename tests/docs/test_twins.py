@@ -29,7 +29,8 @@ def code(page: Path) -> list[tuple[str, list[str]]]:
 def tables(page: Path) -> list[list[tuple[int, Counter[str]]]]:
     """Of every table's rows, the number of columns and the numbers in them of two digits or more;
     a single one may be a word in the other language."""
-    found = re.findall(r"(?:^\|.*\n?)+", read(page), re.MULTILINE)
+    text = LINK.sub("]", read(page))
+    found = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
     return [[(len(re.findall(r"(?<!\\)\|", line)), Counter(re.findall(r"\d[\d.,]*\d", line)))
              for line in table.splitlines()] for table in found]  # fmt: skip
 

@@ -245,10 +245,9 @@ def maxsim_attention_kl(
 
     The first is the head mean of the attention maps, cut to the passage and renormalised; the
     second gives every head the same weight, however little of its attention goes to the passage.
+    Arguments that are not listed are those of ``maxsim_token_kl``.
 
     Args:
-        queries, passages, tau, query_mask, passage_mask, empty_score, backend: as in
-            ``maxsim_token_kl``.
         teacher_queries: ``[num_queries, group_size, heads, query_length, head_dim]``.
         teacher_keys: ``[num_queries, group_size, heads, passage_length, head_dim]``.
         scale: of the teacher's attention logits; ``head_dim ** -0.5`` if None.

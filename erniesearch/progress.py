@@ -185,13 +185,6 @@ class Meter:
         """Units a second since the start, those of an earlier process left out."""
         return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
 
-    @property
-    def seconds_left(self) -> float | None:
-        """At this rate; None if it is not known."""
-        if self.total is None or (self.done == self.first and self.done < self.total):
-            return None
-        return (self.total - self.done) / max(self.rate, 1e-9)
-
     def advance(self, number: int) -> None:
         """Count ``number`` more."""
         self.reach(self.done + number)
@@ -231,9 +224,10 @@ class Meter:
 
     def _tell(self) -> None:
         self._told_at, self._told = time.monotonic(), self.done
-        rate, left = self.rate, self.seconds_left
+        rate, left, known = self.rate, None, self.done > self.first
+        if self.total is not None and (known or self.done == self.total):
+            left = (self.total - self.done) / max(rate, 1e-9)
         if self._mode == "json":
-            known = self.done > self.first
             _write_object(
                 what=self.what, unit=self.unit, done=self.done, total=self.total,
                 rate=float(f"{rate:.4g}") if known else None,

@@ -8,10 +8,15 @@ SAYS = {"time", "stage", "level", "message"}
 OF_TRAINING = {"loss", "queries_per_second", "tokens_per_second"}
 
 
-def read_progress(errors: str) -> list[dict[str, Any]]:
+def read_progress(errors: str, others: bool = False) -> list[dict[str, Any]]:
     """Every line's object, after the checks that hold for all: fields, rising time and counts,
-    and a time left that follows from the rate."""
-    told = [json.loads(line) for line in errors.splitlines()]
+    and a time left that follows from the rate.
+
+    Args:
+        others: whether libraries may have written lines of their own.
+    """
+    lines = errors.splitlines()
+    told = [json.loads(line) for line in lines if line.startswith("{") or not others]
     assert [line["time"] for line in told] == sorted(line["time"] for line in told)
     reached: dict[tuple[str, str], int] = {}
     for line in told:

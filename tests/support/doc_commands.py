@@ -1,7 +1,7 @@
 """Command lines of the documentation, checked without running them.
 
-``erniesearch …``, also behind a launcher, goes through the real parser; of other commands the files,
-options and extras that they name must be there."""
+``erniesearch …``, also behind a launcher, goes through the real parser; of other commands the
+files, options and extras that they name must be there."""
 
 import re
 import shlex
@@ -16,8 +16,8 @@ from erniesearch import cli
 from erniesearch.commands import parsing
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-ENTRIES = {"launch/train.py": ["train"], "launch/encode.py": ["encode"], "slurm/pipeline.sbatch": ["run"],
-           "slurm/ablate.sbatch": ["ablate"]}  # fmt: skip
+ENTRIES = {"launch/train.py": ["train"], "launch/encode.py": ["encode"],
+           "slurm/pipeline.sbatch": ["run"], "slurm/ablate.sbatch": ["ablate"]}  # fmt: skip
 """Scripts that hand their arguments to a command."""
 ORDINARY = {".", "source", "cd", "cp", "export", "git", "mkdir", "apt-get", "docker", "curl", "jq"}
 

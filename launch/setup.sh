@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The set-up that quickstart.sh and test.sh share: .venv with pinned packages and the MiniLM weights.
-# Usage: source launch/setup.sh [dev]
+# The set-up that the scripts here share: .venv with pinned packages and the MiniLM weights.
+# Usage: source launch/setup.sh [EXTRA]
 # FAISS comes for the GPU where nvidia-smi lists one, else for the CPU (never both: one module).
 # PYTHON names the interpreter (3.11 or newer). TORCH_INDEX_URL, if set, is where torch alone comes from
 # (PyTorch's own index has builds without CUDA, several gigabytes smaller).

@@ -22,8 +22,11 @@ def headings(page: Path) -> list[int]:
 def code(page: Path) -> list[tuple[str, list[str]]]:
     """Every block without its comments, which are translated. Blocks without a language are
     drawings and what commands print: their length counts."""
-    return [(block.language, [COMMENT.sub("", line) for line in block.code.splitlines()]
-             if block.language else [""] * block.code.count("\n")) for block in blocks(page)]  # fmt: skip
+    return [
+        (block.language, [COMMENT.sub("", line if block.language else "") for line in
+                          block.code.splitlines()])
+        for block in blocks(page)
+    ]  # fmt: skip
 
 
 def tables(page: Path) -> list[list[tuple[int, Counter[str]]]]:

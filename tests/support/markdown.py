@@ -1,6 +1,8 @@
 """Markdown files of the project, and what they are made of."""
 
+import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ FENCE = re.compile(
     r"(?P<code>.*?)^(?P=indent)(?P=ticks)$", re.MULTILINE | re.DOTALL,
 )  # fmt: skip
 CHINESE = ".zh-CN"
-NOT_OURS = {".venv", "site", "runs", "data"}
+NOT_OURS = {"site", "runs", "node_modules"}
 
 
 class Block(NamedTuple):
@@ -25,11 +27,14 @@ class Block(NamedTuple):
     not_run: bool
 
 
+@cache
 def pages() -> list[Path]:
     """Markdown files of the repository, from its root; Chinese twins are left out."""
-    found = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    kept = (path for path in found if not NOT_OURS & {*path.parts})
-    return sorted(path for path in kept if not path.stem.endswith(CHINESE))
+    found = []
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in NOT_OURS and not name.startswith(".")]
+        found += [Path(folder, name).relative_to(ROOT) for name in names if name.endswith(".md")]
+    return sorted(path for path in found if not path.stem.endswith(CHINESE))
 
 
 def twin(page: Path) -> Path:

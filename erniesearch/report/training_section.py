@@ -41,7 +41,7 @@ def stage_blocks(step: Step, planned: int, is_open: bool) -> Fold:
         return Fold(f"{step.name}: no update is logged yet", head or [Text("Nothing to show yet.")])
     charts = [*_losses(log), *_accuracies(log), *_targets(log), *_machine(log)]
     left = max(0, len(charts) - MOST_CHARTS)
-    blocks = [*head, Charts(charts[:MOST_CHARTS]), _figures(log)]
+    blocks = [*head, Charts(charts[:MOST_CHARTS]), _figures(step.name, log)]
     if left:
         blocks.insert(-1, Text(f"{left} more figures stand in the table alone."))
     if len(step.validation):
@@ -121,7 +121,7 @@ def _validation(step: Step) -> list[Charts | Text | Table]:
     return [Text(told + "."), Charts(charts)]
 
 
-def _figures(log: Log) -> Table:
+def _figures(stage: str, log: Log) -> Table:
     """All figures of a stage at a glance: the charts in numbers."""
     rows = []
     for name, y in log.figures.items():
@@ -135,4 +135,4 @@ def _figures(log: Log) -> Table:
         rows.append([name, number(y[0]), number(y[-1]), mean, *ends])
     columns = ["", "first", "last", "mean of the last quarter", "lowest (update)",
                "highest (update)"]  # fmt: skip
-    return Table("Figures of the stage", columns, rows)
+    return Table(f"Figures of {stage}", columns, rows)

@@ -12,6 +12,9 @@ from erniesearch.report.document import REPORT, Document
 from erniesearch.report.run_files import signature
 from erniesearch.report.run_report import run_document
 
+IDLE = 4
+"""Seconds without work for each second of it, at least."""
+
 
 def folder_document(
     root: Path, baseline: str | None = None, reload_seconds: float | None = None
@@ -59,7 +62,7 @@ def watch(
     has finished or Ctrl-C is pressed.
 
     Files are looked at every so many seconds, by size and time of change, so that a folder on NFS
-    will do, and only the report is written.
+    will do, and only the report is written. At most a fifth of a core is taken from the training.
 
     Raises:
         UserError: as :func:`folder_document`.
@@ -67,13 +70,14 @@ def watch(
     seen: tuple[tuple[str, int, int], ...] | None = None
     try:
         while True:
+            began = time.process_time()
             now = signature(root)
             if now != seen and (document := _written(root, out, every, baseline)):
                 seen = now
                 if document.reload_seconds is None:
                     _say(f"{root} is finished")
                     return
-            pause(every)
+            pause(max(every, IDLE * (time.process_time() - began)))
     except KeyboardInterrupt:
         _say(f"stopped; {out} stays as it is")
 

@@ -111,6 +111,12 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
                  "environment.json", "runs/bm25.trec", "runs/per_query.parquet", "report.html",
                  "stages/cascade/costs.json", "stages/mine/costs.json"):  # fmt: skip
         assert (run_dir / path).is_file(), path
+    report = (run_dir / "report.html").read_text()
+    assert all(row in report for row in rows)
+    assert "cascade: 80 updates" in report
+    assert f"report: {run_dir / 'report.html'}" in said
+    assert not [line for line in told if line.get("message", "").startswith("report: ")
+                and line["level"] == "warning"]  # fmt: skip
 
     card = (run_dir / "exports" / "late_interaction" / "README.md").read_text()
     assert all(row in card for row in rows)

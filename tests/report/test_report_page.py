@@ -46,16 +46,24 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_ten_thousand_updates_open_in_two_seconds(
     browser: Any, pages: dict[str, Path], record_property: Any
 ) -> None:
-    took = []
+    """In seconds of all of the browser's processes: no other work on the machine counts."""
+    took, waited = [], []
     for _ in range(3):
         page = browser.new_page()
-        began = time.monotonic()
+        began, before = time.monotonic(), used()
         page.goto(pages["long"].as_uri(), wait_until="load")
         page.evaluate("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
-        took.append(time.monotonic() - began)
+        waited.append(time.monotonic() - began)
+        took.append(used() - before)
         page.close()
-    record_property("seconds to the first picture", took)
+    record_property("seconds", {"of the processor": took, "waited": waited})
     assert sorted(took)[1] < 2.0
+
+
+def used() -> float:
+    """Processor seconds of this process's children so far."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(t.user + t.system for t in times)
 
 
 @pytest.mark.parametrize("name", ["long", "live", "benchmarks"])
@@ -122,8 +130,10 @@ def test_wide_tables_scroll_and_phones_are_wide_enough(
     page.close()
 
 
-def test_pictures_of_the_documentation_are_taken(pages: dict[str, Path], tmp_path: Path) -> None:
-    paths = take_all(pages["long"], tmp_path)
+def test_pictures_of_the_documentation_are_taken(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    paths = take_all(browser, pages["long"], tmp_path)
     assert [path.stem for path in paths] == list(PICTURES)
     assert len({path.read_bytes() for path in paths}) == len(paths)
 

@@ -30,15 +30,14 @@ def take(page: Any, report: Path, scheme: str, section: str, path: Path) -> None
     page.screenshot(path=path)
 
 
-def take_all(report: Path, out: Path) -> list[Path]:
+def take_all(browser: Any, report: Path, out: Path) -> list[Path]:
     """All pictures of a report, as PNG files in a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with chromium() as context:
-        page = context.new_page()
-        for name, (scheme, section) in PICTURES.items():
-            paths.append(out / f"{name}.png")
-            take(page, report, scheme, section, paths[-1])
+    page, paths = browser.new_page(), []
+    for name, (scheme, section) in PICTURES.items():
+        paths.append(out / f"{name}.png")
+        take(page, report, scheme, section, paths[-1])
+    page.close()
     return paths
 
 
@@ -47,4 +46,5 @@ if __name__ == "__main__":
     parser.add_argument("report", type=Path, help="report.html of a finished run")
     parser.add_argument("out", type=Path, help="folder for the pictures")
     given = parser.parse_args()
-    take_all(given.report, given.out)
+    with chromium() as browser:
+        take_all(browser, given.report, given.out)

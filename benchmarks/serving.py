@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument(
         "--cpu_time", action="store_true",
-        help="Count the time of this process, not the clock's: for a machine that does other work.",
+        help="count the process's own time: for a machine that does other work",
     )  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -104,8 +104,8 @@ def main() -> None:
     results: dict[str, Any] = {
         "run": str(given.run), "passages": len(system.data.pids), "queries": len(queries) - WARM_UP,
         "milliseconds": measure(system, queries, process_time if given.cpu_time else perf_counter),
-        "time": "of the process" if given.cpu_time else "of the clock", "threads": torch.get_num_threads(),
-        "precision": system.retriever.precision,
+        "time": "of the process" if given.cpu_time else "of the clock",
+        "threads": torch.get_num_threads(), "precision": system.retriever.precision,
     }  # fmt: skip
     tell_figures(results, given.out, " ".join(["python", *sys.argv]))
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
+from support.browser import served
 from support.finished_run import write_run
 from support.processes import ROOT, start
 from support.tiny import ALL_TERMS
@@ -111,6 +113,29 @@ def test_an_error_in_a_stream_that_has_begun_is_its_last_line(
         lines = [json.loads(line) for line in answer.text.splitlines()]
         assert lines[-1] == {"detail": told}
         assert [line["model"] for line in lines[:-1] if line["result"]] == list(MODELS[:2])
+
+
+def test_a_search_ends_when_its_caller_has_gone(
+    system: SearchSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert system.scorer is not None
+    scores, calls = system.scorer.scores, []
+
+    def slow(queries: list[str], passages: list[str]) -> Any:
+        calls.append(len(queries))
+        time.sleep(0.1)
+        return scores(queries, passages)
+
+    monkeypatch.setattr(system.scorer, "scores", slow)
+    monkeypatch.setattr("erniesearch.search.system.MOMENT", 1e-9)  # a passage at a time
+    body = {"query": QUERY, "late_interaction_depth": 0, "cross_encoder_depth": 20}
+    with served(create_app(system)) as url, httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{url}/search/stream", json=body) as answer:
+            assert json.loads(next(answer.iter_lines()))["model"] == "dual_encoder"
+        time.sleep(1)
+        begun = len(calls)
+        time.sleep(0.5)
+    assert len(calls) == begun < 10
 
 
 def test_attention_is_the_systems(client: TestClient, system: SearchSystem) -> None:

@@ -61,18 +61,21 @@ def contents(checked: Path, name: str) -> set[str]:
         return {entry for entry in file.namelist() if ".dist-info/" not in entry}
 
 
-def test_wheel_holds_packages_configs_and_page_and_nothing_else(checked: Path) -> None:
+def test_wheel_holds_packages_configs_and_pages_and_nothing_else(checked: Path) -> None:
     package = ROOT / "erniesearch"
     code = {f"erniesearch/{f.relative_to(package).as_posix()}" for f in package.rglob("*.py")}
     configs = {
         f"erniesearch/{f.relative_to(ROOT).as_posix()}"
         for f in (ROOT / "configs").rglob("*") if f.is_file()
     }  # fmt: skip
-    page = {
-        f"erniesearch/search/page/{name}"
-        for name in ("page.html", "page.css", "page.js", "texts.json")
+    pages = {
+        "erniesearch/report/report.html.j2",
+        *(
+            f"erniesearch/search/page/{name}"
+            for name in ("page.html", "page.css", "page.js", "texts.json")
+        ),
     }
-    assert contents(checked, "erniesearch") == code | configs | page | OPERATORS
+    assert contents(checked, "erniesearch") == code | configs | pages | OPERATORS
 
 
 def test_kernels_wheel_holds_the_operators_alone(checked: Path) -> None:

@@ -122,7 +122,8 @@ def mathml(found: re.Match[str], page: Page) -> str:
     if unknown := re.findall(r"\\[A-Za-z]+", shown):
         log.warning(f"{page.file.src_uri}: {unknown} of a formula has no MathML: {formula}")
     shown = re.sub(r'<mi mathvariant="script">([A-Z])</mi>', script_letter, shown)
-    return f"<{tag} data-search-exclude>{shown}</{tag}>"
+    wide = ' class="formula" tabindex="0"' if tag == "div" else ""  # it may have to be scrolled
+    return f"<{tag} data-search-exclude{wide}>{shown}</{tag}>"
 
 
 def script_letter(found: re.Match[str]) -> str:

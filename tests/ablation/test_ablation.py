@@ -76,6 +76,7 @@ def write_results(grid: Grid) -> list[str]:
     begun = []
 
     def begin(arm: str, *arguments: str) -> None:
+        arm = arm.partition(" seed ")[0]
         begun.append(f"{arm} {arguments[0]} {arguments[-1] if arguments[0] == 'run' else ''}")
         if arguments[0] == "run":
             content = yaml.safe_load(Path(arguments[1]).read_text())

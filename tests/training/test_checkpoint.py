@@ -146,11 +146,11 @@ def test_damaged_ones_are_named_set_aside_and_the_one_before_is_used(
     assert status == 0, output[-3000:]
     told = [line for line in output.splitlines() if "is damaged" in line]
     assert told == [
-        f"checkpoint {last} is damaged: mp_rank_00_model_states.pt has other content than was"
-        f" written; it is kept as {last.name}.damaged-1, and {before.name} is used",
-        f"checkpoint {middle} is damaged: {optimizer.name} has {optimizer_size(middle)} bytes, not"
-        f" {optimizer_size(middle) + 7}; it is kept as {middle.name}.damaged-1, and {before.name}"
-        " is used",
+        f"warning: checkpoint {last} is damaged: mp_rank_00_model_states.pt has other content than"
+        f" was written; it is kept as {last.name}.damaged-1, and {before.name} is used",
+        f"warning: checkpoint {middle} is damaged: {optimizer.name} has {optimizer_size(middle)}"
+        f" bytes, not {optimizer_size(middle) + 7}; it is kept as {middle.name}.damaged-1, and"
+        f" {before.name} is used",
     ]
     original = RunFolder(trained_root / "run").stage("cascade")
     again = RunFolder(trained.run_dir).stage("cascade")

@@ -109,10 +109,10 @@ def _run(
                 _store(leaves, batch, chunk, forward(batch, chunk))
             if chunk.kind == "pair":
                 pair_terms.add(chunk.rows, leaves)
-            elif exchange is not None and chunk.kind == "passage":
-                if chunk.rows.stop == len(batch.passage_ids):  # the last of this pass
-                    passages = Encoded(*leaves["passage", chunk.number])
-                    exchange.start(chunk.number, passages.vectors, passages.tokens)
+            last = chunk.kind == "passage" and chunk.rows.stop == len(batch.passage_ids)
+            if exchange is not None and last:
+                passages = Encoded(*leaves["passage", chunk.number])
+                exchange.start(chunk.number, passages.vectors, passages.tokens)
     return leaves, pair_terms, exchange
 
 
@@ -126,9 +126,7 @@ def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...])
             whole[chunk.rows] = part
 
 
-def _outputs(
-    leaves: Leaves, pair_terms: dict[str, Tensor], exchange: Exchange | None
-) -> Outputs:
+def _outputs(leaves: Leaves, pair_terms: dict[str, Tensor], exchange: Exchange | None) -> Outputs:
     outputs = Outputs(
         attention=pair_terms.get("attention"), virt=pair_terms.get("virt"), exchange=exchange
     )

@@ -71,10 +71,9 @@ def _tokens(
     queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
     own: slice,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Own queries ``[num, query, dim]`` and passages ``[num, group · passage, dim]`` without what is
-    masked, which pairs of tokens ``[num, query, group, passage]`` are real, and which query tokens
-    ``[num, query, group]`` have any (None: all). A query meets all of its passages in one product.
-    """
+    """Own queries ``[num, query, dim]`` and passages ``[num, group · passage, dim]``, which meet in
+    one product, without what is masked; which pairs of tokens ``[num, query, group, passage]`` are
+    real, and which query tokens ``[num, query, group]`` have any (None: all)."""
     dtype = compute_dtype(queries.dtype)
     query, passage = queries[own].to(dtype), passages[own].to(dtype)
     pairs = rows = None
@@ -151,8 +150,10 @@ def token_kl_backward(
     dtype = compute_dtype(queries.dtype)
     grad_scores = grad_scores.to(dtype)
     grad_kl = grad_kl.to(dtype) / _num_query_tokens(queries, query_mask) / tau
-    grad_queries = torch.empty(queries.shape, dtype=dtype, device=queries.device) if need_queries else None
-    grad_passages = torch.empty(passages.shape, dtype=dtype, device=queries.device) if need_passages else None
+    grad_queries, grad_passages = (
+        torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+        for x, needed in ((queries, need_queries), (passages, need_passages))
+    )
     kept = residuals.numel() > 0
     for own in _blocks(queries, passages, 1 if kept else heads):
         query, passage, pairs, rows = _tokens(queries, passages, query_mask, passage_mask, own)

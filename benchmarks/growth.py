@@ -9,7 +9,7 @@ ranks: with the same batch on every rank, and with the same batch over all ranks
 them. ``passages`` encodes, indexes (IVF with the root of their number as lists) and searches texts
 drawn from the data's words with a small encoder of random weights: processor seconds of each on one
 thread, less those of a start with a few, and the slope of log(seconds) over log(passages), 1
-being proportional. Beside --out a plot of the same name.
+being proportional. Beside --out a plot of the same name; on standard output tables in Markdown.
 """
 
 import argparse
@@ -136,6 +136,14 @@ def grow_passages(given: argparse.Namespace) -> dict[str, Any]:
     return {"start": begun, "growth": rows, "slopes": {key: slope(rows, key) for key in keys}}
 
 
+def table(rows: list[dict[str, float]]) -> str:
+    """Rows in Markdown, three digits each."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+               for value in row.values()] for row in rows]  # fmt: skip
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def plot_ranks(found: dict[str, Any], path: Path) -> None:
     """Seconds and memory by ranks, a line for each way."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -186,6 +194,11 @@ def main() -> None:
     found = grow(given)
     tell_figures(found, given.out, " ".join(["python", *sys.argv]))
     plot(found, given.out.with_suffix(".png"))
+    grown = found["growth"]
+    for title, rows in (grown if isinstance(grown, dict) else {"passages": grown}).items():
+        sys.stdout.write(f"{title}\n\n{table(rows)}\n")
+    for name, value in found.get("slopes", {}).items():
+        sys.stdout.write(f"slope of {name}: {value:.2f}\n")
 
 
 if __name__ == "__main__":

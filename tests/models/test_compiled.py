@@ -39,7 +39,7 @@ def losses_and_gradients(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_compiled_layers_compute_the_same(make_config: ConfigMaker) -> None:
     """With dropout: both runs of a chunk, in graphs of their own, draw what they do uncompiled."""
     config = make_config(

@@ -44,8 +44,8 @@ def check_compiles(
         )
     elif model.model_type not in FAMILIES:
         reason = (
-            f"where the layers of '{settings.path}' ({model.model_type}) are is not known; take one"
-            f" of {', '.join(FAMILIES)}"
+            f"the layers of '{settings.path}' ({model.model_type}) are not known: take one of"
+            f" {', '.join(FAMILIES)}"
         )
     if reason is not None:
         raise UserError(f"training.compile is true, but {reason}")

@@ -88,7 +88,7 @@ def test_what_cannot_be_compiled_is_told(
     assert "activation_checkpointing is true" in refusal(recomputed, 1, student, bert)
     packed = TeacherConfig(path="x", attn_implementation="unpadded")
     assert "teacher.attn_implementation is unpadded" in refusal(compiled, 1, packed, bert)
-    assert "'x' (deberta-v2) is not known" in refusal(compiled, 1, student, DebertaV2Config())
+    assert "'x' (deberta-v2) are not known" in refusal(compiled, 1, student, DebertaV2Config())
     check_compiles(compiled, 2, student, bert)
     config = make_config(zero_stage=3, compile=True)
     with pytest.raises(UserError, match=r"training\.compile is true, but ZeRO-3"):

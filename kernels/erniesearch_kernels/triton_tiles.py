@@ -17,7 +17,7 @@ SHARED_LIMIT = {
 
 # Two for each multiprocessor of the largest GPUs; and what is worth a program of its own.
 WANTED_PROGRAMS, SHORTEST_RUN = 264, 64
-ONE_PASS = (100, 103)
+ONE_PASS = (90, 100, 103)
 
 
 def padded_dim(dim: int) -> int:
@@ -92,14 +92,13 @@ def passage_gradient_config(
         return config | {"BLOCK_N": columns, "BLOCK_K": 16, "num_stages": 1}
     if wide or (normalize and not roomy(capability)):
         return config
-    if capability == 90 and not normalize:
-        # Two blocks to a multiprocessor, as for the forward: by the model of aot_report.py that
-        # gains more than one pass over the queries, which leaves room for one block alone.
-        return config | {"BLOCK_N": 128, "num_stages": 3, "maxnreg": 128}
     # The usual 180 tokens in one pass over the queries, not in two of 128; others' registers spill.
     one_pass = 128 < tokens <= 192 and capability in ONE_PASS and not normalize
-    tail = 64 if one_pass else 0
-    return config | {"BLOCK_N": 128, "BLOCK_K": 64, "TAIL": tail, "num_stages": 3}
+    config |= {"BLOCK_N": 128, "num_stages": 3}
+    if capability == 90 and not normalize and not one_pass:
+        # Two blocks to a multiprocessor, as for the forward; wider steps would spill.
+        return config | {"maxnreg": 128}
+    return config | {"BLOCK_K": 64, "TAIL": 64 if one_pass else 0}
 
 
 def unit_length(query_length: int) -> int:

@@ -9,7 +9,7 @@ ranks: with the same batch on every rank, and with the same batch over all ranks
 them. ``passages`` encodes, indexes (IVF with the root of their number as lists) and searches texts
 drawn from the data's words with a small encoder of random weights: processor seconds of each on one
 thread, less those of a start with a few, and the slope of log(seconds) over log(passages), 1
-being proportional. Beside --out a plot of the same name.
+being proportional. Beside --out a plot of the same name; on standard output tables in Markdown.
 """
 
 import argparse
@@ -17,58 +17,25 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scaling import NUM_QUERIES, ROOT, finish, start, write_passages
 
 from erniesearch.distributed import free_port
 from erniesearch.report.benchmark_report import tell_figures
 from erniesearch.retrieval.embeddings import Embeddings
 from erniesearch.retrieval.vector_index import VectorIndex
 
-ROOT = Path(__file__).resolve().parent.parent
 TERMS = {"ce": 1, "li": 1, "de": 1, "ce_to_li": 1, "ce_to_de": 1, "li_to_de": 1, "attention": 1,
          "dual_reg": 0}  # fmt: skip
-WORDS_A_PASSAGE = (12, 29)
-NUM_QUERIES = 200
 START = 300
 """Passages of a run that is a start and little more."""
-
-
-def start(arguments: Iterable[str], rank: int = 0, ranks: int = 1, port: int = 0) -> Any:
-    """A rank with one thread, this project's code, and its output in a temporary file."""
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RANK": str(rank),
-        "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (finish reads it)
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=os.environ | variables, stdout=log, stderr=log
-    )
-    return process, log
-
-
-def finish(started: list[Any]) -> tuple[float, float]:
-    """Wait for ranks; the largest one's peak memory in MiB, and the processor seconds of all."""
-    peak = seconds = 0.0
-    for process, log in started:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(log.read().decode(errors="replace")[-3000:])
-        peak = max(peak, usage.ru_maxrss / 1024)
-        seconds += usage.ru_utime + usage.ru_stime
-    return peak, seconds
 
 
 def train(given: argparse.Namespace, ranks: int, batch: dict[str, int], folder: Path) -> Any:
@@ -84,10 +51,11 @@ def train(given: argparse.Namespace, ranks: int, batch: dict[str, int], folder: 
     options = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     command = [str(ROOT / "launch/train.py"), "--config", given.config, "--stage", "cascade"]
     port = free_port()
-    peak, _ = finish([start([*command, *options], rank, ranks, port) for rank in range(ranks)])
+    taken = finish([start([*command, *options], rank, ranks, port) for rank in range(ranks)])
     lines = (folder / "stages/cascade/metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["speed"]["seconds"] for line in lines][1:]
-    return {"ranks": ranks, **batch, "seconds": statistics.median(seconds), "peak_MiB": peak}
+    return {"ranks": ranks, **batch, "seconds": statistics.median(seconds),
+            "peak_MiB": max(taken.peaks) / 2**20}  # fmt: skip
 
 
 def grow_ranks(given: argparse.Namespace) -> dict[str, Any]:
@@ -104,29 +72,6 @@ def grow_ranks(given: argparse.Namespace) -> dict[str, Any]:
             "model": given.model, "precision": given.precision}  # fmt: skip
 
 
-def write_passages(words: list[str], number: int, root: Path) -> None:
-    """Texts of natural words in a drawn order, and queries of some of theirs."""
-    rng = np.random.default_rng(number)
-    vocabulary = np.array(words)
-    root.mkdir(parents=True)
-    queries: list[str] = []
-    with (root / "corpus.jsonl").open("w") as corpus:
-        for first in range(0, number, 1000):
-            lengths = rng.integers(*WORDS_A_PASSAGE, size=min(1000, number - first))
-            drawn = vocabulary[rng.integers(len(vocabulary), size=(len(lengths), 28))]
-            for row, (text, length) in enumerate(zip(drawn, lengths, strict=True), first):
-                record = {"_id": f"p{row}", "title": "", "text": " ".join(text[:length])}
-                corpus.write(json.dumps(record) + "\n")
-                if len(queries) < NUM_QUERIES:
-                    queries.append(" ".join(text[:6]))
-    (root / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{i}", "text": q}) + "\n" for i, q in enumerate(queries))
-    )
-    (root / "qrels").mkdir()
-    lines = [f"q{i}\tp{i}\t1" for i in range(len(queries))]
-    (root / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
-
-
 def retrieve(number: int, root: Path, encoder: Path) -> dict[str, float]:
     """Seconds and memory of encoding, indexing and searching ``number`` passages."""
     erniesearch = ("-m", "erniesearch.cli")
@@ -139,7 +84,9 @@ def retrieve(number: int, root: Path, encoder: Path) -> dict[str, float]:
     }  # fmt: skip
     found: dict[str, float] = {"passages": number}
     for name, command in steps.items():
-        found[f"{name}_peak_MiB"], found[f"{name}_seconds"] = finish([start(command)])
+        taken = finish([start(command)])
+        found[f"{name}_seconds"] = taken.seconds
+        found[f"{name}_peak_MiB"] = taken.peaks[0] / 2**20
     found["search_seconds"] = _search(root, encoder)
     return found
 
@@ -187,6 +134,14 @@ def grow_passages(given: argparse.Namespace) -> dict[str, Any]:
             row[key] -= begun[key]
     keys = ("encode_seconds", "index_seconds", "search_seconds")
     return {"start": begun, "growth": rows, "slopes": {key: slope(rows, key) for key in keys}}
+
+
+def table(rows: list[dict[str, float]]) -> str:
+    """Rows in Markdown, three digits each."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+               for value in row.values()] for row in rows]  # fmt: skip
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plot_ranks(found: dict[str, Any], path: Path) -> None:
@@ -239,6 +194,11 @@ def main() -> None:
     found = grow(given)
     tell_figures(found, given.out, " ".join(["python", *sys.argv]))
     plot(found, given.out.with_suffix(".png"))
+    grown = found["growth"]
+    for title, rows in (grown if isinstance(grown, dict) else {"passages": grown}).items():
+        sys.stdout.write(f"{title}\n\n{table(rows)}\n")
+    for name, value in found.get("slopes", {}).items():
+        sys.stdout.write(f"slope of {name}: {value:.2f}\n")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def has_reduce_scatter() -> bool:
     return dist.get_backend() == "nccl"
 
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather of equally many rows; the backward is a reduce-scatter (sum).
+class _OwnRows(torch.autograd.Function):
+    """All ranks' rows in place of this rank's; the backward is a reduce-scatter (sum).
 
     Every rank's loss depends on the gathered rows, so the gradient of the summed loss with respect
     to this rank's rows is the sum over ranks of their gradients. DeepSpeed then averages
@@ -170,13 +170,12 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        _all_gather(out, rows.contiguous())
-        return out
+    def forward(ctx, rows: torch.Tensor, gather: "RowGather") -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.num_rows = len(rows)
+        return gather.wait()
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         total = grad.to(accumulation_dtype(grad.dtype)).contiguous()
         if has_reduce_scatter():
             own = total.new_empty((total.shape[0] // world_size(), *total.shape[1:]))
@@ -185,7 +184,7 @@ class _GatherRows(torch.autograd.Function):
             total = total.clone() if total is grad else total
             dist.all_reduce(total)
             own = total.chunk(world_size())[rank()]
-        return own.to(grad.dtype)
+        return own[: ctx.num_rows].to(grad.dtype), None
 
 
 # torch 2.13 renamed both collectives; the old names warn there, the new ones are missing before.
@@ -193,38 +192,64 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def gather_lengths(lengths: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Every rank's equally many integers ``[n]`` of the CPU, ``[world_size, n]`` on the CPU."""
-    if world_size() == 1:
-        return lengths[None]
-    own = lengths.to(device, non_blocking=True)
-    out = own.new_empty((world_size(), len(own)))
-    _all_gather(out.view(-1), own)
-    return out.cpu()
+class RowGather:
+    """Every rank's rows, on their way from when this is made until they are taken: what the rank
+    does meanwhile hides it.
+
+    Args:
+        rows: ``[num_rows, ...]``, floating point or integer; must not change before :meth:`take`.
+        counts: ``[world_size]`` rows per rank, on the CPU, when they differ between ranks.
+    """
+
+    def __init__(self, rows: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        self._counts = counts
+        if world_size() == 1:
+            return
+        sent = rows.detach()
+        if counts is not None and len(rows) < int(counts.max()):
+            missing = int(counts.max()) - len(rows)
+            sent = torch.cat([sent, sent.new_zeros((missing, *rows.shape[1:]))])
+        self._sent = sent.contiguous()
+        self._whole = sent.new_empty((world_size() * len(sent), *sent.shape[1:]))
+        self._work = _all_gather(self._whole, self._sent, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """All ranks' rows without gradient, each rank's filled up to the longest's."""
+        self._work.wait()
+        return self._whole
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[sum of num_rows, ...]`` in rank order, the same on every rank, with gradient to
+        ``rows``: those that were sent."""
+        if world_size() == 1:
+            return rows
+        gathered: torch.Tensor = _OwnRows.apply(rows, self)
+        if self._counts is None:
+            return gathered
+        parts = zip(gathered.chunk(world_size()), self._counts, strict=True)
+        return torch.cat([part[: int(n)] for part, n in parts])
 
 
 def gather_rows(rows: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """Concatenate every rank's rows in rank order, with gradient.
+    """Every rank's rows at once (:class:`RowGather`)."""
+    return RowGather(rows, counts).take(rows)
 
-    Args:
-        rows: ``[num_rows, ...]``, floating point or integer.
-        counts: ``[world_size]`` rows per rank when they differ between ranks.
 
-    Returns:
-        ``[sum of num_rows, ...]``, the same on every rank.
-    """
-    if world_size() == 1:
-        return rows
-    if counts is None:
-        return _GatherRows.apply(rows)
-    most = int(counts.max())
-    if rows.shape[0] < most:
-        filler = rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))
-        rows = torch.cat([rows, filler])
-    gathered = _GatherRows.apply(rows)
-    return torch.cat(
-        [part[: int(n)] for part, n in zip(gathered.chunk(world_size()), counts, strict=True)]
-    )
+class LengthGather:
+    """Every rank's equally many integers ``[n]`` of the CPU, on their way to the others' CPUs."""
+
+    def __init__(self, lengths: torch.Tensor, device: torch.device) -> None:
+        self._taken = lengths[None] if world_size() == 1 else None
+        if self._taken is None:
+            self._gather = RowGather(lengths.to(device, non_blocking=True)[None])
+            # In line behind what the GPU has to do now, and not behind what it is given later.
+            self._copy = HostCopy(self._gather.wait()) if device.type == "cuda" else None
+
+    def take(self) -> torch.Tensor:
+        """``[world_size, n]`` on the CPU. The host waits for them alone."""
+        if self._taken is None:
+            self._taken = (self._copy or self._gather).wait().cpu()
+        return self._taken
 
 
 def row_lengths(mask: torch.Tensor) -> torch.Tensor:
@@ -258,30 +283,6 @@ class Ragged:
         empty = packed.new_zeros((len(self.lengths) * self.longest, packed.shape[-1]))
         padded = empty.index_copy(0, real.to(packed.device, non_blocking=True), packed)
         return padded.unflatten(0, (-1, self.longest))
-
-
-def gather_tokens(
-    tokens: torch.Tensor, mask: torch.Tensor, mask_on_cpu: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather token vectors of sequences that each rank padded to a length of its own.
-
-    Only real tokens travel, and the host waits for a GPU once, for the other ranks' lengths.
-
-    Args:
-        tokens: ``[num_sequences, num_tokens, dim]``, as many sequences on every rank.
-        mask: ``[num_sequences, num_tokens]``, True = real token; may have gaps.
-        mask_on_cpu: the same there.
-
-    Returns:
-        ``[world_size · num_sequences, longest, dim]`` (real tokens first, then zeros) and its mask;
-        on one rank the arguments.
-    """
-    if world_size() == 1:
-        return tokens, mask
-    lengths = gather_lengths(mask_on_cpu.sum(1), tokens.device)
-    whole = Ragged(lengths.flatten())
-    packed = gather_rows(pack(tokens, mask_on_cpu), lengths.sum(1))
-    return whole.pad(packed), whole.mask(tokens.device)
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:

@@ -256,6 +256,7 @@ ZERO_FAMILY = {None: "1 or 2", 0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}
 SPEED_ONLY = (
     "log_every", "trackers", "save_every", "keep_checkpoints", "async_save", "timeout_minutes",
     "max_nonfinite", "num_workers", "threads_per_process", "num_processes",
+    "vector_search", "compile",
     "activation_checkpointing", "kernels", "late_interaction_exchange", "attn_implementation",
     *(field.name for field in fields(TrainingConfig) if field.name.startswith("validation_")),
     "evaluate_every", "best_metric", "early_stopping_patience", "load_best_model_at_end",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acceptance.check import Context, require
 from erniesearch import distributed
+from erniesearch.objectives.exchange import TokenGather
 
 
 class _One(int):
@@ -49,7 +50,7 @@ def _gather_rows(device: torch.device, dtype: torch.dtype) -> None:
     rows = torch.randn(6, 5, 4, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(rows)
     for gathered in (
-        distributed._GatherRows.apply(rows),
+        distributed.RowGather(rows).take(rows),
         distributed.gather_rows(rows),
         distributed.gather_rows(rows, torch.tensor([6])),
     ):
@@ -66,7 +67,7 @@ def _gather_tokens(device: torch.device, dtype: torch.dtype) -> None:
     lengths = torch.tensor([8, 0, 3, 5])  # none is as long as the padding
     on_cpu = torch.arange(9) < lengths[:, None]
     mask = on_cpu.to(device)
-    gathered, gathered_mask = distributed.gather_tokens(tokens, mask, on_cpu)
+    gathered, gathered_mask = TokenGather(on_cpu, device).take(tokens, mask)
     gradient = torch.randn_like(gathered)
     gathered.backward(gradient)
     real = mask[:, :8, None]
@@ -78,7 +79,7 @@ def _gather_tokens(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _small(device: torch.device) -> None:
-    lengths = distributed.gather_lengths(torch.tensor([3, 1 << 40]), device)
+    lengths = distributed.LengthGather(torch.tensor([3, 1 << 40]), device).take()
     _equal("gathered lengths", lengths, torch.tensor([[3, 1 << 40]]))
     for asked in (True, False):
         require(distributed.any_rank(asked, device) == asked, f"any_rank({asked})")

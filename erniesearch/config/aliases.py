@@ -51,6 +51,7 @@ _STAGE = {
 }
 _TRAINING = {
     "gradient_checkpointing": Alias("activation_checkpointing"),
+    "torch_compile": Alias("compile"),
     "save_steps": Alias("save_every"),
     "save_total_limit": Alias("keep_checkpoints"),
     "logging_steps": Alias("log_every"),

@@ -151,6 +151,11 @@ class TrainingConfig:
 
     num_processes: int = 0
     """Processes per node started by `erniesearch run`; 0 means one per GPU, or 2 on a CPU."""
+    vector_search: Literal["auto", "cpu", "gpu", "gpu_fp16"] = "auto"
+    """Where mine, teacher_check and evaluate search a student's vectors: auto shares them out over
+    all GPUs if FAISS is built for some, and says why where it is not or they do not fit; gpu ends
+    with an error instead. gpu_fp16 keeps the vectors there in fp16, half the memory; near ties may
+    change their order."""
     threads_per_process: int = 1
     """CPU threads per process; more than the cores allow makes everything slower."""
     precision: Precision = "auto"
@@ -158,7 +163,8 @@ class TrainingConfig:
     with AVX512-BF16 or AMX, fp32 elsewhere; bf16 has fp32 master weights. A stage that continues
     from a checkpoint goes on in the checkpoint's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage; null means 1, or the stage in zero_json."""
+    """DeepSpeed ZeRO stage, with the other values of the shipped section of its number; null means
+    1, or the stage in zero_json."""
     zero_json: str | None = None
     """JSON file with a `zero_optimization` section only, or the name of a shipped one: zero0 to
     zero3."""
@@ -222,6 +228,10 @@ class TrainingConfig:
     """Data-loading processes per rank; 0 tokenises in the training process."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant) to save memory."""
+    compile: bool = False
+    """Compile the encoders' layers by torch.compile, for batches of any width. The first updates
+    take longer; results are equal up to rounding. Not with ZeRO-3, recomputed activations, or
+    texts without padding."""
 
 
 @dataclass(frozen=True)

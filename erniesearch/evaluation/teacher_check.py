@@ -16,7 +16,7 @@ from erniesearch.data.ranking_metrics import parse_metrics, per_query
 from erniesearch.evaluation.measures import Estimate, estimate
 from erniesearch.retrieval import ranking
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.retrieval.vector_index import VectorIndex
+from erniesearch.retrieval.vector_index import SearchOn, VectorIndex
 
 METRIC = "MRR@10"
 REMEDIES = {
@@ -112,6 +112,7 @@ def check_teachers(
     late_interaction: bool,
     depth: int,
     seed: int,
+    search_on: SearchOn = "cpu",
 ) -> dict[str, Any]:
     """Search ``data`` with the student, rerank its ``depth`` best, and compare.
 
@@ -119,12 +120,14 @@ def check_teachers(
         data: the passages to search, the queries and their judgements.
         scorer: the cross-encoder; None leaves it out.
         late_interaction: whether to rerank with late interaction.
+        search_on: ``training.vector_search``.
 
     Returns:
         The figures of :class:`TeacherCheck`, all but where the queries come from.
     """
-    index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
-    run = ranking.dense_run(retriever, index, data.queries, depth)
+    vectors = retriever.vectors(retriever.passages(data.passages), "passage")
+    index = VectorIndex.build(vectors, data.pids)
+    run = ranking.dense_run(retriever, index.on(search_on, depth), data.queries, depth)
     measures = parse_metrics(f"{METRIC},success@{depth}")
 
     def values(ranked: Run, column: int = 0) -> np.ndarray:

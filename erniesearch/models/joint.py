@@ -112,7 +112,7 @@ class JointModel(nn.Module):
 
     def outputs(self, batch: Batch) -> Outputs:
         """All of the encoders' work, with the graph that a backward pass needs."""
-        outputs = Outputs()
+        outputs = Outputs(exchange=self.objective.exchange(batch) if self.needs_student else None)
         everything = slice(0, len(batch.passage_ids))
         if self.weights.mlm:
             self._seed_pass(batch, 0)
@@ -124,8 +124,12 @@ class JointModel(nn.Module):
                 batch, 1, vectors, tokens, self.objective.needs_projections
             )
             outputs = outputs._replace(queries=queries, passages=passages)
+            if outputs.exchange is not None:
+                outputs.exchange.start(1, passages.vectors, passages.tokens)
         if self.weights.dual_reg:
             queries, passages = self._encode(batch, 2, vectors=True, tokens=False)
+            if outputs.exchange is not None:
+                outputs.exchange.start(2, passages.vectors, passages.tokens)
             outputs = outputs._replace(
                 second_queries=queries.vectors, second_passages=passages.vectors
             )

@@ -82,6 +82,11 @@ class ProjectionTap:
         if self._of_teacher:
             _check_windows(model.config, path, list(self._attentions))
 
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The modules that get hooks."""
+        return [*self._attentions.values()]
+
     def __enter__(self) -> None:
         self.clear()
         for layer, attention in self._attentions.items():

@@ -25,6 +25,7 @@ from erniesearch.config.terms import (
 from erniesearch.data.batches import Batch
 from erniesearch.data.text_format import SCORED
 from erniesearch.objectives import losses, scores
+from erniesearch.objectives.exchange import Exchange
 from erniesearch.objectives.outputs import Outputs
 from erniesearch.objectives.own_terms import Scores, value_of
 
@@ -80,6 +81,14 @@ class Objective:
         """``objective.candidates``, or the group where no term compares anything else."""
         return self.settings.candidates if comparing(self.weights, "candidates") else "group"
 
+    def exchange(self, batch: Batch) -> Exchange | None:
+        """The way of a micro-step's passages to all ranks; None where queries meet their own rank's
+        alone. Every rank must ask."""
+        if self.candidates != "cross_batch":
+            return None
+        rings = self.settings.late_interaction_exchange == "ring"
+        return Exchange(batch, self.needs_tokens, rings)
+
     def terms(self, batch: Batch, outputs: Outputs, training: bool) -> dict[str, Tensor]:
         """Scalars by name: each term, ``accuracy_*`` and :func:`losses.kl_statistics` of each KL
         (no gradient), and ``loss``, the terms' weighted sum. Terms are means over this rank's
@@ -89,6 +98,7 @@ class Objective:
             terms["mlm"] = outputs.mlm
         student = None
         if outputs.queries is not None:
+            outputs = outputs._replace(exchange=outputs.exchange or self.exchange(batch))
             student = self.score(batch, outputs)
             terms |= self._student_terms(outputs, student, training)
         teacher = _teacher_scores(batch, outputs)
@@ -106,6 +116,7 @@ class Objective:
         queries, passages = outputs.queries, outputs.passages
         assert queries is not None
         assert passages is not None
+        exchange = outputs.exchange or self.exchange(batch)
         num_queries = len(batch.query_ids)
         rows = arange(num_queries, device=batch.query_ids.device)
         labels = rows * batch.group_size
@@ -113,15 +124,18 @@ class Objective:
             labels = labels + distributed.rank() * len(batch.passage_ids)
         elif self.candidates == "group":
             labels = zeros_like(labels)
-        index = self._compared(batch.passage_index, num_queries)
+        if exchange is not None:
+            index = exchange.index(batch.passage_index)
+        else:
+            index = self._compared(batch.passage_index, num_queries)
         mask = scores.candidate_mask(batch.relevant_index, index, labels)
         vectors = dual = late = None
         prefixes: list[Tensor] = []
         if self.needs_vectors:
-            vectors = self._compared(passages.vectors, num_queries)
+            vectors = self._vectors(1, passages.vectors, num_queries, exchange)
             dual, *prefixes = self._dual_encoder(queries.vectors, vectors)
         if self.needs_tokens:
-            late = self._late_interaction(batch, queries.tokens, passages.tokens)
+            late = self._late_interaction(batch, queries.tokens, passages.tokens, exchange)
         return StudentScores(dual, late, vectors, labels, mask, prefixes)
 
     def _dual_encoder(self, queries: Tensor, passages: Tensor) -> list[Tensor]:
@@ -135,20 +149,27 @@ class Objective:
         return [scores.dual_encoder_scores(*pair, tau) for pair in pairs]
 
     def _compared(self, rows: Tensor, num_queries: int) -> Tensor:
-        """``[B·G, …]``, one row a passage, to every passage that queries are compared with: all
-        ranks' rows, these, or ``[B, G, …]``."""
-        if self.candidates == "cross_batch":
-            return distributed.gather_rows(rows)
-        if self.candidates == "in_batch":
-            return rows
-        return rows.unflatten(0, (num_queries, -1))
+        """``[B·G, …]``, one row a passage, to the own rank's passages that queries are compared
+        with: these, or ``[B, G, …]``."""
+        return rows if self.candidates == "in_batch" else rows.unflatten(0, (num_queries, -1))
 
-    def _late_interaction(self, batch: Batch, queries: Tensor, passages: Tensor) -> Tensor:
+    def _vectors(
+        self, number: int, own: Tensor, num_queries: int, exchange: Exchange | None
+    ) -> Tensor:
+        """Passages' vectors of a dropout pass, all that queries are compared with."""
+        if exchange is not None:
+            return exchange.vectors(number, own)
+        return self._compared(own, num_queries)
+
+    def _late_interaction(
+        self, batch: Batch, queries: Tensor, passages: Tensor, exchange: Exchange | None
+    ) -> Tensor:
         settings = self.settings
-        if self.candidates == "cross_batch":
+        if exchange is not None:
+            assert exchange.tokens is not None
             return scores.cross_batch_late_interaction_scores(
                 queries, batch.queries(SCORED), passages, batch.passages(SCORED),
-                batch.passages(SCORED, on_cpu=True),
+                exchange.tokens,
                 settings.tau_li, settings.kernels, settings.late_interaction_exchange,
             )  # fmt: skip
         return scores.late_interaction_scores(
@@ -205,7 +226,9 @@ class Objective:
         assert student.dual is not None
         assert student.vectors is not None
         by_query = self._dual_encoder(outputs.second_queries, student.vectors)
-        second_vectors = self._compared(outputs.second_passages, len(outputs.second_queries))
+        second_vectors = self._vectors(
+            2, outputs.second_passages, len(outputs.second_queries), outputs.exchange
+        )
         by_passage = self._dual_encoder(outputs.queries.vectors, second_vectors)
         first = [student.dual, *student.prefixes]
         return _mean([

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from erniesearch.objectives.exchange import Exchange
+
 
 class Encoded(NamedTuple):
     """``vectors`` ``[N, hidden]``, ``tokens`` ``[N, L, late_interaction_dim]`` (unit length) and
@@ -40,6 +42,7 @@ class Outputs(NamedTuple):
             of a second pass with other dropout.
         teacher_scores: ``[B·G]``, the cross-encoder's; None also where stored ones take its place.
         attention, virt, mlm: these terms themselves; they need no passage of another query.
+        exchange: the passages' way to the other ranks; None: it begins with the objective.
     """
 
     queries: Encoded | None = None
@@ -50,6 +53,7 @@ class Outputs(NamedTuple):
     attention: Tensor | None = None
     virt: Tensor | None = None
     mlm: Tensor | None = None
+    exchange: Exchange | None = None
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from erniesearch import distributed
 from erniesearch.distributed import Ragged
+from erniesearch.objectives.exchange import TokenGather
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``[B, Lq, dim]``, ``[P, Lp, dim]`` and its mask ``[P, Lp]`` to ``[B, P]``."""
 
 
 def ring_scores(
-    score: ScoreFunction, query_tokens: Tensor, passage_tokens: Tensor, mask_on_cpu: Tensor
+    score: ScoreFunction, query_tokens: Tensor, passage_tokens: Tensor, gather: TokenGather
 ) -> Tensor:
     """Scores of this rank's queries against the passages of every rank, with gradient.
 
@@ -34,14 +35,13 @@ def ring_scores(
         query_tokens: ``[B, Lq, dim]``.
         passage_tokens: ``[P, Lp_r, dim]``, padded to a length of each rank's own; as many passages
             on every rank.
-        mask_on_cpu: ``[P, Lp_r]``, True = real token, on the CPU. Only these travel.
+        gather: of the passages' real tokens; only these travel.
 
     Returns:
         ``[B, world_size · P]``, columns in rank order.
     """
-    lengths = distributed.gather_lengths(mask_on_cpu.sum(1), passage_tokens.device)
-    owners = [Ragged(own) for own in lengths]
-    own = distributed.pack(passage_tokens, mask_on_cpu)
+    owners = [Ragged(own) for own in gather.lengths.take()]
+    own = distributed.pack(passage_tokens, gather.mask_on_cpu)
     scores: Tensor = _Ring.apply(score, owners, query_tokens, own)
     return scores
 

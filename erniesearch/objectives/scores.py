@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erniesearch import distributed
+from erniesearch.objectives.exchange import TokenGather
 from erniesearch.objectives.outputs import TeacherAttention
 from erniesearch.objectives.ring import ring_scores
 
@@ -54,21 +55,19 @@ def cross_batch_late_interaction_scores(
     query_mask: Tensor,
     passage_tokens: Tensor,
     passage_mask: Tensor,
-    mask_on_cpu: Tensor,
+    gather: TokenGather,
     tau: float,
     kernels: Kernels = "auto",
     exchange: Exchange = "all_gather",
 ) -> Tensor:
     """This rank's queries against every rank's passages, ``[B, P]``, in rank order, with gradient.
 
-    ``mask_on_cpu`` is ``passage_mask`` there. Every rank has as many passages.
+    ``gather`` is that of ``passage_mask``. Every rank has as many passages.
     ``all_gather`` holds all P passages' tokens at once; ``ring`` holds two ranks' at a time, for
     more time and more bytes on the wire (:func:`erniesearch.objectives.ring.ring_scores`).
     """
     if exchange == "all_gather" or distributed.world_size() == 1:
-        passage_tokens, passage_mask = distributed.gather_tokens(
-            passage_tokens, passage_mask, mask_on_cpu
-        )
+        passage_tokens, passage_mask = gather.take(passage_tokens, passage_mask)
         return late_interaction_scores(
             query_tokens, query_mask, passage_tokens, passage_mask, tau, kernels
         )
@@ -76,7 +75,7 @@ def cross_batch_late_interaction_scores(
     def score(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
         return late_interaction_scores(queries, query_mask, passages, mask, tau, kernels)
 
-    return ring_scores(score, query_tokens, passage_tokens, mask_on_cpu)
+    return ring_scores(score, query_tokens, passage_tokens, gather)
 
 
 def attention_kl(

@@ -22,6 +22,7 @@ from erniesearch.models.start import read_start
 from erniesearch.pipeline import launcher
 from erniesearch.progress import begin, say
 from erniesearch.report.watch import write_report
+from erniesearch.retrieval.vector_index import check_search
 from erniesearch.run_folder import RunFolder, is_done
 from erniesearch.training.build import check_inputs
 from erniesearch.training.epochs import resolve_epochs
@@ -108,6 +109,8 @@ def _check_and_tokenize(
     if "teacher_check" in names:
         with_split(data, config.data.path, stages.check_split(config))
     check_inputs(config, data)
+    if config.training.vector_search != "auto":
+        check_search(config.training.vector_search, config.stages.mine.depth)
     if any(
         not is_done(folder.stage(name), stages.fingerprint(config, name, world_size))
         for name in names

@@ -112,8 +112,9 @@ def make_mined_negatives(config: RunConfig) -> dict[str, Any]:
     if settings.asks_teacher and stages.teacher_source(config, "mine"):
         scorer = make_scorer(config, teacher, told=True)
     mined = mine_negatives(
-        data, make_retriever(config, student, told=True), scorer, settings, config.seed
-    )
+        data, make_retriever(config, student, told=True), scorer, settings, config.seed,
+        config.training.vector_search,
+    )  # fmt: skip
     write_atomically(
         RunFolder(config.run_dir).negatives("mined"),
         "".join(mined_line(query, with_scores=scorer is not None) for query in mined.queries),
@@ -134,6 +135,7 @@ def make_teacher_check(config: RunConfig) -> dict[str, Any]:
         data, make_retriever(config, student, told=True),
         make_scorer(config, teacher, told=True) if "cross_encoder" in teachers else None,
         "late_interaction" in teachers, settings.depth, config.seed,
+        config.training.vector_search,
     )  # fmt: skip
     check = TeacherCheck(split=split, trained_on=split == config.data.train_split, **facts)
     for line in (check.caption, *check.lines()):
@@ -236,13 +238,15 @@ class _TableMaker:
         final = stage is not None and stage == stages.final_student(self.config)
         retriever = make_retriever(self.config, trained_student(self.config, stage), told=True)
         if final:
-            vectors = retriever.vectors(self.held_out.passages, "passage")
+            vectors = retriever.vectors(retriever.passages(self.held_out.passages), "passage")
             VectorIndex.build(vectors, self.held_out.pids).save(self.folder.index)
             if self.data.pids is not self.held_out.pids:  # a part of the corpus
                 vectors = vectors[rows_of(self.held_out.index_of, self.data.pids)]
         else:
-            vectors = retriever.vectors(self.data.passages, "passage")
-        index = VectorIndex.build(vectors, self.data.pids)
+            vectors = retriever.vectors(retriever.passages(self.data.passages), "passage")
+        index = VectorIndex.build(vectors, self.data.pids).on(
+            self.config.training.vector_search, self.depth
+        )
         run = ranking.dense_run(retriever, index, self.data.queries, self.depth)
         self.add(label, f"dual_encoder-{stage or 'untrained'}", run)
         if final:

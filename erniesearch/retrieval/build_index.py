@@ -102,7 +102,7 @@ def build_index(options: IndexOptions) -> None:
         return build_token_index(options, source)
     options = replace(options, factory=options.factory or "Flat")
     if options.gpu:
-        require_gpu()
+        require_gpu("--gpu")
     plan = plan_index(source, options)
     trained_on = f"trained on {plan.sample:,}" if plan.sample else "no training"
     say(

@@ -28,7 +28,13 @@ from erniesearch.errors import RankFailed
 from erniesearch.models.encoder import Side
 from erniesearch.progress import PATIENCE as MOMENT
 from erniesearch.progress import Meter
-from erniesearch.retrieval.retriever import PairScorer, Retriever
+from erniesearch.retrieval.retriever import (
+    PairScorer,
+    Retriever,
+    StoredTokens,
+    Texts,
+    pair_lengths,
+)
 
 PATIENCE = timedelta(minutes=30)
 """Ranks wait this long for one another's start."""
@@ -181,7 +187,7 @@ def _shared(
     """Positions and what was made of them, part by part. Every rank gets texts of all lengths.
 
     Args:
-        lengths: of each item, in characters.
+        lengths: of each item, in characters or tokens.
         arguments: the method's, of the items at some positions.
         own: the method, on this rank.
     """
@@ -197,6 +203,11 @@ def _shared(
             meter.advance(len(block))
 
 
+def _part(texts: Texts, positions: np.ndarray) -> Texts:
+    """What a rank needs of texts: these, or their tokens; never a file that it may not see."""
+    return texts.part(positions) if isinstance(texts, StoredTokens) else take(texts, positions)
+
+
 def _too_few(number: int, batch_size: int) -> bool:
     """Whether dealing out is not worth it."""
     return _crew is None or number < 2 * batch_size * (1 + len(_crew.connections))
@@ -209,7 +220,7 @@ class CrewRetriever(Retriever):
         self.shared_as = model
         super().__init__(**model.options)
 
-    def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def vectors(self, texts: Texts, side: Side) -> np.ndarray:
         """As of a process alone, up to rounding: batches are others."""
         if _too_few(len(texts), self.batch_size):
             return super().vectors(texts, side)
@@ -218,7 +229,7 @@ class CrewRetriever(Retriever):
             out[positions] = made
         return out
 
-    def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
+    def tokens(self, texts: Texts, side: Side) -> list[Tensor]:
         """As of a process alone, up to rounding."""
         if _too_few(len(texts), self.batch_size):
             return super().tokens(texts, side)
@@ -231,12 +242,15 @@ class CrewRetriever(Retriever):
     def _made(
         self,
         method: Literal["vectors", "tokens"],
-        texts: Sequence[str],
+        texts: Texts,
         side: Side,
         own: Callable[..., Any],
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        yield from _shared(self, method, lengths, lambda part: (take(texts, part), side), own)
+        if isinstance(texts, StoredTokens):
+            lengths = texts.lengths
+        else:
+            lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        yield from _shared(self, method, lengths, lambda part: (_part(texts, part), side), own)
 
 
 class CrewScorer(PairScorer):
@@ -246,16 +260,16 @@ class CrewScorer(PairScorer):
         self.shared_as = model
         super().__init__(**model.options)
 
-    def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
+    def scores(self, queries: list[str], passages: Texts) -> np.ndarray:
         """As of a process alone, up to rounding."""
         if _too_few(len(queries), self.batch_size):
             return super().scores(queries, passages)
-        lengths = np.array([len(q) + len(p) for q, p in zip(queries, passages, strict=True)])
 
-        def pairs(part: np.ndarray) -> tuple[list[str], list[str]]:
-            return take(queries, part), take(passages, part)
+        def pairs(part: np.ndarray) -> tuple[list[str], Texts]:
+            return take(queries, part), _part(passages, part)
 
         out = np.empty(len(queries), dtype=np.float32)
+        lengths = pair_lengths(queries, passages)
         for positions, made in _shared(self, "scores", lengths, pairs, super().scores):
             out[positions] = made
         return out

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from erniesearch.retrieval.embeddings import (
 )
 from erniesearch.retrieval.load import load_retriever
 from erniesearch.retrieval.model_folder import as_named, fingerprint, read_folder
-from erniesearch.retrieval.retriever import Retriever, StoredTokens
+from erniesearch.retrieval.retriever import Retriever, StoredTokens, Texts
 
 SHARD_SIZES = {"vectors": 50_000, "tokens": 5_000}
 """Rows of a shard by default: some hundred megabytes, which one rank holds in memory."""
@@ -134,7 +135,9 @@ def encode_shards(
     ) as meter:
         for k in todo:
             start, end = manifest.bounds(k)
-            texts = StoredTokens(store, start, end) if store else collection.texts[start:end]
+            texts = (
+                StoredTokens(store, np.arange(start, end)) if store else collection.texts[start:end]
+            )
             if manifest.what == "vectors":
                 encoded, offsets = _vectors(retriever, texts, manifest, meter), None
             else:
@@ -149,9 +152,7 @@ def encode_shards(
         say(f"encode: rank 0 done, {meter.rate:,.1f} {unit}/s")
 
 
-def _vectors(
-    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
-) -> Tensor:
+def _vectors(retriever: Retriever, texts: Texts, manifest: Manifest, meter: Meter) -> Tensor:
     out = torch.empty(len(texts), manifest.dim, dtype=DTYPES[manifest.dtype])
     for positions, batch in retriever.vector_batches(texts, manifest.side, out.dtype):
         out[torch.from_numpy(positions)] = batch
@@ -160,7 +161,7 @@ def _vectors(
 
 
 def _tokens(
-    retriever: Retriever, texts: Sequence[str] | StoredTokens, manifest: Manifest, meter: Meter
+    retriever: Retriever, texts: Texts, manifest: Manifest, meter: Meter
 ) -> tuple[Tensor, Tensor]:
     parts: list[Tensor] = [torch.empty(0)] * len(texts)
     dtype = DTYPES[manifest.dtype]

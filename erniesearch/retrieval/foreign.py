@@ -3,7 +3,7 @@
 Only what encodes: such models are searched, mined and evaluated with, not trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +20,7 @@ from erniesearch.models.precision import use_bf16
 from erniesearch.retrieval.retriever import (
     Retriever,
     StoredTokens,
+    Texts,
     default_device,
     length_sorted_batches,
 )
@@ -122,7 +123,7 @@ class ForeignRetriever(Retriever):
         return self.dim
 
     def vector_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
+        self, texts: Texts, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """As of a :class:`Retriever`; of length 1 where the model compares by cosine."""
         for positions, found in self._made(
@@ -131,7 +132,7 @@ class ForeignRetriever(Retriever):
             yield positions, found.cpu().to(dtype)  # fmt: skip
 
     def token_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
+        self, texts: Texts, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """As of a :class:`Retriever`; a model that takes the mean over a query's tokens has it in
         their lengths."""
@@ -141,9 +142,7 @@ class ForeignRetriever(Retriever):
                 (row / len(row) if mean else row).cpu().to(dtype) for row in found
             ]  # fmt: skip
 
-    def _made(
-        self, texts: Sequence[str] | StoredTokens, side: Side, **options: Any
-    ) -> Iterator[tuple[np.ndarray, Any]]:
+    def _made(self, texts: Texts, side: Side, **options: Any) -> Iterator[tuple[np.ndarray, Any]]:
         assert not isinstance(texts, StoredTokens)
         encode = self.model.encode_query if side == "query" else self.model.encode_document
         if "convert_to_tensor" in options and (length := self._asked[side]):

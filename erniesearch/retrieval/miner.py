@@ -22,7 +22,7 @@ from erniesearch.errors import UserError
 from erniesearch.progress import Meter
 from erniesearch.retrieval.first_stage import Index, retrieve
 from erniesearch.retrieval.retriever import PairScorer, Retriever
-from erniesearch.retrieval.vector_index import VectorIndex
+from erniesearch.retrieval.vector_index import SearchOn, VectorIndex
 
 QUERIES_PER_BLOCK = 1024
 """Queries searched and denoised at a time; memory does not depend on how many there are."""
@@ -141,14 +141,19 @@ def mine_negatives(
     scorer: PairScorer | None,
     settings: MineConfig,
     seed: int,
+    search_on: SearchOn = "cpu",
 ) -> Mined:
     """Index the passages, retrieve ``settings.depth`` candidates per training query and filter.
 
     Relevant passages never become negatives. Queries that keep none stay in the result with an
-    empty list (the sampler fills their groups with random passages).
+    empty list (the sampler fills their groups with random passages). ``search_on`` is
+    ``training.vector_search``.
     """
-    index = VectorIndex.build(retriever.vectors(data.passages, "passage"), data.pids)
+    index = VectorIndex.build(
+        retriever.vectors(retriever.passages(data.passages), "passage"), data.pids
+    )
     miner = Miner(data, retriever, index, scorer, settings, seed)
+    miner.index = index.on(search_on, miner.depth)
     qids = drawn_queries(data, settings, seed)
     mined: list[MinedQuery] = []
     with Meter("mining", "queries", len(qids)) as meter:
@@ -227,7 +232,7 @@ class Miner:
         scores = scorer.scores(
             [self.data.queries[query.qid] for query, own in zip(found, pids, strict=True)
              for _ in own],
-            self._texts([pid for own in pids for pid in own]),
+            scorer.passages(self.data.passages, self._rows([pid for own in pids for pid in own])),
         ).tolist()  # fmt: skip
         out, start = [], 0
         for query, own in zip(found, pids, strict=True):
@@ -272,13 +277,16 @@ class Miner:
         )
 
     def _texts(self, pids: Sequence[str]) -> list[str]:
+        return take(self.data.passages, self._rows(pids))
+
+    def _rows(self, pids: Sequence[str]) -> np.ndarray:
         rows = rows_of(self.data.index_of, pids)
         if (rows < 0).any():
             missing = pids[int(np.argmin(rows))]
             raise UserError(
                 f"passage '{missing}' of the index is not in the collection: index the same corpus"
             )
-        return take(self.data.passages, rows)
+        return rows
 
 
 def spread(scores: Sequence[float], number: int) -> list[int]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from erniesearch.data.collection import RetrievalData, Run
+from erniesearch.data.corpus.texts import rows_of
 from erniesearch.retrieval.first_stage import Index, retrieve
 from erniesearch.retrieval.retriever import PairScorer, Retriever
 from erniesearch.retrieval.token_vectors import TokenVectors
@@ -47,8 +48,9 @@ def late_interaction_scores(
     if stored is not None:
         encoded = stored(needed)
     else:
-        index_of = data.index_of
-        encoded = retriever.tokens([data.passages[index_of[pid]] for pid in needed], "passage")
+        rows = rows_of(data.index_of, needed)
+        assert (rows >= 0).all()
+        encoded = retriever.tokens(retriever.passages(data.passages, rows), "passage")
     tokens_of = dict(zip(needed, encoded, strict=True))
     query_tokens = retriever.tokens([queries[qid] for qid in candidates], "query")
     scores: Run = {}
@@ -66,11 +68,10 @@ def cross_encoder_scores(
     candidates: dict[str, list[str]],
 ) -> Run:
     """The cross-encoder's score of each query with its candidates' pids."""
-    index_of = data.index_of
     pairs = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
-    values = scorer.scores(
-        [queries[qid] for qid, _ in pairs], [data.passages[index_of[pid]] for _, pid in pairs]
-    )
+    rows = rows_of(data.index_of, [pid for _, pid in pairs])
+    assert (rows >= 0).all()
+    values = scorer.scores([queries[qid] for qid, _ in pairs], scorer.passages(data.passages, rows))
     scores: Run = {qid: {} for qid in candidates}
     for (qid, pid), value in zip(pairs, values.tolist(), strict=True):
         scores[qid][pid] = value

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erniesearch.config.keys import Precision, StudentConfig, TeacherConfig
-from erniesearch.data.corpus.texts import take
-from erniesearch.data.corpus.tokens import TokenStore
+from erniesearch.data.corpus.texts import ArrowColumn, take
+from erniesearch.data.corpus.tokens import TokenStore, has_tokens, open_tokens
 from erniesearch.data.text_format import SCORED, TextFormat, TextReader, Tokens, encode_texts
 from erniesearch.distributed import HostCopy
 from erniesearch.errors import UserError
@@ -26,6 +27,7 @@ from erniesearch.progress import PATIENCE, Meter
 
 Made = TypeVar("Made")
 SIDES: dict[Side, str] = {"query": "queries", "passage": "passages"}
+CHARACTERS_A_TOKEN = 5
 
 
 def default_device() -> torch.device:
@@ -62,15 +64,25 @@ def _on_host(batches: Iterator[tuple[Made, Tensor]]) -> Iterator[tuple[Made, Ten
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """Passages ``start`` to ``end`` of a token store that knows the prompt, in place of their
-    texts."""
+    """Passages at some rows of a token store that knows the prompt, in place of their texts."""
 
     store: TokenStore
-    start: int
-    end: int
+    rows: np.ndarray
 
     def __len__(self) -> int:
-        return self.end - self.start
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, ``[len(rows)]``."""
+        return self.store.lengths[self.rows].astype(np.int64)
+
+    def part(self, positions: np.ndarray) -> "StoredTokens":
+        """Those at some positions, in memory."""
+        return StoredTokens(self.store.part(self.rows[positions]), np.arange(len(positions)))
+
+
+Texts = Sequence[str] | StoredTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +103,40 @@ class Extras:
     dense: Path | None = None
 
 
-class Retriever:
+class PassageReader:
+    """A model that reads passages of a corpus by its token store.
+
+    Attributes:
+        reads_stored_tokens: whether it takes passages as :class:`StoredTokens`.
+        prompt: what stands before a passage.
+    """
+
+    reads_stored_tokens = True
+    tokenizer: PreTrainedTokenizerBase
+    prompt = ""
+
+    def passages(self, texts: Sequence[str], rows: np.ndarray | None = None) -> Texts:
+        """Passages of a corpus for this model, all or those at ``rows``: their tokens if the corpus
+        lies in a cache, so that not every model of a run tokenises it; else the texts. For some
+        rows nothing is tokenised that is not there."""
+        store = None
+        if self.reads_stored_tokens and isinstance(texts, ArrowColumn):
+            store = _open_store(texts, self.tokenizer, self.prompt, rows is None)
+        if store is None:
+            return texts if rows is None else take(texts, rows)
+        return StoredTokens(store, np.arange(len(texts)) if rows is None else rows)
+
+
+@lru_cache(maxsize=4)
+def _open_store(
+    texts: ArrowColumn, tokenizer: PreTrainedTokenizerBase, prompt: str, made: bool
+) -> TokenStore | None:
+    """Opened once for all blocks of queries: its key takes the whole vocabulary to compute."""
+    there = made or has_tokens(texts, tokenizer, prompt)
+    return open_tokens(texts, tokenizer, prompt) if there else None
+
+
+class Retriever(PassageReader):
     """A student ready to encode.
 
     Args:
@@ -101,13 +146,11 @@ class Retriever:
     Attributes:
         told: whether work of more than a few seconds says how far it is.
         makes_vectors: whether its dual-encoder vectors mean anything.
-        reads_stored_tokens: whether it takes passages as :class:`StoredTokens`.
         names_tokens: whether it can say which token a token vector is of.
     """
 
     told = False
     makes_vectors = True
-    reads_stored_tokens = True
     names_tokens = True
 
     def __init__(
@@ -139,7 +182,7 @@ class Retriever:
             side: TextReader(self.tokenizer, self.text_format.of(side), length)
             for side, length in self.lengths.items()
         }
-        self.only = extras.only
+        self.prompt, self.only = self.text_format.passage.prompt, extras.only
         self.batch_size = batch_size
         # In fp32 like the pooled vectors that it reads.
         self.dense = _load_linear(extras.dense).to(self.device) if extras.dense else None
@@ -176,7 +219,7 @@ class Retriever:
         """Tokens of a query with all that stands around it, uncut; and how many are its own."""
         return self.readers["query"].length(query)
 
-    def vectors(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def vectors(self, texts: Texts, side: Side) -> np.ndarray:
         """Dual-encoder vectors ``[len(texts), dim]``, fp32."""
         out = np.empty((len(texts), self.dim), dtype=np.float32)
         with Meter(f"encoding {side}s", SIDES[side], len(texts), self.told, PATIENCE) as meter:
@@ -185,7 +228,7 @@ class Retriever:
                 meter.advance(len(positions))
         return out
 
-    def tokens(self, texts: Sequence[str], side: Side) -> list[Tensor]:
+    def tokens(self, texts: Texts, side: Side) -> list[Tensor]:
         """Late-interaction token vectors of each text, ``[num_tokens, dim]``, fp16 on the CPU."""
         out: list[Tensor] = [torch.empty(0)] * len(texts)
         with Meter(
@@ -198,7 +241,7 @@ class Retriever:
         return out
 
     def vector_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
+        self, texts: Texts, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Positions in ``texts`` and their vectors ``[batch, dim]`` on the CPU, batch by batch."""
 
@@ -217,7 +260,7 @@ class Retriever:
 
     @torch.inference_mode()
     def token_batches(
-        self, texts: Sequence[str] | StoredTokens, side: Side, dtype: torch.dtype = torch.float32
+        self, texts: Texts, side: Side, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Positions in ``texts`` and each one's token vectors ``[num_tokens, dim]`` on the CPU,
         batch by batch."""
@@ -237,9 +280,7 @@ class Retriever:
         encoded: Encoded = self.student(ids, mask, side, **wanted, roles=roles)
         return encoded
 
-    def _inputs(
-        self, texts: Sequence[str] | StoredTokens, side: Side
-    ) -> Iterator[tuple[np.ndarray, Tokens]]:
+    def _inputs(self, texts: Texts, side: Side) -> Iterator[tuple[np.ndarray, Tokens]]:
         """Positions and tokens of each batch, longest texts first."""
         if self.only and side != self.only:
             raise UserError(
@@ -248,9 +289,8 @@ class Retriever:
             )
         reader = self.readers[side]
         if isinstance(texts, StoredTokens):
-            lengths = texts.store.lengths[texts.start : texts.end].astype(np.int64)
-            for positions in _longest_first(lengths, self.batch_size):
-                yield positions, reader.stored(texts.store, texts.start + positions)
+            for positions in _longest_first(texts.lengths, self.batch_size):
+                yield positions, reader.stored(texts.store, texts.rows[positions])
         else:
             for positions, part in length_sorted_batches(texts, self.batch_size):
                 yield positions, reader.texts(part)
@@ -264,7 +304,7 @@ def _load_linear(module: Path) -> torch.nn.Linear:
     return layer.eval()
 
 
-class PairScorer:
+class PairScorer(PassageReader):
     """A cross-encoder ready to score (query, passage) pairs; ``told`` as in :class:`Retriever`."""
 
     told = False
@@ -279,7 +319,7 @@ class PairScorer:
         precision: Precision = "fp32",
     ) -> None:
         self.device = device or default_device()
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings)
+        self.tokenizer = load_tokenizer(settings)
         self.layout = PairLayout.of(self.tokenizer)
         self.model = CrossEncoder(settings).to(self.device).eval()
         convert(self.model, use_bf16(precision, self.device))
@@ -287,30 +327,38 @@ class PairScorer:
         self.batch_size = batch_size
 
     @torch.inference_mode()
-    def scores(self, queries: list[str], passages: list[str]) -> np.ndarray:
+    def scores(self, queries: list[str], passages: Texts) -> np.ndarray:
         """Scores ``[len(queries)]`` of the pairs (queries[i], passages[i])."""
-        assert len(queries) == len(passages)
         out = np.empty(len(queries), dtype=np.float32)
-        # Only their lengths are used.
-        joined = [f"{q} {p}" for q, p in zip(queries, passages, strict=True)]
         with Meter("scoring", "pairs", len(queries), self.told, PATIENCE) as meter:
-            for positions, scores in _on_host(self._batches(joined, queries, passages)):
+            for positions, scores in _on_host(self._batches(queries, passages)):
                 out[positions] = scores.numpy()
                 meter.advance(len(positions))
         return out
 
-    def _batches(
-        self, joined: list[str], queries: list[str], passages: list[str]
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        for positions, _ in length_sorted_batches(joined, self.batch_size):
-            sides = (
-                encode_texts(self.tokenizer, [texts[i] for i in positions], length)
+    def _batches(self, queries: list[str], passages: Texts) -> Iterator[tuple[np.ndarray, Tensor]]:
+        lengths = pair_lengths(queries, passages)
+        for positions in _longest_first(lengths, self.batch_size):
+            (query, query_mask), (passage, passage_mask) = (
+                self._read(texts, positions, length)
                 for texts, length in zip((queries, passages), self.lengths, strict=True)
             )
-            (query, query_mask), (passage, passage_mask) = sides
             pairs = assemble_pairs(
                 query, query_mask, passage, passage_mask,
                 self.layout, int(self.tokenizer.pad_token_id),
             )  # fmt: skip
             moved = Pairs(*(part.to(self.device, non_blocking=True) for part in pairs))
             yield positions, self.model(moved)
+
+    def _read(self, texts: Texts, positions: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        if isinstance(texts, StoredTokens):
+            return texts.store.tensors(texts.rows[positions], length)
+        return encode_texts(self.tokenizer, [texts[i] for i in positions], length)
+
+
+def pair_lengths(queries: list[str], passages: Texts) -> np.ndarray:
+    """What pairs are sorted by, ``[len(queries)]``: characters, of stored passages nearly."""
+    own = np.fromiter(map(len, queries), np.int64, len(queries))
+    if isinstance(passages, StoredTokens):
+        return own + CHARACTERS_A_TOKEN * passages.lengths
+    return own + np.fromiter(map(len, passages), np.int64, len(passages))

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
 from erniesearch.errors import UserError
 from erniesearch.files import write_atomically, written_aside
-from erniesearch.progress import metered
+from erniesearch.progress import metered, say
 
 try:
     import faiss
@@ -25,6 +25,10 @@ except ImportError:  # an extra: faiss-cpu and faiss-gpu provide the same module
 Result = TypeVar("Result")
 BLOCK = 4096
 """Queries that FAISS is given at a time; it takes as many into one product with the vectors."""
+SearchOn = Literal["auto", "cpu", "gpu", "gpu_fp16"]
+"""``training.vector_search``."""
+MOST_ON_GPUS = 2048
+"""Passages a query that FAISS finds on a GPU at most."""
 
 
 class DocIds(Sequence[str]):
@@ -123,6 +127,25 @@ class VectorIndex:
         order = np.lexsort((rows, -scores), axis=1)[:, :depth]
         return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
+    def on(self, where: SearchOn, depth: int) -> "VectorIndex":
+        """The index to search for ``depth`` passages a query: on all GPUs, each with a share of the
+        vectors, or here. ``auto`` says why if it is here in spite of a GPU.
+
+        Raises:
+            UserError: for ``gpu`` and ``gpu_fp16`` where they cannot be.
+        """
+        if where == "cpu":
+            return self
+        try:
+            check_search(where, depth)
+            return VectorIndex(on_all_gpus(self.parts, where == "gpu_fp16"), self.pids)
+        except UserError as error:
+            if where != "auto":
+                raise
+            if _sees_gpu():
+                say(f"vectors are searched on the CPU: {error}")
+            return self
+
     def save(self, folder: Path) -> None:
         """Write ``index`` and ``docid``."""
         assert len(self.parts) == 1
@@ -167,14 +190,43 @@ class VectorIndex:
         for part in parts:
             tune(part, nprobe, ef_search)
         if gpu:
-            require_gpu()
-            options = faiss.GpuMultipleClonerOptions()
-            options.shard = True
-            parts = [
-                faiss_call(partial(faiss.index_cpu_to_all_gpus, part, options), "--gpu")
-                for part in parts
-            ]
+            require_gpu("--gpu")
+            parts = on_all_gpus(parts)
         return cls(parts, pids)
+
+
+def on_all_gpus(parts: list[Any], fp16: bool = False) -> list[Any]:
+    """Copies of indexes that share their vectors out over all GPUs.
+
+    Raises:
+        UserError: if FAISS cannot, for lack of memory for instance.
+    """
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard, options.useFloat16 = True, fp16
+    copy = partial(faiss.index_cpu_to_all_gpus, co=options)
+    return [faiss_call(partial(copy, part), "vectors to the GPUs") for part in parts]
+
+
+def check_search(where: SearchOn, depth: int) -> None:
+    """Whether vectors can be searched on GPUs for ``depth`` passages a query.
+
+    Raises:
+        UserError: if not, and ``where`` is not ``cpu``.
+    """
+    if where == "cpu":
+        return
+    require_gpu(f"training.vector_search {where}")
+    if depth > MOST_ON_GPUS:
+        raise UserError(
+            f"training.vector_search {where}: {depth} passages a query are more than FAISS finds on"
+            f" a GPU, {MOST_ON_GPUS}: lower the depth, or set it to cpu"
+        )
+
+
+def _sees_gpu() -> bool:
+    import torch  # a search on the CPU does without
+
+    return torch.cuda.is_available()
 
 
 def tune(index: Any, nprobe: int | None, ef_search: int | None) -> None:
@@ -215,9 +267,9 @@ def require_faiss() -> None:
         raise UserError("FAISS is not installed: pip install faiss-cpu (or faiss-gpu)")
 
 
-def require_gpu() -> None:
+def require_gpu(option: str) -> None:
     """Raises: UserError: if FAISS was built without GPUs, or there is none."""
     require_faiss()
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        raise UserError("--gpu: this FAISS has no GPU: on a machine with one, put faiss-gpu in the"
-                        " place of faiss-cpu; or leave it out")  # fmt: skip
+        raise UserError(f"{option}: this FAISS has no GPU: on a machine with one, put faiss-gpu in"
+                        " the place of faiss-cpu; or leave it out")  # fmt: skip

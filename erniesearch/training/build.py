@@ -35,6 +35,7 @@ from erniesearch.models.backbone import (
     resolve,
     weights_wanted,
 )
+from erniesearch.models.compiled import check_compiles
 from erniesearch.models.cross_encoder import TEMPERATURE_FILE, CrossEncoder, stored_temperature
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.models.joint import JointModel, connect_layers
@@ -42,6 +43,7 @@ from erniesearch.models.start import check_lengths, read_start
 from erniesearch.progress import say
 from erniesearch.run_folder import RunFolder
 from erniesearch.stages import Stage
+from erniesearch.training.engine import zero_section
 from erniesearch.training.retrieval_quality import check_best_metric
 
 STORED_LISTS = 4096
@@ -204,6 +206,9 @@ def _check_computes(
     attention_options(settings, model)
     if config.training.activation_checkpointing:
         check_recomputes(model)
+    if config.training.compile:
+        zero_stage = zero_section(config.training).get("stage", 0)
+        check_compiles(config.training, zero_stage, settings, model)
 
 
 def _check_expansion(config: RunConfig, text_format: TextFormat) -> None:

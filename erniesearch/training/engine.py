@@ -14,7 +14,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from erniesearch.config.keys import TrainingConfig
 from erniesearch.config.stage_keys import TrainingStageConfig
 from erniesearch.errors import UserError
-from erniesearch.installation import zero_file
+from erniesearch.installation import configs, zero_file
 from erniesearch.models.joint import JointModel
 
 # On a CPU DeepSpeed would compile a shared-memory collective at the first start (half a minute, and
@@ -26,14 +26,17 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=Fut
 
 
 def zero_section(training: TrainingConfig) -> dict[str, Any]:
-    """The ``zero_optimization`` section of DeepSpeed's configuration.
+    """The ``zero_optimization`` section of DeepSpeed's configuration: the shipped one of
+    ``zero_stage``, or that of ``zero_json``.
 
     Raises:
         UserError: if zero_json is missing, broken, or holds more than that section.
     """
     if training.zero_json is None:
-        return {"stage": 1 if training.zero_stage is None else training.zero_stage}
-    path = zero_file(training.zero_json)
+        stage = 1 if training.zero_stage is None else training.zero_stage
+        path = configs() / "deepspeed" / f"zero{stage}.json"
+    else:
+        path = zero_file(training.zero_json)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from erniesearch.data.batches import Batch
 from erniesearch.models.joint import Chunk, JointModel, Work
+from erniesearch.objectives.exchange import Exchange
 from erniesearch.objectives.outputs import Encoded, Outputs
 from erniesearch.training.faults.guards import spoil_nonfinite
 
@@ -50,14 +51,14 @@ def cached_backward(
         As :meth:`Objective.terms`, without graph.
     """
     chunks = list(model.chunks(batch, chunk_size))
-    leaves, pair_terms = _run(model, forward, batch, chunks, progress)
+    leaves, pair_terms, exchange = _run(model, forward, batch, chunks, progress)
     for (kind, _), parts in leaves.items():
         for part in parts:
             part.requires_grad_(kind != "pair" or model.objective.trains_teacher)
     progress("loss over all chunks")
     terms: dict[str, Tensor] = {}
     if leaves:
-        outputs = _outputs(leaves, pair_terms.terms(leaves))
+        outputs = _outputs(leaves, pair_terms.terms(leaves), exchange)
         terms = model.objective.terms(batch, outputs, model.training)
         (scale * spoil_nonfinite(terms["loss"])).backward()
         terms = {name: value.detach() for name, value in terms.items()}
@@ -87,8 +88,8 @@ def chunked_outputs(
 ) -> Outputs:
     """What the models make of a batch, without gradient and without masked words."""
     chunks = list(model.chunks(batch, chunk_size))
-    leaves, pair_terms = _run(model, forward, batch, chunks, lambda _: None)
-    return _outputs(leaves, pair_terms.terms(leaves))
+    leaves, pair_terms, exchange = _run(model, forward, batch, chunks, lambda _: None)
+    return _outputs(leaves, pair_terms.terms(leaves), exchange)
 
 
 def _run(
@@ -97,9 +98,10 @@ def _run(
     batch: Batch,
     chunks: list[Chunk],
     progress: Callable[[str], Any],
-) -> tuple[Leaves, "_PairTerms"]:
+) -> tuple[Leaves, "_PairTerms", Exchange | None]:
     leaves: Leaves = {}
     pair_terms = _PairTerms(model, batch)
+    exchange = model.objective.exchange(batch) if model.needs_student else None
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
             progress(f"chunk {number + 1} of {len(chunks)}, forward pass")
@@ -107,7 +109,11 @@ def _run(
                 _store(leaves, batch, chunk, forward(batch, chunk))
             if chunk.kind == "pair":
                 pair_terms.add(chunk.rows, leaves)
-    return leaves, pair_terms
+            last = chunk.kind == "passage" and chunk.rows.stop == len(batch.passage_ids)
+            if exchange is not None and last:
+                passages = Encoded(*leaves["passage", chunk.number])
+                exchange.start(chunk.number, passages.vectors, passages.tokens)
+    return leaves, pair_terms, exchange
 
 
 def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...]) -> None:
@@ -120,8 +126,10 @@ def _store(leaves: Leaves, batch: Batch, chunk: Chunk, made: tuple[Tensor, ...])
             whole[chunk.rows] = part
 
 
-def _outputs(leaves: Leaves, pair_terms: dict[str, Tensor]) -> Outputs:
-    outputs = Outputs(attention=pair_terms.get("attention"), virt=pair_terms.get("virt"))
+def _outputs(leaves: Leaves, pair_terms: dict[str, Tensor], exchange: Exchange | None) -> Outputs:
+    outputs = Outputs(
+        attention=pair_terms.get("attention"), virt=pair_terms.get("virt"), exchange=exchange
+    )
     if ("query", 1) in leaves:
         queries, passages = Encoded(*leaves["query", 1]), Encoded(*leaves["passage", 1])
         outputs = outputs._replace(queries=queries, passages=passages)

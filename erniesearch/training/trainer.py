@@ -20,6 +20,7 @@ from erniesearch.data.batches import Batch
 from erniesearch.data.collection import RetrievalData, load_beir
 from erniesearch.data.memory import with_data
 from erniesearch.errors import UserError, nearest
+from erniesearch.models.compiled import compile_layers
 from erniesearch.models.precision import tune_for_device
 from erniesearch.progress import say, set_stage
 from erniesearch.run_folder import RunFolder, claimed, is_done, mark_done
@@ -163,6 +164,9 @@ class Trainer:
         stage, config = self.stage, self.stage.config
         bf16 = goes_on_in_bf16(config.training.precision, resume, self.device)
         tune_for_device(self.model, config, self.device, bf16)
+        if config.training.compile:
+            zero_stage = zero_section(config.training).get("stage", 0)
+            compile_layers(self.model, config, zero_stage)
         self._frozen = frozen_state(self.model)
         self.engine, self.peaks = build_engine(
             self.model, config.training, stage.settings, stage.queries_per_rank, bf16,

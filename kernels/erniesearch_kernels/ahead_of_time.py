@@ -266,7 +266,8 @@ def _changes(usual: Configuration) -> Iterator[tuple[str, Configuration]]:
             usual.dtype, block_d, usual.capability, normalize, 180
         )
         if config["TAIL"]:
-            yield "tail", changed(**config)
+            own = {key: value for key, value in meta.items() if key != "maxnreg"}
+            yield "tail", replace(usual, meta=own | config)
     if meta.get("HAS_P_MASK"):
         absent = usual.absent | {"q_mask_ptr", "p_mask_ptr"} & set(usual.kernel.arg_names)
         free = {name: False for name in ("HAS_Q_MASK", "HAS_P_MASK") if name in meta}

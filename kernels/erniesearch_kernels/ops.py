@@ -296,8 +296,10 @@ def _(
     scores = queries.new_empty(num_queries, group, dtype=dtype)
     lse = queries.new_empty(num_queries, group, query_length, dtype=dtype)
     winners = queries.new_empty(lse.shape, dtype=winner_dtype(length))
-    kept = (*lse.shape, length) if torch_token_kl.keeps_residuals(queries) else (0,)
-    norm = torch.empty_like(lse) if backend == "triton" else lse.new_empty(kept)
+    if backend == "triton":
+        norm = torch.empty_like(lse)
+    else:
+        norm = lse.new_empty(torch_token_kl.residuals_shape(queries, passages))
     return scores, torch.empty_like(scores), winners, lse, norm
 
 

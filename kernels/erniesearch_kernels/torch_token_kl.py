@@ -24,6 +24,10 @@ from erniesearch_kernels.torch_maxsim import winner_dtype
 # Similarities (times the teacher's heads) in flight, in elements: a fraction of a core's cache.
 BLOCK_ELEMENTS = 1 << 17
 
+MASKED = -1e30
+"""Logit of a pair of tokens that is none: its probability is 0, and 0 times it is 0, without the
+NaN that -inf would make of rows without any."""
+
 TeacherMap = Callable[[slice], Tensor]  # some queries -> their maps [num, group, query, passage]
 
 
@@ -66,29 +70,32 @@ def _blocks(queries: Tensor, passages: Tensor, heads: int) -> list[slice]:
 def _tokens(
     queries: Tensor, passages: Tensor, query_mask: Tensor | None, passage_mask: Tensor | None,
     own: slice,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Own queries ``[num, 1, query, dim]`` and passages without what is masked, and which pairs of
-    tokens are real (None: all)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Own queries ``[num, query, dim]`` and passages ``[num, group · passage, dim]``, which meet in
+    one product, without what is masked; which pairs of tokens ``[num, query, group, passage]`` are
+    real, and which query tokens ``[num, query, group]`` have any (None: all)."""
     dtype = compute_dtype(queries.dtype)
     query, passage = queries[own].to(dtype), passages[own].to(dtype)
-    pairs = None
+    pairs = rows = None
     if query_mask is not None:
         query = zero_masked(query, query_mask[own])
-        pairs = query_mask[own, None, :, None]
+        pairs, rows = query_mask[own, :, None, None], query_mask[own, :, None]
     if passage_mask is not None:
         passage = zero_masked(passage, passage_mask[own])
-        real = passage_mask[own, :, None, :]
+        real, some = passage_mask[own, None], passage_mask[own].any(-1)[:, None]
         pairs = real if pairs is None else pairs & real
-    return query.unsqueeze(1), passage, pairs
+        rows = some if rows is None else rows & some
+    return query, passage.flatten(1, 2), pairs, rows
 
 
 def _only(pairs: Tensor | None, x: Tensor, other: float) -> Tensor:
     return x if pairs is None else torch.where(pairs, x, other)
 
 
-def keeps_residuals(queries: Tensor) -> bool:
-    """Whether the backward gets the residuals, or computes them again."""
-    return queries.shape[1] <= queries.shape[2]
+def residuals_shape(queries: Tensor, passages: Tensor) -> tuple[int, ...]:
+    """Of the residuals that the backward gets; ``(0,)`` where it computes them again."""
+    num_queries, length, dim = queries.shape
+    return (num_queries, length, *passages.shape[1:3]) if length <= dim else (0,)
 
 
 def _num_query_tokens(queries: Tensor, query_mask: Tensor | None) -> Tensor:
@@ -103,7 +110,7 @@ def token_kl_forward(
     query_mask: Tensor | None, passage_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, KL ``[num_queries, group]``; winners, row LSE ``[num_queries, group, query]``;
-    residuals ``[num_queries, group, query, passage]``, empty where they are not kept."""
+    residuals ``[num_queries, query, group, passage]``, empty where they are not kept."""
     dtype, device = compute_dtype(queries.dtype), queries.device
     num_queries, query_length = queries.shape[:2]
     group, length = passages.shape[1:3]
@@ -111,34 +118,25 @@ def token_kl_forward(
     kl = torch.zeros_like(scores)
     lse = torch.zeros(num_queries, group, query_length, dtype=dtype, device=device)
     winners = torch.zeros(lse.shape, dtype=winner_dtype(length), device=device)
-    kept = keeps_residuals(queries)
-    residuals = torch.empty((*lse.shape, length) if kept else (0,), dtype=dtype, device=device)
-    countdown = torch.arange(length, 0, -1, dtype=dtype, device=device)
+    shape = residuals_shape(queries, passages)
+    residuals = torch.empty(shape, dtype=dtype, device=device)
     for own in _blocks(queries, passages, heads):
-        query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
-        rows = None if pairs is None else pairs.any(-1)
-        similarity = _only(pairs, query @ passage.transpose(-1, -2), float("-inf"))
-        best = similarity.amax(-1, keepdim=True)
-        # The first maximum, as in torch_maxsim: vectorised, unlike max(dim=-1).
-        first = (length - (similarity == best).to(dtype).mul_(countdown).amax(-1)).clamp_(
-            max=length - 1
-        )
-        winners[own] = first if rows is None else torch.where(rows, first, 0.0)
-        scores[own] = _only(rows, best.squeeze(-1), 0.0).sum(-1)
-        logits = similarity.mul_(1 / tau)
-        best = best.mul_(1 / tau)
-        student = (logits - best).exp_()
-        total = student.sum(-1)
-        row_lse = lse[own] = _only(rows, total.log().add_(best.squeeze(-1)), 0.0)
-        p = _only(pairs, teacher(own), 0.0)
+        query, passage, pairs, rows = _tokens(queries, passages, query_mask, passage_mask, own)
+        logits = (query @ passage.mT).mul_(1 / tau).unflatten(-1, (group, length))
+        logits = _only(pairs, logits, MASKED)
+        best, first = logits.max(-1)  # the first of equal ones, as in torch_maxsim
+        winners[own] = _only(rows, first, 0).mT
+        scores[own] = _only(rows, best * tau, 0.0).sum(1)
+        student = logits.softmax(-1)
+        row_lse = _only(rows, best - student.amax(-1).log_(), 0.0)  # its largest is 1 / sum
+        lse[own] = row_lse.mT
+        p = _only(pairs, teacher(own).transpose(1, 2), 0.0)
         mass = p.sum(-1)
-        if kept:
-            student.mul_(mass.div(total).unsqueeze(-1)).sub_(p)
-            residuals[own] = _only(pairs, student, 0.0)
+        if residuals.numel():
+            torch.sub(student.mul_(mass.unsqueeze(-1)), p, out=residuals[own])
         # x log x with 0 at 0; the smallest normal number stands in for 0 in the logarithm.
-        entropy = p.clamp_min(torch.finfo(dtype).tiny).log_().mul_(p).sum(-1)
-        cross = _only(pairs, logits, 0.0).mul_(p).sum(-1)
-        kl[own] = (entropy - cross + mass * row_lse).sum(-1)
+        terms = p.clamp_min(torch.finfo(dtype).tiny).log_().sub_(logits).mul_(p)
+        kl[own] = (terms.sum(-1) + mass * row_lse).sum(1)
     return scores, kl / _num_query_tokens(queries, query_mask), winners, lse, residuals
 
 
@@ -152,25 +150,27 @@ def token_kl_backward(
     dtype = compute_dtype(queries.dtype)
     grad_scores = grad_scores.to(dtype)
     grad_kl = grad_kl.to(dtype) / _num_query_tokens(queries, query_mask) / tau
-    grad_queries = torch.empty_like(queries, dtype=dtype) if need_queries else None
-    grad_passages = torch.empty_like(passages, dtype=dtype) if need_passages else None
-    kept = keeps_residuals(queries)
+    grad_queries, grad_passages = (
+        torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+        for x, needed in ((queries, need_queries), (passages, need_passages))
+    )
+    kept = residuals.numel() > 0
     for own in _blocks(queries, passages, 1 if kept else heads):
-        query, passage, pairs = _tokens(queries, passages, query_mask, passage_mask, own)
+        query, passage, pairs, rows = _tokens(queries, passages, query_mask, passage_mask, own)
+        of_kl = grad_kl[own, None, :, None]
         if kept:
-            grad = residuals[own] * grad_kl[own, :, None, None]
+            grad = residuals[own] * of_kl
         else:
-            student = query @ passage.transpose(-1, -2)
-            student.mul_(1 / tau).sub_(lse[own].unsqueeze(-1)).exp_()
-            p = _only(pairs, teacher(own), 0.0)
-            grad = student.mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(grad_kl[own, :, None, None])
-        grad.scatter_add_(
-            -1, winners[own].long().unsqueeze(-1),
-            grad_scores[own, :, None, None].expand(*grad.shape[:-1], 1),
-        )  # fmt: skip
-        grad = _only(pairs, grad, 0.0)
+            student = (query @ passage.mT).unflatten(-1, passages.shape[1:3])
+            student.mul_(1 / tau).sub_(lse[own].mT.unsqueeze(-1)).exp_()
+            p = _only(pairs, teacher(own).transpose(1, 2), 0.0)
+            grad = student.mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(of_kl)
+            grad = _only(pairs, grad, 0.0)
+        of_winners = _only(rows, grad_scores[own, None].expand(grad.shape[:-1]), 0.0)
+        grad.scatter_add_(-1, winners[own].mT.long().unsqueeze(-1), of_winners.unsqueeze(-1))
+        grad = grad.flatten(2)
         if grad_queries is not None:
-            grad_queries[own] = (grad @ passage).sum(1)
+            torch.bmm(grad, passage, out=grad_queries[own])
         if grad_passages is not None:
-            grad_passages[own] = grad.transpose(-1, -2) @ query
+            torch.bmm(grad.mT, query, out=grad_passages[own].flatten(1, 2))
     return grad_queries, grad_passages

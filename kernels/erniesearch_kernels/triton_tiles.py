@@ -94,8 +94,11 @@ def passage_gradient_config(
         return config
     # The usual 180 tokens in one pass over the queries, not in two of 128; others' registers spill.
     one_pass = 128 < tokens <= 192 and capability in ONE_PASS and not normalize
-    tail = 64 if one_pass else 0
-    return config | {"BLOCK_N": 128, "BLOCK_K": 64, "TAIL": tail, "num_stages": 3}
+    config |= {"BLOCK_N": 128, "num_stages": 3}
+    if capability == 90 and not normalize and not one_pass:
+        # Two blocks to a multiprocessor, as for the forward; wider steps would spill.
+        return config | {"maxnreg": 128}
+    return config | {"BLOCK_K": 64, "TAIL": 64 if one_pass else 0}
 
 
 def unit_length(query_length: int) -> int:

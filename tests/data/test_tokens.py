@@ -69,6 +69,11 @@ def assert_equal_to_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) 
     rows = np.array([3, 0, 7, 3, 8, 5, 1, 2, 4, 6])
     for passages in (texts, corpus.passages):
         store = open_tokens(passages, tokenizer)
+        part = pickle.loads(pickle.dumps(store.part(rows)))
+        assert [ids.tolist() for ids in part[range(len(rows))]] == [
+            ids.tolist() for ids in store[rows]
+        ]
+        assert part.lengths.tolist() == store.lengths[rows].tolist()
         assert len(store) == len(texts)
         assert store.lengths.dtype == np.int32
         plain = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -222,6 +222,8 @@ def test_late_interaction_reranks_by_maxsim(
 class LengthScorer(PairScorer):
     """A teacher that likes long passages, of any sign."""
 
+    reads_stored_tokens = False
+
     def __init__(self) -> None:
         self.num_pairs = 0
 

@@ -26,13 +26,14 @@ from erniesearch.models.cross_encoder import CrossEncoder
 from erniesearch.models.encoder import StudentEncoder
 from erniesearch.pipeline import steps
 from erniesearch.pipeline.run import planned
+from erniesearch.retrieval.retriever import PassageReader
 from erniesearch.run_folder import RunFolder, is_done
 
 RELEVANT = {"q0": "p1", "q1": "p5", "q2": "p0", "q3": "p2"}
 SCORES = np.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=np.float32)
 
 
-class Student:
+class Student(PassageReader):
     """Finds p0, p1, p2, … for every query; its late interaction ranks the other way round."""
 
     def vectors(self, texts: list[str], kind: Literal["query", "passage"]) -> np.ndarray:
@@ -45,7 +46,7 @@ class Student:
         return [torch.from_numpy(sign * row)[None] for row in self.vectors(texts, kind)]
 
 
-class Oracle:
+class Oracle(PassageReader):
     """Knows the relevant passage."""
 
     def scores(self, queries: list[str], passages: list[str]) -> Tensor:

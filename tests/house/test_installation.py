@@ -96,7 +96,11 @@ def test_init_config_copies_and_overwrites_nothing(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_settings_by_name(stage: int, elsewhere: Path) -> None:
-    assert zero_section(TrainingConfig(zero_json=f"zero{stage}"))["stage"] == stage
+    named = zero_section(TrainingConfig(zero_json=f"zero{stage}"))
+    assert named["stage"] == stage
+    assert zero_section(TrainingConfig(zero_stage=stage)) == named, "the shipped values"
+    if stage == 1:
+        assert zero_section(TrainingConfig()) == named
     (elsewhere / f"zero{stage}").write_text('{"zero_optimization": {"stage": 1, "own": 1}}')
     assert zero_section(TrainingConfig(zero_json=f"zero{stage}"))["own"] == 1
 

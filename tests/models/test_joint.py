@@ -8,7 +8,6 @@ import torch
 from support.tiny import EVERY_TERM, ConfigMaker
 from torch import Tensor
 
-from erniesearch import distributed
 from erniesearch.config.stage_keys import LossWeights, StageConfig
 from erniesearch.config.terms import TERMS
 from erniesearch.data.batches import Batch
@@ -220,7 +219,8 @@ def test_terms_over_the_group_score_the_group_alone(
         scores, "dual_encoder_scores",
         lambda q, p, tau: shapes.append(p.shape) or real(q, p, tau),
     )  # fmt: skip
-    monkeypatch.setattr(distributed, "gather_rows", None)
+    for name in ("RowGather", "TokenGather"):
+        monkeypatch.setattr(f"erniesearch.objectives.exchange.{name}", None)
     model(batch)
     assert shapes == [(4, 4, 32)]
 
@@ -362,8 +362,8 @@ def test_candidates_of_the_own_rank_alone(
     expected = model(batch)
     settings = replace(model.objective.settings, candidates=candidates)
     model.objective.settings = settings
-    for name in ("gather_rows", "gather_tokens"):
-        monkeypatch.setattr(f"erniesearch.distributed.{name}", None)
+    for name in ("RowGather", "TokenGather"):
+        monkeypatch.setattr(f"erniesearch.objectives.exchange.{name}", None)
     terms = model(batch)
     if candidates == "in_batch":
         for name, value in expected.items():

@@ -21,6 +21,7 @@ from erniesearch import cli, distributed
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.stage_keys import LossWeights
 from erniesearch.config.yaml_file import to_yaml
+from erniesearch.objectives.exchange import TokenGather
 from erniesearch.planning.accounting import GpuKernels, Tracker, bytes_sent, fake_world
 from erniesearch.planning.estimate import (
     MOST_QUERIES,
@@ -139,7 +140,7 @@ def test_bytes_of_gathers_among_1024_ranks() -> None:
         tracker.reset()
         mask = torch.ones(3, 4, dtype=torch.bool)
         mask[0, 3] = False
-        tokens, all_mask = distributed.gather_tokens(torch.empty(3, 4, 10), mask, mask)
+        tokens, all_mask = TokenGather(mask, mask.device).take(torch.empty(3, 4, 10), mask)
         assert tokens.shape == (3072, 4, 10)
         assert int(all_mask.sum()) == 1024 * 11
     # Three lengths, and the tokens that are real.

@@ -6,15 +6,13 @@ ERNIESEARCH_SCALE is the number of passages; ERNIESEARCH_SCALE_RESULT a file for
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.processes import ROOT
+from scaling import ROOT, Started, finish, start, write_passages
 from support.tiny import WORDS, write_model
 
 from erniesearch.evaluation.table import describe_machine
@@ -36,25 +34,6 @@ assert len(data.pids) == len(store) == int(sys.argv[3])
 """
 
 
-def write_corpus(root: Path) -> None:
-    """Random words, 12 to 28 a passage, made and written by the thousand."""
-    rng = np.random.default_rng(0)
-    words = np.array(WORDS)
-    root.mkdir()
-    with (root / "corpus.jsonl").open("w") as corpus:
-        for start in range(0, PASSAGES, 1000):
-            number = min(1000, PASSAGES - start)
-            texts = words[rng.integers(len(words), size=(number, 28))]
-            for row, (text, length) in enumerate(
-                zip(texts, rng.integers(12, 29, size=number), strict=True), start
-            ):
-                line = {"_id": f"p{row}", "title": "", "text": " ".join(text[:length])}
-                corpus.write(json.dumps(line) + "\n")
-    (root / "queries.jsonl").write_text('{"_id": "q0", "text": "baran"}\n')
-    (root / "qrels").mkdir()
-    (root / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tp0\t1\n")
-
-
 @dataclass
 class Bench:
     """Starts processes, and keeps each phase's minutes and peak memory (summed over ranks)."""
@@ -63,37 +42,19 @@ class Bench:
     minutes: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
-    def start(self, *arguments: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen[bytes]:
-        variables = {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RANK": str(rank),
-            "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
-        }  # fmt: skip
-        log = (self.folder / f"log-{rank}").open("ab")
-        return subprocess.Popen(
-            [sys.executable, *arguments], env=os.environ | variables, stdout=log, stderr=log
-        )
-
-    def ranks(self, out: Path) -> list[subprocess.Popen[bytes]]:
+    def ranks(self, out: Path) -> list[Started]:
         options = ["--model", str(self.folder / "model"), "--pooling", "mean", "--data",
                    str(self.folder / "data"), "--out", str(out), "--shard_size",
                    str(-(-PASSAGES // SHARDS))]  # fmt: skip
         script = str(ROOT / "launch" / "encode.py")
-        return [self.start(script, *options, rank=rank, world_size=2) for rank in (0, 1)]
+        return [start([script, *options], rank, 2) for rank in (0, 1)]
 
-    def finish(
-        self, phase: str, started: float, processes: list[subprocess.Popen[bytes]], status: int = 0
-    ) -> None:
-        ended = [os.wait4(process.pid, 0) for process in processes]
-        for process, (_, code, _) in zip(processes, ended, strict=True):
-            process.returncode = os.waitstatus_to_exitcode(code)
-            log = "".join(path.read_text()[-2000:] for path in self.folder.glob("log-*"))
-            assert process.returncode == status, log
+    def finish(self, phase: str, started: float, processes: list[Started], status: int = 0) -> None:
+        self.memory[phase] = sum(finish(processes, status).peaks)
         self.minutes[phase] = round((time.monotonic() - started) / 60, 3)
-        self.memory[phase] = sum(usage.ru_maxrss * 1024 for _, _, usage in ended)
 
     def run(self, phase: str, *arguments: str) -> None:
-        self.finish(phase, time.monotonic(), [self.start(*arguments)])
+        self.finish(phase, time.monotonic(), [start(arguments)])
 
     def index(self, phase: str, embeddings: Path, out: Path) -> None:
         lists = round(PASSAGES**0.5)
@@ -110,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.timeout(6 * 3600)
 def test_killed_half_way_the_index_is_the_same(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    write_corpus(tmp_path / "data")
+    write_passages(WORDS, PASSAGES, tmp_path / "data")
     write_model(tmp_path / "model")
     model, data = str(tmp_path / "model"), str(tmp_path / "data")
     bench.run("read and tokenise", "-c", OPEN, data, model, str(PASSAGES))
@@ -118,9 +79,9 @@ def test_killed_half_way_the_index_is_the_same(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     started, ranks = time.monotonic(), bench.ranks(killed)
     while len(list(killed.glob("embeddings-*.safetensors"))) < SHARDS // 2:
-        assert all(process.poll() is None for process in ranks), (tmp_path / "log-0").read_text()
+        assert all(process.poll() is None for process, _ in ranks)
         time.sleep(0.02)
-    for process in ranks:
+    for process, _ in ranks:
         process.kill()
     bench.finish("encode until the kill", started, ranks, status=-9)
     there = len(list(killed.glob("embeddings-*.safetensors")))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -267,3 +268,79 @@ def test_ids_are_mapped(tmp_path: Path) -> None:
     assert (len(pids), list(pids), pids[-1], pids[1:3]) == (5, names, "p4", names[1:3])
     with pytest.raises(IndexError):
         pids[5]
+
+
+class FaissOfGpus:
+    """The part of faiss-gpu that is called; what it is given is kept, and searched on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.asked: list[tuple[bool, bool]] = []
+        self.fails = fails
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for name, value in (
+            ("StandardGpuResources", object), ("get_num_gpus", lambda: 2),
+            ("GpuMultipleClonerOptions", SimpleNamespace), ("index_cpu_to_all_gpus", self.copy),
+        ):  # fmt: skip
+            monkeypatch.setattr(faiss, name, value, raising=False)
+
+    def copy(self, index: Any, co: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("Error: 'err == cudaSuccess' failed: out of memory")
+        self.asked.append((co.shard, co.useFloat16))
+        return faiss.clone_index(index)
+
+
+def test_vectors_are_searched_on_gpus_where_faiss_has_some(
+    monkeypatch: pytest.MonkeyPatch, queries: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = VectorIndex.build(np.eye(32, dtype=np.float32), [f"p{i}" for i in range(32)])
+    assert index.on("cpu", 5) is index
+    if not hasattr(faiss, "StandardGpuResources"):
+        assert index.on("auto", 5) is index
+        assert capsys.readouterr().err == "", "there is no GPU"
+        with pytest.raises(UserError, match="vector_search gpu_fp16: this FAISS has no GPU"):
+            index.on("gpu_fp16", 5)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert index.on("auto", 5) is index
+        assert "searched on the CPU: training.vector_search auto: this FAISS has no GPU" in (
+            capsys.readouterr().err
+        )
+    gpus = FaissOfGpus(monkeypatch)
+    for where, half in (("auto", False), ("gpu", False), ("gpu_fp16", True)):
+        there = index.on(where, 2048)  # type: ignore[arg-type]
+        assert there is not index
+        assert gpus.asked.pop() == (True, half)
+        for own, wanted in zip(there.search(queries, 5), index.search(queries, 5), strict=True):
+            assert np.array_equal(own, wanted)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_gpus_cannot_search_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = VectorIndex.build(np.eye(8, dtype=np.float32), [f"p{i}" for i in range(8)])
+    FaissOfGpus(monkeypatch, fails=True)
+    for depth, reason in ((5, "out of memory"), (2049, "2049 passages a query are more than")):
+        assert index.on("auto", depth) is index
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"searched on the CPU: {'vectors' if depth == 5 else 'training'}" in said
+        assert reason in said
+        with pytest.raises(UserError, match=reason):
+            index.on("gpu", depth)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("where", ["auto", "gpu", "gpu_fp16"])
+def test_gpus_find_what_the_cpu_finds(where: Any, queries: np.ndarray) -> None:
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this FAISS was built for the CPU")
+    vectors = np.random.default_rng(3).standard_normal((5000, queries.shape[1])).astype(np.float32)
+    index = VectorIndex.build(vectors, [str(row) for row in range(len(vectors))])
+    there = index.on(where, 100)
+    assert there is not index
+    (rows, scores), (wanted, expected) = (each.search(queries, 100) for each in (there, index))
+    tolerance = 1e-2 if where == "gpu_fp16" else 1e-4
+    np.testing.assert_allclose(scores, expected, rtol=tolerance, atol=tolerance)
+    pairs = zip(rows.tolist(), wanted.tolist(), strict=True)
+    assert min(len({*own} & {*best}) for own, best in pairs) >= (97 if where == "gpu_fp16" else 99)

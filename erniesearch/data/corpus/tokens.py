@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +85,7 @@ class TokenStore:
         self._values = [column.values.to_numpy() for column in columns]
         self._offsets = [column.offsets.to_numpy() for column in columns]
 
-    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, SpecialTokens]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder, self.special)
 
     def __len__(self) -> int:
@@ -104,6 +105,27 @@ class TokenStore:
         ``max_length`` may be at most :data:`MAX_TOKENS`."""
         assert max_length <= MAX_TOKENS
         return self.special.tensors(self[rows], max_length)
+
+    def part(self, rows: Rows) -> "PartStore":
+        """These passages, in memory: to be sent to a process that may not see the files."""
+        return PartStore(self.lengths[rows], np.concatenate([*self[rows], _NONE]), self.special)
+
+
+_NONE = np.empty(0, np.int32)
+
+
+class PartStore(TokenStore):
+    """The same for some passages in memory, whose ``values`` stand one after the other."""
+
+    def __init__(self, lengths: np.ndarray, values: np.ndarray, special: SpecialTokens) -> None:
+        self.lengths, self.values, self.special = lengths, values, special
+        self._ends = lengths.cumsum(dtype=np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.lengths, self.values, self.special)
+
+    def __getitem__(self, rows: Rows) -> list[np.ndarray]:
+        return [self.values[self._ends[row] - self.lengths[row] : self._ends[row]] for row in rows]
 
 
 class ListStore(TokenStore):
@@ -134,8 +156,6 @@ def open_tokens(
     if not isinstance(passages, ArrowColumn):
         return ListStore(passages, tokenizer, prompt)
     special = SpecialTokens.of(tokenizer)
-    facts = (VERSION, describe(tokenizer), *([prompt] if prompt else []))
-    folder = passages.folder / f"tokens-{key_of(*facts)}"
 
     def build(aside: Path) -> None:
         lengths = np.empty(len(passages), np.int32)
@@ -153,7 +173,18 @@ def open_tokens(
                 meter.reach(row)
         np.save(aside / "lengths.npy", lengths)
 
+    folder = _folder(passages, tokenizer, prompt)
     return cached(folder, build, lambda path: TokenStore(path, special))
+
+
+def has_tokens(passages: ArrowColumn, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> bool:
+    """Whether :func:`open_tokens` finds them tokenised."""
+    return _folder(passages, tokenizer, prompt).is_dir()
+
+
+def _folder(passages: ArrowColumn, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Path:
+    facts = (VERSION, describe(tokenizer), *([prompt] if prompt else []))
+    return passages.folder / f"tokens-{key_of(*facts)}"
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:

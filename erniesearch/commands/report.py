@@ -18,8 +18,8 @@ def report_command(argv: list[str]) -> int:
         " and print the table if it is there; or the report of benchmarks' figures.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--run", type=str | None, default=None, help="Folder of a run or an ablation, finished or"
-        " going on.")  # fmt: skip
+    add("--run", type=str | None, default=None, help="Folder of a finished run. One that goes on"
+        " and an ablation's are reported too.")  # fmt: skip
     add("--figures", type=str, nargs="+", default=[], help="JSON files that benchmarks wrote,"
         " instead of --run.")  # fmt: skip
     add("--out", type=str | None, default=None, help="The page; by default report.html in the"

@@ -80,7 +80,7 @@ def write_results(grid: Grid) -> list[str]:
         if arguments[0] == "run":
             content = yaml.safe_load(Path(arguments[1]).read_text())
             seed = content["stages"]["cascade"]["seed"]
-            config = grid.config(grid.arms[arm], seed)
+            config = grid.config(grid.arms[arm.split()[0]], seed)
             step = arguments[-1]
             folder = RunFolder(config.run_dir).stage(step)
             line = {"step": 3, "loss": 1.0, "speed": {"seconds": 2.0}}

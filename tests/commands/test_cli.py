@@ -365,7 +365,7 @@ def test_more_evaluation_passages_than_there_are_is_refused(
         (["search", "a query"], "nothing to search: give --run DIR, or --model, --index and"),
         (["search", "--run", "x", "q", "--rerank", "both"], "--rerank both: none, "),
         (["search", "--run", "x", "q", "--depth", "0"], "--depth 0: must be 1 or more"),
-        (["report", "--run", "nowhere"], "nowhere/evaluation.json: no such file"),
+        (["report", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["data", "pydocs"], "arguments are required: out"),
         (["data", "pycode"], "arguments are required: out"),
         (["data", "pycode", "--out", "x", "--max_pairs", "3"], "--max_pairs is 3"),

@@ -94,14 +94,15 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         markdown = re.sub(row, anchor, markdown, flags=re.MULTILINE)
     markdown = LANGUAGE_LINK.sub("", markdown)
     markdown = re.sub(r"<!-- (::: [\w.]+) -->", r"\1", markdown)  # for mkdocstrings
-    own = page.file.locale == page.file.locale_alternate_of  # else English, for want of another
+    file: Any = page.file  # static-i18n gives it its locale
+    own = file.locale == file.locale_alternate_of  # else English, for want of another
     markdown = relinked(markdown, source, name, anchors=own)
 
     def picture(found: re.Match[str]) -> str:
         folder = "" if found[2].startswith("docs/") else posixpath.dirname(name)
         uri = posixpath.normpath(posixpath.join(folder, found[2].removeprefix("docs/")))
-        file = files.get_file_from_path(uri)
-        if file is None:
+        drawn = files.get_file_from_path(uri)
+        if drawn is None:
             log.warning(f"{source}: no such picture: {found[2]}")
             return found[0]
         return f'{found[1]}="{file.url_relative_to(page.file)}"'

@@ -105,7 +105,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         if drawn is None:
             log.warning(f"{source}: no such picture: {found[2]}")
             return found[0]
-        return f'{found[1]}="{file.url_relative_to(page.file)}"'
+        return f'{found[1]}="{drawn.url_relative_to(page.file)}"'
 
     return PICTURE.sub(picture, markdown)
 

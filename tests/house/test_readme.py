@@ -67,10 +67,12 @@ def test_the_readmes_figures_come_from_the_json(readme: str, figures: ModuleType
     for name in ("BM25", "dual-encoder, before training", "dual-encoder, contrastive alone"):
         of = rows[name]
         assert f"{of.mean:.3f} [{of.low:.3f}, {of.high:.3f}]" in text, name
-    tuning = json.loads((DOCS / "results" / "tuning-squad-chunk.json").read_text())["arms"]
-    arms = ("contrastive-mined", "contrastive-long", "distillation-long", "cascade-long")
-    found = [re.escape(f"{tuning[arm]['MRR@10']['mean']:.3f}") for arm in arms]
-    assert re.search(".*".join(found), text), found
+    few = json.loads((DOCS / "results" / "few-lists-squad-chunk.json").read_text())
+    arms = ("contrastive-short", "contrastive-mined", "distillation")
+    shown = [f"{few['arms'][arm]['MRR@10']['mean']:.3f}" for arm in arms]
+    (found,) = (each for each in few["comparisons"] if each["arm"] == "distillation")
+    shown.append("{difference:+.3f} [{low:.3f}, {high:.3f}]".format(**found))
+    assert re.search(".*".join(map(re.escape, shown)), text), shown
 
 
 @pytest.mark.parametrize("style", ["light", "dark"])

@@ -175,6 +175,7 @@ def cmrc() -> RetrievalData:
     return load_beir(path, "dev")
 
 
+@pytest.mark.slow
 def test_chinese_questions_find_their_passages(cmrc: RetrievalData) -> None:
     """Whole clauses as words reach an MRR@10 of 0.14."""
     run = bm25_run(cmrc, 10, None, "jieba")

@@ -82,6 +82,7 @@ def test_kernels_wheel_holds_the_operators_alone(checked: Path) -> None:
     assert contents(checked, "erniesearch_kernels") == OPERATORS
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_launchers_start_the_module(command: Command, tmp_path: Path) -> None:
     """Neither a script nor PYTHONPATH is needed, and every rank finds the shipped files.

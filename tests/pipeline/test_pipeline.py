@@ -55,15 +55,11 @@ def full_config(make_config: ConfigMaker, run_dir: Path) -> RunConfig:
     return replace(config, stages=settings)
 
 
-def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(full_config(make_config, run_dir)))
-    folder = RunFolder(run_dir)
-    command = ("-m", "erniesearch.cli", "run", str(file))
-
+def kill_in_cascade(command: tuple[str, ...], run_dir: Path) -> None:
+    """Start a run and kill it after three updates of its cascade."""
+    folder = RunFolder(run_dir).stage("cascade")
     process = start(*command)
-    metrics = folder.stage("cascade") / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -75,8 +71,17 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     while orphans(run_dir) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert orphans(run_dir) == []  # no rank goes on writing without its pipeline
-    assert not (folder.stage("cascade") / "done.json").exists()
+    assert not (folder / "done.json").exists()
 
+
+def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(full_config(make_config, run_dir)))
+    folder = RunFolder(run_dir)
+    command = ("-m", "erniesearch.cli", "run", str(file))
+
+    kill_in_cascade(command, run_dir)
     checkpoints = find_checkpoints(folder.stage("cascade") / "checkpoints")
     began = step_of(checkpoints[-1]) if checkpoints else 0
     output, errors = run_command("run", str(file), "--progress", "json")
@@ -121,28 +126,12 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
     card = (run_dir / "exports" / "late_interaction" / "README.md").read_text()
     assert all(row in card for row in rows)
 
-    # A second run does nothing; the interrupted trace equals an uninterrupted run's.
+    # A second run does nothing.
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("stages/*/done.json")}
     status, output = run_python(*command, timeout=200)
     assert status == 0
     assert len(re.findall("done before", output)) == len(before) == 10
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-    whole = tmp_path / "whole"
-    shutil.copytree(run_dir, whole)
-    shutil.rmtree(whole / "stages" / "cascade")
-    chosen = ("--run_dir", str(whole), "--only", "cascade", "--quiet")
-    output, errors = run_command("run", str(file), *chosen)
-    assert output == ""
-    assert "cascade" not in errors
-    assert losses_of(RunFolder(whole).stage("cascade")) == trace
-
-    # Another setting of one stage redoes it and what follows, and keeps the old result aside.
-    status, output = run_python(*command, "--stages.cascade.steps", "2", timeout=300)
-    assert status == 0, output[-3000:]
-    assert "mine: done before" in output
-    assert "cascade: done before" not in output
-    assert (run_dir / "stages" / "cascade.stale-1" / "done.json").is_file()
 
     for rerank in ("none", "late_interaction", "cross_encoder"):
         output, errors = run_command(
@@ -151,6 +140,35 @@ def test_run_kill_continue_and_search(make_config: ConfigMaker, tmp_path: Path) 
         assert re.findall(r"^ *(\d)\. p\d+", output, re.MULTILINE) == ["1", "2", "3"]
         assert all(re.match(r" *\d\. p\d| ", line) for line in output.splitlines())
         assert "cascade" not in errors
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_a_whole_one_and_another_setting_redoes_a_stage(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(full_config(make_config, run_dir)))
+    command = ("-m", "erniesearch.cli", "run", str(file))
+    kill_in_cascade(command, run_dir)
+    status, output = run_python(*command, timeout=400)
+    assert status == 0, output[-3000:]
+
+    shutil.copytree(run_dir, whole)
+    shutil.rmtree(whole / "stages" / "cascade")
+    chosen = ("--run_dir", str(whole), "--only", "cascade", "--quiet")
+    output, errors = run_command("run", str(file), *chosen)
+    assert output == ""
+    assert "cascade" not in errors
+    traces = [losses_of(RunFolder(folder).stage("cascade")) for folder in (run_dir, whole)]
+    assert traces[0] == traces[1]
+
+    # The stage is done again and what follows it; the old result is kept aside.
+    status, output = run_python(*command, "--stages.cascade.steps", "2", timeout=300)
+    assert status == 0, output[-3000:]
+    assert "mine: done before" in output
+    assert "cascade: done before" not in output
+    assert (run_dir / "stages" / "cascade.stale-1" / "done.json").is_file()
 
 
 def test_gpu_work_is_not_done_in_the_pipelines_process(

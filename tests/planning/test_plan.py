@@ -205,13 +205,17 @@ def test_traffic_of_two_ranks() -> None:
     assert twice["weights (all-gather)"] == 4 * 15
 
 
-def test_a_gpus_reduction_bucket_is_there_as_a_whole(make_config: ConfigMaker) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_gpus_reduction_bucket_is_there_as_a_whole(
+    overlap: bool, make_config: ConfigMaker
+) -> None:
+    """Twice where reducing one overlaps with filling the other."""
     peaks = {}
     for size in (10**6, 5 * 10**6):
         config = make_config(weights=DE)
-        own = replace(Zero.of(config.training), reduce_bucket=size)
+        own = replace(Zero.of(config.training), reduce_bucket=size, overlap=overlap)
         peaks[size] = StageTracer(Stage(config, "cascade"), "cuda", False, own).run(2, 4).peak
-    assert peaks[5 * 10**6] - peaks[10**6] == 4 * 4 * 10**6
+    assert peaks[5 * 10**6] - peaks[10**6] == (1 + overlap) * 4 * 4 * 10**6
 
 
 def test_flops_and_traffic_of_a_stage_by_hand(make_config: ConfigMaker) -> None:
@@ -292,6 +296,7 @@ def test_the_largest_batch_of_a_stage(make_config: ConfigMaker) -> None:
     assert estimate(64, found).peak <= limit < estimate(64, found + 1).peak
 
 
+@pytest.mark.slow
 def test_what_helps_is_named_and_helps(make_config: ConfigMaker) -> None:
     config = make_config(queries_per_rank=16, dropout=0.0, zero_stage=0)
     planner = Planner(config, Machine(gpu_memory=1.008, headroom=1.0))
@@ -400,6 +405,7 @@ def test_the_planned_peak_is_the_measured_one(larger: Callable[..., RunConfig]) 
     assert planned.peak == pytest.approx(measured.own, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_planned_bytes_are_those_that_two_ranks_send(
     make_config: ConfigMaker, tmp_path: Path

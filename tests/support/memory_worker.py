@@ -20,6 +20,7 @@ from erniesearch import distributed, exiting
 from erniesearch.config.keys import RunConfig
 from erniesearch.config.yaml_file import from_dict
 from erniesearch.objectives import scores
+from erniesearch.objectives.exchange import TokenGather
 from erniesearch.training import trainer
 
 QUERY_LENGTH, PASSAGE_LENGTH, DIM = 32, 128, 128
@@ -80,7 +81,7 @@ def measure_exchange(exchange: scores.Exchange, num_queries: int, num_passages: 
         q_mask, p_mask = (torch.ones(x.shape[:2], dtype=torch.bool) for x in (q, p))
         with Peak() as peak:
             made = scores.cross_batch_late_interaction_scores(
-                q, q_mask, p, p_mask, p_mask, 1.0, "torch", exchange
+                q, q_mask, p, p_mask, TokenGather(p_mask, p.device), 1.0, "torch", exchange
             )
             made.pow(2).mean().backward()
         assert p.grad is not None

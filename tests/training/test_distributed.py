@@ -154,6 +154,7 @@ OTHER_SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_own_groups_train_alike_on_any_number_of_ranks(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_spoils_its_gradient_and_no_other() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "zero_stages"),
-    [("nan_loss", (0, 3)), ("nan_gradient", (0, 1, 2, 3)),
+    [pytest.param("nan_loss", (0, 3), marks=pytest.mark.slow), ("nan_gradient", (0, 1, 2, 3)),
      ("infinite_loss_without_gradient", (0, 1))],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip

@@ -82,7 +82,7 @@ def by_the_evaluation(config: RunConfig, model: Path) -> dict[str, float]:
     ("ranks", "changes"),
     [
         (1, {}),
-        (2, {"zero_stage": 3, "chunk_size": 5}),
+        pytest.param(2, {"zero_stage": 3, "chunk_size": 5}, marks=pytest.mark.slow),
         pytest.param(2, {"candidates": "group"}, marks=pytest.mark.slow),
     ],
     ids=["one", "zero3-chunks", "groups"],
@@ -199,6 +199,7 @@ def test_patience_ends_a_stage_and_its_best_model_is_the_result(
             assert found["nDCG@10_de"] == pytest.approx(facts_of(stage)["validation"]["best"])
 
 
+@pytest.mark.slow
 def test_a_killed_stage_keeps_its_best_and_its_patience(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:

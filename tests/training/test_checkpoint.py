@@ -228,6 +228,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(
     trained: RunConfig, trained_root: Path, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def test_full_disk(
     assert losses_of(RunFolder(config.run_dir).stage("cascade")) == losses_of(original)
 
 
+@pytest.mark.slow
 def test_saving_in_the_background_writes_the_same_bytes(trained: RunConfig, tmp_path: Path) -> None:
     config = replace(trained, run_dir=str(tmp_path / "run"),
                      training=replace(trained.training, async_save=True))  # fmt: skip

@@ -51,9 +51,8 @@ def kill_and_compare(
     return figures
 
 
-@pytest.mark.parametrize(
-    "async_save", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["now", "async"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [False, True], ids=["now", "async"])
 def test_three_kills(make_config: ConfigMaker, tmp_path: Path, async_save: bool) -> None:
     kill_and_compare(make_config, tmp_path, 3, 12, 400, async_save=async_save)
 

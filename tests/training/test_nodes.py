@@ -42,6 +42,7 @@ def one_node(arguments: tuple[str, ...], reference_root: Path) -> list[dict]:
     return losses_of(stage)
 
 
+@pytest.mark.slow
 def test_two_torchrun_nodes(
     arguments: tuple[str, ...], one_node: list[dict], tmp_path: Path
 ) -> None:

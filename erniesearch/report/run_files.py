@@ -168,8 +168,10 @@ def _read_line(raw: bytes, path: Path, number: int, last: int) -> tuple[int, dic
         raise UserError(f"{path}:{number}: no update that follows the last one ('step')")
     figures: dict[str, float] = {}
     for name, value in record.items():
-        group = {f"{name}/{key}": x for key, x in value.items()} if isinstance(value, dict) else {}
-        for key, x in (group if isinstance(value, dict) else {name: value}).items():
+        own = {name: value}
+        if isinstance(value, dict):
+            own = {f"{name}/{key}": x for key, x in value.items()}
+        for key, x in own.items():
             if x is not None and (isinstance(x, bool) or not isinstance(x, int | float)):
                 raise UserError(f"{path}:{number}: '{key}' is no number")
             figures[key] = float(x) if x is not None and abs(x) < 1e300 else math.nan

@@ -34,6 +34,7 @@ from erniesearch.retrieval.retriever import (
     StoredTokens,
     Texts,
     pair_lengths,
+    text_lengths,
 )
 
 PATIENCE = timedelta(minutes=30)
@@ -246,11 +247,9 @@ class CrewRetriever(Retriever):
         side: Side,
         own: Callable[..., Any],
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        if isinstance(texts, StoredTokens):
-            lengths = texts.lengths
-        else:
-            lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        yield from _shared(self, method, lengths, lambda part: (_part(texts, part), side), own)
+        yield from _shared(
+            self, method, text_lengths(texts), lambda part: (_part(texts, part), side), own
+        )
 
 
 class CrewScorer(PairScorer):

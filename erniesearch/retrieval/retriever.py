@@ -39,8 +39,7 @@ def length_sorted_batches(
     texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Positions and texts, longest first, so that a batch pads little."""
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    for positions in _longest_first(lengths, batch_size):
+    for positions in _longest_first(text_lengths(texts), batch_size):
         yield positions, take(texts, positions)
 
 
@@ -83,6 +82,13 @@ class StoredTokens:
 
 
 Texts = Sequence[str] | StoredTokens
+
+
+def text_lengths(texts: Texts) -> np.ndarray:
+    """Of each, in characters, of stored ones in tokens, ``[len(texts)]``."""
+    if isinstance(texts, StoredTokens):
+        return texts.lengths
+    return np.fromiter(map(len, texts), np.int64, len(texts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +364,5 @@ class PairScorer(PassageReader):
 
 def pair_lengths(queries: list[str], passages: Texts) -> np.ndarray:
     """What pairs are sorted by, ``[len(queries)]``: characters, of stored passages nearly."""
-    own = np.fromiter(map(len, queries), np.int64, len(queries))
-    if isinstance(passages, StoredTokens):
-        return own + CHARACTERS_A_TOKEN * passages.lengths
-    return own + np.fromiter(map(len, passages), np.int64, len(passages))
+    scale = CHARACTERS_A_TOKEN if isinstance(passages, StoredTokens) else 1
+    return text_lengths(queries) + scale * text_lengths(passages)
